@@ -1,0 +1,2002 @@
+"""Teach a language model your own questions and answers: one script, one workbook, one zip.
+
+    python finetune_colab.py            train microsoft/phi-2 on dataset.xlsx (Colab's free T4 is enough)
+    python finetune_colab.py check      read the workbook and say what training would do; trains nothing
+    python finetune_colab.py demo       the whole job on a small built-in model: no GPU, no download
+    python finetune_colab.py --help     every setting; each is a constant of Config and a flag
+
+What a run leaves behind
+    model/                              the LoRA adapter, its tokenizer, a model card, run.json
+    model/training_visuals/             pictures and figures of the training
+    fine_tuned_model.zip                all of model/ in one file to download
+    checkpoints/                        the state of the training, every SAVE_STEPS steps
+
+Map: the file reads as the data flows, and each section calls only sections above it.
+    1 settings and errors    4 prompts and tokens    7 training     10 commands
+    2 the data file          5 device and plan       8 report
+    3 rows to pairs          6 models                9 answering
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#     "torch>=2.10",
+#     "transformers>=5.3",
+#     "peft>=0.18",
+#     "accelerate>=1.10",
+#     "bitsandbytes>=0.48",
+#     "datasets>=4.0",
+#     "pandas>=2.2",
+#     "openpyxl>=3.1",
+#     "matplotlib>=3.8",
+#     "pyyaml>=6.0",
+# ]
+# ///
+
+from __future__ import annotations
+
+import argparse
+import csv
+import difflib
+import hashlib
+import inspect
+import io
+import itertools
+import json
+import logging
+import math
+import os
+import random
+import re
+import shutil
+import statistics
+import sys
+import textwrap
+import time
+import unicodedata
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, get_type_hints
+
+if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
+    import torch
+    from matplotlib.figure import Figure
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl
+
+# ==================================================================================================
+# 1  Settings and errors
+# ==================================================================================================
+
+
+class Config:
+    """Every setting, once. Edit a value here, or give its flag: LORA_R is also --lora-r."""
+
+    # -- Model
+    MODEL_NAME: str = (
+        "microsoft/phi-2"  # a model on the Hugging Face Hub, a local folder, or "demo"
+    )
+    MODEL_REVISION: str = ""  # a commit of that model; empty = the pinned one, or else the newest
+    LOAD_IN_4BIT: bool | None = (
+        None  # weights in 4 bits (NF4); None = yes on an NVIDIA GPU, else no
+    )
+
+    # -- Data
+    DATASET_PATH: str = "dataset.xlsx"  # a workbook (.xlsx) or a text table (.csv)
+    QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
+    ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
+    MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
+    VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
+
+    # -- Output
+    OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
+    CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
+
+    # -- LoRA
+    LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
+    LORA_ALPHA: int = 32  # strength of the adapter; twice the rank is usual
+    LORA_DROPOUT: float = 0.05  # share of the adapter's input switched off while training
+    LORA_TARGETS: list[str] = [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "dense",
+        "fc1",
+        "fc2",
+    ]  # layers to adapt
+
+    # -- Training
+    LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
+    BATCH_SIZE: int = 4  # pairs that go through the model at once; lower it when memory runs out
+    GRADIENT_ACCUMULATION_STEPS: int = 4  # batches in one step; 4 x 4 = 16 pairs decide each step
+    NUM_EPOCHS: int = 5  # times the model sees every pair
+    MAX_STEPS: int = 0  # stop after so many steps; 0 = as many as NUM_EPOCHS needs
+    OPTIMIZER: str = "auto"  # auto = paged_adamw_32bit on an NVIDIA GPU, adamw_torch elsewhere
+    LR_SCHEDULER: str = "cosine"  # how the step size falls: cosine, linear or constant
+    WARMUP_RATIO: float = 0.03  # share of the steps in which the step size rises from zero
+    WEIGHT_DECAY: float = 0.0  # pull of the adapter towards zero; 0 to 0.1
+    MAX_GRAD_NORM: float = 0.3  # longest gradient; a longer one is shortened to it; 0 = never
+    GRADIENT_CHECKPOINTING: bool = False  # recompute instead of remember: less memory, slower
+    SEED: int = 42  # decides the held-out pairs, the order of the rows and the dropout
+
+    # -- Measuring and saving
+    EVAL_STEPS: int = 0  # measure the validation loss every so many steps; 0 = after every epoch
+    LOGGING_STEPS: int = 1  # write down the training loss every so many steps
+    SAVE_STEPS: int = 50  # save a checkpoint every so many steps
+    KEEP_BEST: bool = True  # keep the adapter with the lowest validation loss, not the last one
+    EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
+    REPORT_TO: str = "none"  # also send the curves to: tensorboard, wandb, trackio
+
+    def __init__(self, **changes: Any) -> None:
+        vars(self).update(changes)
+
+
+SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
+    "MAX_LENGTH": (16, 131_072),
+    "VALIDATION_FRACTION": (0, 0.5),
+    "LORA_R": (1, 1024),
+    "LORA_ALPHA": (1, 4096),
+    "LORA_DROPOUT": (0, 0.9),
+    "LEARNING_RATE": (1e-8, 1),
+    "BATCH_SIZE": (1, 1024),
+    "GRADIENT_ACCUMULATION_STEPS": (1, 1024),
+    "NUM_EPOCHS": (1, 10_000),
+    "MAX_STEPS": (0, 10_000_000),
+    "WARMUP_RATIO": (0, 0.9),
+    "WEIGHT_DECAY": (0, 1),
+    "MAX_GRAD_NORM": (0, 1000),
+    "SEED": (0, 2**32 - 1),  # what numpy accepts
+    "EVAL_STEPS": (0, 1_000_000),
+    "LOGGING_STEPS": (1, 1_000_000),
+    "SAVE_STEPS": (1, 1_000_000),
+    "EARLY_STOPPING_PATIENCE": (0, 10_000),
+}
+CHOICES: dict[str, tuple[str, ...]] = {
+    "OPTIMIZER": ("auto", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"),
+    "LR_SCHEDULER": ("cosine", "linear", "constant", "constant_with_warmup"),
+    "REPORT_TO": ("none", "tensorboard", "wandb", "trackio"),
+}
+TYPE_IN_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    bool: "True or False",
+    bool | None: "True, False or None",
+    list[str]: "a list of names",
+}
+
+
+class UserError(Exception):
+    """Something the person can mend: what was found, where, and what to do about it."""
+
+
+def say(label: str, text: str, file: TextIO | None = None) -> None:
+    """One decision or result under its label, wrapped for a terminal of 80 columns."""
+    for line in text.split("\n"):
+        wrapped = textwrap.fill(
+            line,
+            79,
+            initial_indent=f"{label:<11}",
+            subsequent_indent=" " * 11,
+            break_long_words=False,  # paths and flags stay whole, to be copied
+            break_on_hyphens=False,
+        )
+        print(wrapped, file=file, flush=True)
+        label = ""
+
+
+def setting_types() -> dict[str, Any]:
+    return {name: kind for name, kind in get_type_hints(Config).items() if name.isupper()}
+
+
+def setting_values(cfg: Config) -> dict[str, Any]:
+    return {name: getattr(cfg, name) for name in setting_types()}
+
+
+def setting_notes() -> dict[str, tuple[str, str]]:
+    """Group and comment of every setting, read from the lines of Config itself."""
+    try:
+        source = inspect.getsource(Config)
+    except (OSError, TypeError):  # pasted into a notebook cell: the flags have no help texts then
+        return {}
+    notes, group = {}, ""
+    for line in source.splitlines():
+        if heading := re.fullmatch(r"    # -- (.+)", line):
+            group = heading[1]
+        elif setting := re.match(r"    ([A-Z0-9_]+): .*?  # (.+)", line):
+            notes[setting[1]] = (group, setting[2])
+    return notes
+
+
+def parse_setting(name: str, value: Any) -> Any:
+    """A setting in its own type, from what a cell, a settings file or a flag says."""
+    kind = setting_types()[name]
+    text = "" if value is None else str(value).strip()
+    booleans: dict[str, bool | None] = {
+        "true": True,
+        "yes": True,
+        "on": True,
+        "false": False,
+        "no": False,
+        "off": False,
+    }
+    if kind == bool | None:
+        booleans |= {"": None, "none": None, "auto": None}
+    try:
+        if kind in (bool, bool | None):
+            return booleans[text.lower()]
+        if kind == list[str]:
+            return re.findall(r"[^,\s]+", text) if isinstance(value, str) else list(value)
+        return kind(text)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(
+            f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}, "
+            f"such as {example_value(name)}."
+        ) from None
+
+
+def flag(name: str) -> str:
+    return "--" + name.lower().replace("_", "-")
+
+
+def example_value(name: str) -> str:
+    value = getattr(Config, name)
+    return ",".join(value) if isinstance(value, list) else str(value)
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file that uses the names of Config."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"Cannot read the settings file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path} is not valid YAML: {error}\nWrite one NAME: value a line."
+        ) from None
+    if not isinstance(content or {}, dict):
+        raise UserError(
+            f"{path} has to hold lines like LEARNING_RATE: 1e-4, and holds something else."
+        )
+    return {str(key).upper().replace("-", "_"): value for key, value in (content or {}).items()}
+
+
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(wrong, list(known), n=1)
+    return f" Did you mean {close[0]}?" if close else ""
+
+
+def config_problems(cfg: Config) -> list[str]:
+    """Every fault in the settings, so that a person mends them all at once."""
+    types = setting_types()
+    problems = [
+        f"{name} is not a setting.{did_you_mean(name, types)}"
+        for name in (*vars(Config), *vars(cfg))
+        if name.isupper() and name not in types
+    ]
+    for name in types:
+        try:
+            value = parse_setting(name, getattr(cfg, name))
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        low, high = SMALLEST_AND_LARGEST.get(name, (-math.inf, math.inf))
+        if name in SMALLEST_AND_LARGEST and not low <= value <= high:
+            problems.append(f"{name} is {value}, but it has to lie between {low:g} and {high:g}.")
+        if name in CHOICES and value not in CHOICES[name]:
+            problems.append(f"{name} is {value!r}; it has to be one of {', '.join(CHOICES[name])}.")
+        if value == []:
+            problems.append(f"{name} is empty, such as {example_value(name)} is needed.")
+    if cfg.QUESTION_COLUMN and cfg.QUESTION_COLUMN == cfg.ANSWER_COLUMN:
+        problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
+    return problems
+
+
+# ==================================================================================================
+# 2  The data file
+# ==================================================================================================
+
+EXAMPLE_DATASET = "dataset_example.xlsx"
+TABLE_ENDINGS = (".xlsx", ".csv")
+
+
+def find_dataset(cfg: Config) -> Path:
+    """The file that DATASET_PATH names, or a message that says what is there instead."""
+    path = Path(cfg.DATASET_PATH).expanduser()
+    if path.is_file():
+        return path
+    beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
+    if path.name == EXAMPLE_DATASET and beside_script.is_file():
+        return beside_script
+    if path.is_dir():
+        raise UserError(f"DATASET_PATH is {path}, a folder. Name the file in it with the rows.")
+    folder = path.parent
+    others = sorted(
+        other.name
+        for other in (folder.iterdir() if folder.is_dir() else ())
+        if other.suffix.lower() in TABLE_ENDINGS and not other.name.startswith("~$")
+    )
+    if EXAMPLE_DATASET in others:
+        advice = (
+            f"{EXAMPLE_DATASET} is there: rename it to {path.name} to try with it, "
+            f"or add --dataset-path {folder / EXAMPLE_DATASET}"
+        )
+    elif others:
+        advice = f"These are there: {', '.join(others[:5])}. Name one with --dataset-path"
+    else:
+        advice = "Upload your workbook under that name, or name another file with --dataset-path"
+    raise UserError(f"There is no file {path.name} in {folder.resolve()}.\n{advice}")
+
+
+# ==================================================================================================
+# 3  Rows to pairs
+# ==================================================================================================
+
+FEWEST_PAIRS = 2
+ENOUGH_PAIRS = 50
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+
+# What people call the two columns: the names that are sure, then names that count when none is.
+NAMES: dict[str, tuple[set[str], set[str]]] = {
+    "question": (
+        set(
+            "question questions q instruction prompt query ask soru pergunta pregunta frage".split()
+        )
+        | set(
+            "domanda vraag fråga spørgsmål spørsmål kysymys pytanie otázka kérdés întrebare".split()
+        )
+        | set(
+            "вопрос питання ερώτηση 问题 問題 提问 質問 질문 سؤال שאלה प्रश्न প্রশ্ন คำถาม pertanyaan".split()
+        )
+        | {"swali", "câu hỏi"},
+        set("input user human title text".split()),
+    ),
+    "answer": (
+        set(
+            "answer answers a response output completion reply cevap yanıt resposta respuesta".split()
+        )
+        | set(
+            "antwort risposta antwoord réponse reponse svar vastaus odpowiedź odpověď válasz".split()
+        )
+        | set(
+            "răspuns ответ відповідь απάντηση 答案 回答 答え 解答 답변 답 جواب إجابة תשובה उत्तर উত্তর คำตอบ".split()
+        )
+        | {"jawaban", "jibu", "câu trả lời", "trả lời", "ground truth"},
+        set("solution assistant target body explanation".split()),
+    ),
+}
+# A header with one of these words tells something about a question or an answer.
+OTHER_WORDS = set(
+    "id ids count counts number num no index idx url link date time score rating type category topic "
+    "tag tags length len normalized lang language source votes author name option wrong model".split()
+)
+CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
+
+
+class Table(NamedTuple):
+    """One sheet: its header, and its rows with their numbers as a spreadsheet shows them."""
+
+    sheet: str  # "" for a text file
+    header: list[str]
+    rows: list[tuple[int, list[str]]]
+
+
+class Pair(NamedTuple):
+    """One conversation to learn, and where it stands. The last message is the answer."""
+
+    messages: list[dict[str, str]]
+    sheet: str
+    row: int
+
+    @property
+    def question(self) -> str:
+        return self.messages[-2]["content"]
+
+    @property
+    def answer(self) -> str:
+        return self.messages[-1]["content"]
+
+
+class Note(NamedTuple):
+    """Why a row is left out."""
+
+    sheet: str
+    row: int
+    reason: str
+
+
+class Columns(NamedTuple):
+    """The positions of the two columns, and how they were found."""
+
+    question: int
+    answer: int
+    reason: str
+
+
+@dataclass
+class Pairs:
+    """What a data file came to."""
+
+    path: Path
+    table: Table
+    columns: Columns
+    kept: list[Pair]
+    dropped: list[Note]
+    other_sheets: list[str] = field(default_factory=list)
+
+
+def find_pairs(cfg: Config) -> Pairs:
+    """Every pair of the data file that can be learnt, and a note for every row that cannot."""
+    path = find_dataset(cfg)
+    found, failures = [], []
+    for table in read_tables(path):
+        try:
+            columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
+        except UserError as error:
+            failures.append(error)
+        else:
+            found.append(Pairs(path, table, columns, *clean(table, columns)))
+    if not found:
+        raise UserError(f"In {path}: {failures[0]}")
+    best = max(found, key=lambda pairs: len(pairs.kept))  # the first of equals
+    best.other_sheets = [pairs.table.sheet for pairs in found if pairs is not best]
+    return best
+
+
+def read_tables(path: Path) -> list[Table]:
+    """The filled sheets of a workbook, or the one table of a text file. The only opener of files."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    if content.startswith(b"PK\x03\x04"):
+        grids = workbook_grids(path, content)
+    elif content.startswith(b"\xd0\xcf\x11\xe0"):
+        raise UserError(
+            f"{path} is an old .xls workbook or is protected by a password.\n"
+            "Open it and save a copy as .xlsx without a password."
+        )
+    elif b"\0" in content and not content.startswith(UTF16_MARKS):
+        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
+    else:
+        grids = {"": text_grid(path, content)}
+    tables = [with_header(sheet, grid) for sheet, grid in grids.items()]
+    if not any(table.rows for table in tables):
+        raise UserError(f"{path} holds no rows. Fill in one question and one answer a row.")
+    return [table for table in tables if table.rows]
+
+
+def workbook_grids(path: Path, content: bytes) -> dict[str, list[list[str]]]:
+    import pandas
+
+    try:
+        sheets = pandas.read_excel(
+            io.BytesIO(content),
+            sheet_name=None,  # all of them
+            header=None,
+            dtype=object,
+            na_filter=False,  # "None" and "NA" are answers like any other
+            engine="openpyxl",
+        )
+    except Exception as error:  # openpyxl raises seven kinds of exception for damaged workbooks
+        raise UserError(
+            f"{path} is damaged or no .xlsx workbook ({type(error).__name__}: {error}).\n"
+            "Open it in a spreadsheet program and save it anew as .xlsx"
+        ) from None
+    return {
+        str(sheet): [[cell_text(cell) for cell in row] for row in frame.itertuples(False, None)]
+        for sheet, frame in sheets.items()
+    }
+
+
+def cell_text(cell: object) -> str:
+    """A cell as the person sees it."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):  # NaN: a formula error
+        return ""
+    if isinstance(cell, bool):
+        return str(cell).upper()
+    return str(cell).removesuffix(" 00:00:00")  # a date without a time
+
+
+def text_grid(path: Path, content: bytes) -> list[list[str]]:
+    if content.startswith(UTF16_MARKS):
+        text = content.decode("utf-16", errors="replace")
+    else:
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            text = content.decode("cp1252", errors="replace")
+            say("Note", f"{path.name} is not UTF-8; read as Windows-1252. Check accented letters.")
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
+    lines = io.StringIO(text, newline="")
+    return list(csv.reader(lines, delimiter=csv_delimiter(text), skipinitialspace=True))
+
+
+def csv_delimiter(text: str) -> str:
+    """The mark that cuts the first rows into the same number of cells, and into more than one."""
+
+    def agreement(mark: str) -> float:
+        head = io.StringIO(text[:65_536], newline="")
+        rows = csv.reader(head, delimiter=mark, skipinitialspace=True)
+        widths = [len(row) for row in rows if row][:50]
+        usual = statistics.mode(widths) if widths else 1
+        return widths.count(usual) / len(widths) if usual > 1 else 0.0
+
+    return max((",", ";", "\t", "|"), key=agreement)
+
+
+def with_header(sheet: str, grid: list[list[str]]) -> Table:
+    """Find the row of headers: the first that names both columns, or else the first that is filled.
+
+    A first row that looks like a pair itself is no header: the columns are then called A, B, C, …
+    """
+    rows = list(enumerate(grid, start=1))
+    filled = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
+    if not filled:
+        return Table(sheet, [], [])
+    for n, row in filled[:20]:
+        if all(any(name_strength(cell, names) for cell in row) for names in NAMES.values()):
+            return Table(sheet, [cell.strip() for cell in row], rows[n:])
+    first, row = filled[0]
+    if any(looks_like_question(cell) or len(cell) > 60 for cell in row):
+        letters = [column_letter(i) for i in range(len(row))]
+        return Table(sheet, letters, rows[first - 1 :])
+    return Table(sheet, [cell.strip() for cell in row], rows[first:])
+
+
+def column_letter(index: int) -> str:
+    return (column_letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
+
+
+def looks_like_question(text: str) -> bool:
+    return text.rstrip().endswith(("?", "？", "؟", "՞"))
+
+
+def name_strength(header: str, names: tuple[set[str], set[str]]) -> int:
+    """How well a header says what is in its column: 3 sure, 2 by one of its words, 1 perhaps."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", header)  # AnswerCount
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", spaced).casefold())
+    for strength, group in ((3, names[0]), (1, names[1])):
+        if " ".join(words) in group:
+            return strength
+    if len(words) > 5 or OTHER_WORDS & set(words):
+        return 0
+    return 2 if names[0] & {word for word in words if len(word) > 1} else 0
+
+
+def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
+    """The columns of questions and answers: as the person said, or else by name and content.
+
+    Every two columns that could be meant are rated by their names, and within equal names by how
+    many cells ask something. Only a clear winner is taken; otherwise the person is asked.
+    """
+    wanted = {"question": question, "answer": answer}
+    fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
+    columns = [
+        [cell for _, row in table.rows if (cell := "".join(row[i : i + 1]).strip())]
+        for i in range(len(table.header))
+    ]
+    asking = [sum(map(looks_like_question, cells)) / max(1, len(cells)) for cells in columns]
+
+    def named(column: int, role: str) -> int:
+        if fixed[role] is not None:
+            return 100 if fixed[role] == column else -1000
+        return name_strength(table.header[column], NAMES[role])
+
+    def fit(pair: tuple[int, int]) -> float:
+        names = named(pair[0], "question") + named(pair[1], "answer")
+        return names + asking[pair[0]] - asking[pair[1]]
+
+    usable = [
+        i
+        for i, cells in enumerate(columns)
+        if cells
+        and (any(named(i, role) > 0 for role in NAMES) or may_be_text(table.header[i], cells))
+    ]
+    ranked = sorted(itertools.permutations(usable, 2), key=fit, reverse=True)  # ties: left first
+    rivals = [pair for pair in ranked[1:] if fit(ranked[0]) - fit(pair) < CLEAR_LEAD]
+    if not ranked or fit(ranked[0]) < -100 or (rivals and len(usable) > 2):
+        raise UserError(columns_unclear(table, columns, bool(rivals)))
+    known = [named(column, role) > 0 for column, role in zip(ranked[0], NAMES, strict=True)]
+    how = "by name" if all(known) else "by name and content" if any(known) else "by content"
+    return Columns(*ranked[0], "as set" if all(i is not None for i in fixed.values()) else how)
+
+
+def column_named(table: Table, role: str, name: str) -> int | None:
+    if not name:
+        return None
+    headers = [fold(header) for header in table.header]
+    if fold(name) not in headers:
+        raise UserError(
+            f"there is no column {name!r} (--{role}-column).{did_you_mean(name, table.header)}\n"
+            f"The columns are: {', '.join(filter(None, table.header))}"
+        )
+    return headers.index(fold(name))
+
+
+def may_be_text(header: str, cells: list[str]) -> bool:
+    """Whether a column of unknown name may hold questions or answers, rather than ids or labels."""
+    if OTHER_WORDS & set(re.findall(r"[^\W_]+", header.casefold())):
+        return False
+    wordy = sum(any(letter.isalpha() for letter in cell) for cell in cells)
+    return wordy > len(cells) / 2 and len(set(cells)) > len(cells) * 0.3
+
+
+def columns_unclear(table: Table, columns: list[list[str]], several: bool) -> str:
+    seen = [
+        f"  {header or column_letter(i)}: {preview(columns[i][0]) if columns[i] else '(empty)'}"
+        for i, header in enumerate(table.header[:12])
+    ]
+    found = (
+        "more than one column may hold the questions or the answers."
+        if several
+        else "no column of questions with a column of answers was found."
+    )
+    advice = "Say which to use: --question-column NAME --answer-column NAME"
+    return "\n".join([found + " The columns, each with its first cell:", *seen, advice])
+
+
+def clean(table: Table, columns: Columns) -> tuple[list[Pair], list[Note]]:
+    """Pairs as they will be taught, and a reason for every row that is left out."""
+    kept: list[Pair] = []
+    dropped: list[Note] = []
+    first_seen: dict[tuple[str, str], int] = {}
+    for number, row in table.rows:
+        cells = [cell.strip() for cell in row] + [""] * len(table.header)
+        question, answer = cells[columns.question], cells[columns.answer]
+        same = fold(question), fold(answer)
+        if not any(cells):
+            reason = "blank"
+        elif not table.sheet and any(cells[len(table.header) :]):
+            reason = "more cells than headers (put text with the separator in it in quotes)"
+        elif not question or not answer:
+            reason = "no question" if not question else "no answer"
+        elif same in first_seen:
+            reason = f"a copy of row {first_seen[same]}"
+        else:
+            first_seen[same] = number
+            turns = (("user", question), ("assistant", answer))
+            messages = [{"role": role, "content": content} for role, content in turns]
+            kept.append(Pair(messages, table.sheet, number))
+            continue
+        dropped.append(Note(table.sheet, number, reason))
+    return kept, dropped
+
+
+def fold(text: str) -> str:
+    """Equal for texts that differ only in spaces, letter case or look-alike code points."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def preview(text: str, width: int = 50) -> str:
+    """A text on one line, with nothing in it that could steer a terminal."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
+
+
+def say_pairs(pairs: Pairs) -> None:
+    table, header = pairs.table, pairs.table.header
+    place = f'{pairs.path.name}, sheet "{table.sheet}"' if table.sheet else pairs.path.name
+    question, answer = header[pairs.columns.question], header[pairs.columns.answer]
+    say("Data", f"{place}: {len(table.rows)} rows, {len(pairs.kept)} pairs")
+    if pairs.other_sheets:
+        say("", f"not read, fewer or the same pairs: sheets {', '.join(pairs.other_sheets)}")
+    say(
+        "Columns",
+        f'questions in "{question}", answers in "{answer}" (found {pairs.columns.reason})',
+    )
+    for pair in pairs.kept[:3]:
+        say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
+    for line in grouped(pairs.dropped):
+        say("Left out", line)
+
+
+def grouped(notes: Sequence[Note]) -> list[str]:
+    """One line a reason, with the rows that it concerns."""
+    rows: dict[str, list[str]] = {}
+    for note in notes:
+        reason = re.sub(r" of row \d+$", " of an earlier row", note.reason)
+        rows.setdefault(reason, []).append(str(note.row))
+    return [
+        f"{len(numbers)} × {reason}: row{'s' * (len(numbers) > 1)} {', '.join(numbers[:8])}"
+        + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
+        for reason, numbers in rows.items()
+    ]
+
+
+# ==================================================================================================
+# 4  Prompts and tokens
+# ==================================================================================================
+
+IGNORE = -100  # the label that torch's cross entropy leaves out
+FEWEST_TO_HOLD_OUT = 5  # of fewer questions than this, each is worth more taught than measured
+PROMPT_FORMAT = "Instruct: {question}\nOutput:"  # the question form of phi-2's model card
+
+
+class Example(TypedDict):
+    """One conversation as the model sees it; a label is IGNORE where nothing is to be learnt."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def turns(messages: Sequence[dict[str, str]]) -> Iterator[tuple[str, bool]]:
+    """A conversation as pieces of text, each with whether it is the model's to say.
+
+    The one place that knows the form: training and every way of asking go through it. The texts
+    are joined, not formatted, since a question may itself hold braces.
+    """
+    before, after = PROMPT_FORMAT.split("{question}")
+    for message in messages:
+        if message["role"] == "assistant":
+            yield " " + message["content"], True
+        else:
+            yield before + message["content"] + after, False
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
+    """Ids and labels, made together: the answers are learnt, each with its end of turn.
+
+    Every piece is cut into tokens by itself, exactly as when the model is asked, and as plain
+    text: an answer that quotes "<|endoftext|>" does not end there.
+    """
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for text, learnt in turns(messages):
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        if learnt:
+            ids = [*ids, tokenizer.eos_token_id]
+        input_ids += ids
+        labels += ids if learnt else [IGNORE] * len(ids)
+    return {"input_ids": input_ids, "labels": labels}
+
+
+def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+    """An example as text, with what is learnt between [[ and ]]."""
+    pieces = []
+    for learnt, group in itertools.groupby(
+        zip(example["input_ids"], example["labels"], strict=True),
+        key=lambda both: both[1] != IGNORE,
+    ):
+        text = tokenizer.decode([token for token, _ in group])
+        pieces.append(f"[[{text}]]" if learnt else text)
+    return "".join(pieces)
+
+
+def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
+    """Pairs to teach and pairs to hold out; all answers to one question stay on the same side."""
+    questions = sorted({fold(pair.question) for pair in pairs})
+    random.Random(seed).shuffle(questions)
+    enough = fraction > 0 and len(questions) >= FEWEST_TO_HOLD_OUT
+    held_out = set(questions[: max(1, round(fraction * len(questions)))] if enough else ())
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        sides[fold(pair.question) in held_out].append(pair)
+    return sides
+
+
+# ==================================================================================================
+# 5  Device and plan
+# ==================================================================================================
+
+
+class Device(NamedTuple):
+    """Where the model runs and in which numbers; `reason` is for the person."""
+
+    kind: str  # "cuda", "mps" or "cpu"
+    dtype: str  # of the computation; the weights of the adapter are float32 everywhere
+    four_bit: bool
+    reason: str
+
+
+class Plan(NamedTuple):
+    """How much work the run is."""
+
+    steps_per_epoch: int
+    steps: int
+    warmup_steps: int
+    tokens_per_epoch: int
+
+
+def choose_device(cfg: Config, kind: str, capability: tuple[int, int] = (0, 0)) -> Device:
+    if kind == "mps" and cfg.LOAD_IN_4BIT:
+        raise UserError("LOAD_IN_4BIT does not work on an Apple GPU. Leave it out.")
+    if kind != "cuda" or cfg.MODEL_NAME == DEMO_MODEL:
+        if cfg.MODEL_NAME == DEMO_MODEL:
+            reason = "float32: the demo model is small"
+        else:
+            reason = "float32; " + ("an Apple GPU" if kind == "mps" else "no GPU, so this is slow")
+        return Device(kind, "float32", bool(cfg.LOAD_IN_4BIT), reason)
+    # not torch.cuda.is_bf16_supported(): it says yes on a T4, where bfloat16 is emulated
+    native = capability >= (8, 0)
+    dtype, why = ("bfloat16", "native here") if native else ("float16", "too old for bfloat16")
+    four_bit = cfg.LOAD_IN_4BIT is not False
+    weights = "weights in 4 bits to save memory" if four_bit else "weights in 16 bits, as set"
+    return Device(kind, dtype, four_bit, f"{dtype} ({why}); {weights}")
+
+
+def pick_device(cfg: Config) -> Device:
+    import torch
+
+    if torch.cuda.is_available():
+        device = choose_device(cfg, "cuda", torch.cuda.get_device_capability())
+        name = torch.cuda.get_device_name()
+    else:
+        device = choose_device(cfg, "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "the processor" if device.kind == "cpu" else "the Apple GPU"
+    say("Device", f"{name}, {device.reason}")
+    return device
+
+
+def plan_run(cfg: Config, examples: Sequence[Example]) -> Plan:
+    batches = math.ceil(len(examples) / cfg.BATCH_SIZE)
+    steps_per_epoch = math.ceil(batches / cfg.GRADIENT_ACCUMULATION_STEPS)
+    steps = cfg.MAX_STEPS or steps_per_epoch * cfg.NUM_EPOCHS
+    tokens = sum(len(example["input_ids"]) for example in examples)
+    return Plan(steps_per_epoch, steps, math.ceil(cfg.WARMUP_RATIO * steps), tokens)
+
+
+# ==================================================================================================
+# 6  Models
+# ==================================================================================================
+
+PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
+FLAT_ATTENTION = "one_example_at_a_time"
+DEMO_MODEL = "demo"
+DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
+DEMO_STEPS = (
+    100  # of reading before the demo model is taught anything; fewer leave it without words
+)
+DEMO_SHAPE: dict[str, Any] = {
+    "vocab_size": 1024,
+    "hidden_size": 320,  # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need
+    "intermediate_size": 1280,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "partial_rotary_factor": 0.4,
+    "max_position_embeddings": 2048,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+
+def model_revision(cfg: Config) -> str | None:
+    return cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
+
+
+@contextmanager
+def explained_model_errors(cfg: Config) -> Iterator[None]:
+    """Turn what the Hub's client says about a name or a network into one message."""
+    try:
+        yield
+    except OSError as error:
+        revision = f" at revision {model_revision(cfg)}" if model_revision(cfg) else ""
+        raise UserError(
+            f"The model {cfg.MODEL_NAME}{revision} could not be loaded.\n"
+            f"{str(error).strip().splitlines()[0]}\n"
+            "Check MODEL_NAME and the internet connection. A model behind a licence needs a token: "
+            "accept the licence on its page, then set HF_TOKEN."
+        ) from None
+
+
+def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    if cfg.MODEL_NAME == DEMO_MODEL:
+        return demo_tokenizer()
+    with explained_model_errors(cfg):
+        tokenizer = AutoTokenizer.from_pretrained(cfg.MODEL_NAME, revision=model_revision(cfg))
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
+    return tokenizer
+
+
+def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
+    """The model as it was published, from `folder` or from where MODEL_NAME says."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    if folder is None and cfg.MODEL_NAME == DEMO_MODEL:
+        folder = demo_folder()
+    source = str(folder or cfg.MODEL_NAME)
+    options: dict[str, Any] = {"revision": None if folder else model_revision(cfg)}
+    with explained_model_errors(cfg):
+        shape = AutoConfig.from_pretrained(source, **options)
+        if getattr(shape, "hidden_act", "") == "gelu_new":
+            shape.hidden_act = "gelu_pytorch_tanh"  # the same function as one kernel, not eight
+        dtype = getattr(torch, device.dtype)
+        if device.four_bit:
+            options["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )
+        return AutoModelForCausalLM.from_pretrained(
+            source,
+            config=shape,
+            dtype=dtype,  # "auto" would load phi-2 as float16 even on a processor
+            attn_implementation="sdpa",  # sums in float32; plain attention overflows phi-2's float16
+            use_safetensors=True,
+            trust_remote_code=False,
+            device_map={"": device.kind},
+            **options,
+        )
+
+
+@contextmanager
+def usable_peft() -> Iterator[Any]:
+    """The peft library, kept from what it stumbles over and without messages nobody can act on."""
+    try:
+        old = tuple(map(int, metadata.version("torchao").split(".")[:2])) < (0, 16)
+    except (metadata.PackageNotFoundError, ValueError):
+        old = False
+    if old and "torchao" not in sys.modules:
+        # Colab's torchao is older than peft accepts, so that peft refuses every layer that is not
+        # in 4 bits. Nothing here needs torchao; None is Python's own mark of an absent module.
+        sys.modules["torchao"] = None  # type: ignore[assignment]
+        say("Note", "the old torchao of this machine is left aside: peft does not work with it")
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
+        )
+        import peft
+
+        yield peft
+
+
+def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+    import torch
+
+    linear = {
+        name.rpartition(".")[2]
+        for name, module in base.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    if unknown := sorted(set(cfg.LORA_TARGETS) - linear):
+        raise UserError(
+            f"LORA_TARGETS names {', '.join(unknown)}, which {cfg.MODEL_NAME} does not have.\n"
+            f"Its layers are: {', '.join(sorted(linear))}"
+        )
+    with usable_peft() as peft:
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            r=cfg.LORA_R,
+            lora_alpha=cfg.LORA_ALPHA,
+            lora_dropout=cfg.LORA_DROPOUT,
+            target_modules=list(cfg.LORA_TARGETS),
+            revision=model_revision(cfg),
+        )
+        return peft.get_peft_model(base, lora)
+
+
+def load_tuned(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The tuned model and its tokenizer from a finished run, with the settings it was made with."""
+    from transformers import AutoTokenizer
+
+    cfg = Config(**json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"])
+    own_base = folder / DEMO_BASE
+    base = load_base(cfg, pick_device(cfg), own_base if own_base.is_dir() else None)
+    with usable_peft() as peft:
+        model = peft.PeftModel.from_pretrained(base, folder)
+    return model.eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def attend_in_each_example(
+    module: torch.nn.Module,
+    query: torch.Tensor,  # (1, heads, tokens of all examples, size of a head); key and value alike
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    lengths: list[int],  # of the examples; required, so that they can never silently see each other
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Causal attention over a row of examples laid end to end, each seeing itself only."""
+    import torch
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
+    seen = [
+        sdpa_attention_forward(
+            module, *part, None, dropout=dropout, scaling=scaling, is_causal=True
+        )[0]
+        for part in parts
+    ]
+    return torch.cat(seen, dim=1), None
+
+
+@contextmanager
+def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Let the model read rows of several examples, as `flatten` makes them."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(FLAT_ATTENTION, attend_in_each_example)
+    AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
+    usual = model.config._attn_implementation
+    model.set_attn_implementation(FLAT_ATTENTION)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+def demo_text() -> str:
+    """A book of plain English that every Python carries: the language's own help pages."""
+    from pydoc_data import topics
+
+    return re.sub(r"[ \t]+", " ", "\n".join(topics.topics[name] for name in sorted(topics.topics)))
+
+
+def demo_tokenizer() -> PreTrainedTokenizerBase:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"
+    cutter = Tokenizer(models.BPE())
+    cutter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    cutter.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte: no text is ever unknown
+    size = DEMO_SHAPE["vocab_size"]
+    cutter.train_from_iterator(
+        [demo_text()],
+        trainers.BpeTrainer(
+            vocab_size=size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=cutter, eos_token=end, bos_token=end, pad_token=end, model_max_length=2048
+    )
+
+
+def demo_folder() -> Path:
+    """The demo model, built on first use and then kept with the other caches of this computer."""
+    import transformers
+
+    recipe = repr((DEMO_SHAPE, DEMO_STEPS, demo_text(), transformers.__version__))
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune_colab"
+    folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    if not (folder / "model.safetensors").is_file():
+        say("Model", "building the demo model (once, under a minute)")
+        with staged_folder(folder) as staged:
+            train_demo_model().save_pretrained(staged)
+    return folder
+
+
+def train_demo_model() -> PreTrainedModel:
+    """A small Phi that has read one book: it knows words, and no answers."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM, set_seed
+
+    set_seed(0)
+    model = PhiForCausalLM(PhiConfig(**DEMO_SHAPE, hidden_act="gelu_pytorch_tanh"))
+    ids = torch.tensor(demo_tokenizer().backend_tokenizer.encode(demo_text()).ids)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=DEMO_STEPS)
+    for _ in range(DEMO_STEPS):
+        starts = torch.randint(len(ids) - 128, (16,)).tolist()
+        batch = torch.stack([ids[start : start + 128] for start in starts])
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+# ==================================================================================================
+# 7  Training
+# ==================================================================================================
+
+
+@dataclass
+class Prepared:
+    """Everything that training needs of the data; made without a GPU and without the weights."""
+
+    tokenizer: PreTrainedTokenizerBase
+    pairs: Pairs
+    train_pairs: list[Pair]
+    held_out_pairs: list[Pair]
+    train: list[Example]
+    held_out: list[Example]
+
+
+def prepare(cfg: Config) -> Prepared:
+    """From the data file to tokens, saying what was found. The same for `check` and for training."""
+    pairs = find_pairs(cfg)
+    tokenizer = load_tokenizer(cfg)
+    examples = {pair[1:]: encode(tokenizer, pair.messages) for pair in pairs.kept}
+    too_long = {
+        place for place, example in examples.items() if len(example["labels"]) > cfg.MAX_LENGTH
+    }
+    reason = f"longer than MAX_LENGTH, {cfg.MAX_LENGTH} tokens (raise it or shorten the row)"
+    pairs.dropped += [Note(*pair[1:], reason) for pair in pairs.kept if pair[1:] in too_long]
+    pairs.kept = [pair for pair in pairs.kept if pair[1:] not in too_long]
+    say_pairs(pairs)
+    if len(pairs.kept) < FEWEST_PAIRS:
+        raise UserError(
+            f"{pairs.path} has {len(pairs.kept)} pairs to learn from; at least {FEWEST_PAIRS} are needed.\n"
+            "Fill in more rows, each with a question and an answer."
+        )
+    if len(pairs.kept) < ENOUGH_PAIRS:
+        say(
+            "Warning",
+            f"{len(pairs.kept)} pairs are few: from {ENOUGH_PAIRS} on, answers get reliable.",
+        )
+    train, held_out = split_pairs(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    sides = ([examples[pair[1:]] for pair in side] for side in (train, held_out))
+    return Prepared(tokenizer, pairs, train, held_out, *sides)
+
+
+def flatten(examples: Sequence[Example]) -> dict[str, Any]:
+    """Lay examples end to end in one row, without a single token of padding.
+
+    Positions start again with each example, attention stays inside each (see flat_rows), and the
+    model's last layer runs only at the positions that have something to predict.
+    """
+    import torch
+
+    lengths = [len(example["input_ids"]) for example in examples]
+    labels = torch.tensor([label for example in examples for label in example["labels"]])
+    return {
+        "input_ids": torch.tensor(
+            [[token for example in examples for token in example["input_ids"]]]
+        ),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": labels[None],  # the first of each example is a prompt's, so nothing leaks across
+        "logits_to_keep": (labels != IGNORE).nonzero()[:, 0] - 1,  # position i predicts i + 1
+        "lengths": lengths,
+        "use_cache": False,
+    }
+
+
+def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Cross entropy of the tokens to learn, summed; logits are there for these tokens only."""
+    import torch
+
+    return torch.nn.functional.cross_entropy(
+        logits[0].float(), labels[labels != IGNORE], reduction="sum"
+    )
+
+
+def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """This batch's share of the mean over all tokens of the step, however the step was cut up."""
+    loss = summed_loss(outputs.logits, labels) / num_items_in_batch
+    if not math.isfinite(loss.item()):
+        raise UserError(
+            "The loss is no longer a number (NaN), so training stopped before it could do harm.\n"
+            "Lower LEARNING_RATE, for example to half, and run again."
+        )
+    return loss
+
+
+def mean_loss(
+    model: PeftModel, examples: Sequence[Example], batch_size: int, device: Device
+) -> float:
+    """Mean loss of a token to predict, over all examples together."""
+    import torch
+
+    was_training, total, tokens = model.training, 0.0, 0
+    model.eval()
+    half = device.dtype != "float32"
+    try:
+        with (
+            torch.no_grad(),
+            flat_rows(model),
+            torch.autocast(device.kind, getattr(torch, device.dtype), enabled=half),
+        ):
+            for start in range(0, len(examples), batch_size):
+                batch = flatten(examples[start : start + batch_size])
+                batch = {
+                    k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()
+                }
+                labels = batch.pop("labels")
+                total += summed_loss(model(**batch).logits, labels).item()
+                tokens += int((labels != IGNORE).sum())
+    finally:
+        model.train(was_training)
+    return total / tokens
+
+
+def build_trainer(
+    cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device, folder: Path
+) -> Trainer:
+    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
+
+    class AnswerTrainer(Trainer):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """Per token rather than per batch; and a checkpoint each time, one of which is the best."""
+            metrics = {"eval_loss": mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)}
+            self.log(metrics)
+            self.control: TrainerControl = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            self.control.should_save = True
+            return metrics
+
+    on_gpu = device.kind == "cuda"
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=cfg.NUM_EPOCHS,
+        max_steps=plan.steps,
+        per_device_train_batch_size=cfg.BATCH_SIZE,
+        gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
+        learning_rate=cfg.LEARNING_RATE,
+        lr_scheduler_type=cfg.LR_SCHEDULER,
+        warmup_steps=plan.warmup_steps,
+        optim=optimizer_name(cfg, device),
+        weight_decay=cfg.WEIGHT_DECAY,
+        max_grad_norm=cfg.MAX_GRAD_NORM,
+        fp16=on_gpu and device.dtype == "float16",
+        bf16=on_gpu and device.dtype == "bfloat16",
+        use_cpu=device.kind == "cpu",
+        seed=cfg.SEED,
+        eval_strategy="steps" if data.held_out else "no",
+        eval_steps=cfg.EVAL_STEPS or plan.steps_per_epoch,
+        metric_for_best_model="eval_loss" if data.held_out else None,
+        greater_is_better=False,
+        logging_steps=cfg.LOGGING_STEPS,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
+        save_strategy="steps",
+        save_steps=cfg.SAVE_STEPS,
+        save_total_limit=2,  # and the best one
+        include_num_input_tokens_seen="all",  # every token counts: none is padding
+        remove_unused_columns=False,
+        dataloader_pin_memory=on_gpu,
+        report_to=cfg.REPORT_TO,
+        **({"gradient_checkpointing": True} if cfg.GRADIENT_CHECKPOINTING else {}),
+    )
+    patience = cfg.EARLY_STOPPING_PATIENCE if data.held_out else 0
+    return AnswerTrainer(
+        model,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.held_out or None,
+        data_collator=flatten,
+        compute_loss_func=step_loss,
+        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
+    )
+
+
+def optimizer_name(cfg: Config, device: Device) -> str:
+    if cfg.OPTIMIZER == "auto":
+        return "paged_adamw_32bit" if device.kind == "cuda" else "adamw_torch"
+    if cfg.OPTIMIZER.startswith("paged") and device.kind != "cuda":
+        raise UserError(f"OPTIMIZER {cfg.OPTIMIZER} needs an NVIDIA GPU. Use auto or adamw_torch.")
+    return cfg.OPTIMIZER
+
+
+class Clock:
+    """Seconds spent in training steps: from the first to the last, measuring and saving left out."""
+
+    def __init__(self) -> None:
+        self.wall = self.cpu = 0.0
+        self.mark: tuple[float, float] | None = None
+
+    def run(self) -> None:
+        self.stop()
+        self.mark = time.perf_counter(), time.process_time()
+
+    def stop(self) -> None:
+        if self.mark:
+            self.wall += time.perf_counter() - self.mark[0]
+            self.cpu += time.process_time() - self.mark[1]
+        self.mark = None
+
+
+def add_callbacks(trainer: Trainer, clock: Clock) -> None:
+    """Time the steps, and show the losses in the progress bar rather than below it."""
+    from transformers import ProgressCallback, TrainerCallback
+
+    class Timing(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            clock.run()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            if control.should_evaluate or control.should_save or control.should_training_stop:
+                clock.stop()
+
+    class LossBar(ProgressCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            super().on_train_begin(args, state, control, **kwargs)
+            self.shown: dict[str, str] = {}
+            self.training_bar.set_description("Training")
+            self.training_bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            names = {"loss": "loss", "eval_loss": "validation"}
+            self.shown |= {names[k]: f"{v:.3f}" for k, v in (logs or {}).items() if k in names}
+            if self.training_bar:
+                self.training_bar.set_postfix(self.shown, refresh=False)
+
+    trainer.add_callback(Timing)
+    if trainer.pop_callback(ProgressCallback):  # a notebook kernel has a table instead: left alone
+        trainer.add_callback(LossBar)
+
+
+@dataclass
+class Trained:
+    """What a training came to, for the report."""
+
+    history: list[dict[str, float]]
+    base_loss: float | None
+    final_loss: float | None
+    best_step: int | None
+    steps: int
+    epochs: float
+    tokens: int
+    clock: Clock
+    peak_memory_gb: float
+    trainable: int
+    parameters: int
+
+
+def train_adapter(
+    cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device
+) -> Trained:
+    """Train, and leave in `model` the adapter to keep."""
+    import torch
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    folder = Path(cfg.CHECKPOINT_DIR) / time.strftime("%Y-%m-%d_%H-%M-%S")
+    trainer = build_trainer(cfg, model, data, plan, device, folder)
+    add_callbacks(trainer, clock := Clock())
+    trainable, parameters = model.get_nb_trainable_parameters()
+    base_loss = None
+    if data.held_out:
+        with model.disable_adapter():
+            base_loss = mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)
+        say("Before", f"validation loss of the untrained model: {base_loss:.3f}")
+    try:
+        with flat_rows(model):
+            trainer.train()
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"The GPU ran out of memory: {str(error).splitlines()[0]}\n"
+            "Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by as much: the result stays the "
+            "same), or set GRADIENT_CHECKPOINTING, or lower MAX_LENGTH."
+        ) from None
+    state = trainer.state
+    best_step = state.best_global_step if data.held_out and cfg.KEEP_BEST else None
+    if best_step and best_step != state.global_step:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder / f"checkpoint-{best_step}")))
+    losses = {
+        entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
+    }
+    return Trained(
+        history=state.log_history,
+        base_loss=base_loss,
+        final_loss=losses.get(best_step or state.global_step),
+        best_step=best_step,
+        steps=state.global_step,
+        epochs=state.epoch,
+        tokens=int(state.num_input_tokens_seen),
+        clock=clock,
+        peak_memory_gb=peak_memory_gb(device),
+        trainable=trainable,
+        parameters=parameters,
+    )
+
+
+def peak_memory_gb(device: Device) -> float:
+    """The most memory in use so far: the GPU's where there is one, or else this process's."""
+    import torch
+
+    if device.kind == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+# ==================================================================================================
+# 8  Report
+# ==================================================================================================
+
+ZIP_NAME = "fine_tuned_model.zip"
+MOST_BARS = 12  # epochs; more are drawn as lines
+BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
+
+
+def mean_train_loss(history: Sequence[dict[str, float]]) -> float:
+    """Mean over all steps; a logged loss is the mean of the steps since the one before it."""
+    logged = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
+    starts = [0, *(step for step, _ in logged)]
+    total = sum(loss * (step - start) for (step, loss), start in zip(logged, starts, strict=False))
+    return total / starts[-1]
+
+
+def epoch_losses(history: Sequence[dict[str, float]]) -> list[tuple[int, float, float | None]]:
+    """For every epoch its mean training loss, and the last validation loss measured in it."""
+    epochs: dict[int, tuple[list[float], list[float]]] = {}
+    for entry in history:
+        train, measured = epochs.setdefault(math.ceil(entry["epoch"] - 1e-6), ([], []))
+        if "loss" in entry:
+            train.append(entry["loss"])
+        if "eval_loss" in entry:
+            measured.append(entry["eval_loss"])
+    return [
+        (epoch, statistics.fmean(train), measured[-1] if measured else None)
+        for epoch, (train, measured) in sorted(epochs.items())
+        if train
+    ]
+
+
+def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
+    return {
+        "train_loss": mean_train_loss(trained.history),
+        "eval_loss": trained.final_loss,
+        "base_eval_loss": trained.base_loss,
+        "best_step": trained.best_step,
+        "steps": trained.steps,
+        "epochs": trained.epochs,
+        "train_pairs": len(data.train_pairs),
+        "eval_pairs": len(data.held_out_pairs),
+        "tokens_trained": trained.tokens,
+        "train_seconds": round(trained.clock.wall, 3),
+        "train_cpu_seconds": round(trained.clock.cpu, 3),
+        "tokens_per_second": round(trained.tokens / trained.clock.wall, 1),
+        "peak_memory_gb": round(trained.peak_memory_gb, 3),
+        "trainable_parameters": trained.trainable,
+        "trainable_percent": round(100 * trained.trainable / trained.parameters, 4),
+    }
+
+
+def draw_training_curves(trained: Trained) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 6), layout="constrained", dpi=110)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    steps, losses = series(trained.history, "loss")
+    reach = len(losses) // 40
+    smooth = [
+        statistics.fmean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))
+    ]
+    top.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
+    top.plot(steps, smooth, color=BLUE, label="training")
+    measured = series(trained.history, "eval_loss")
+    if measured[0]:
+        top.plot(*measured, "o-", color=ORANGE, label="validation (held-out questions)")
+    if trained.base_loss is not None:
+        top.axhline(
+            trained.base_loss, color=GREY, linestyle="--", label="validation, before training"
+        )
+    if trained.best_step:
+        top.axvline(trained.best_step, color=ORANGE, linestyle=":", label="adapter kept")
+    top.set(title="Loss while training: lower is better", ylabel="loss per token (nats)")
+    top.set_ylim(bottom=0)
+    top.legend()
+    bottom.plot(*series(trained.history, "learning_rate"), color=BLUE)
+    bottom.set(title="Learning rate", xlabel="step", ylabel="size of a step")
+    bottom.ticklabel_format(axis="y", scilimits=(0, 0))
+    for axes in (top, bottom):
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def draw_loss_comparison(trained: Trained) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    epochs = epoch_losses(trained.history)
+    measured = [(epoch, loss) for epoch, _, loss in epochs if loss is not None]
+    lines = {
+        ("training", BLUE, -0.2): [(epoch, loss) for epoch, loss, _ in epochs],
+        ("validation (held-out questions)", ORANGE, 0.2): measured,
+    }
+    for (label, colour, shift), points in lines.items():
+        x, y = [epoch for epoch, _ in points], [loss for _, loss in points]
+        if points and len(epochs) <= MOST_BARS:
+            axes.bar([epoch + shift for epoch in x], y, width=0.38, color=colour, label=label)
+        elif points:
+            axes.plot(x, y, color=colour, label=label)
+    if trained.base_loss is not None:
+        axes.axhline(
+            trained.base_loss, color=GREY, linestyle="--", label="validation, before training"
+        )
+    axes.set(title="Loss by epoch: lower is better", xlabel="epoch", ylabel="loss per token (nats)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def series(history: Sequence[dict[str, float]], key: str) -> tuple[list[int], list[float]]:
+    points = [(int(entry["step"]), entry[key]) for entry in history if key in entry]
+    return [step for step, _ in points], [value for _, value in points]
+
+
+def write_visuals(
+    folder: Path, cfg: Config, device: Device, data: Prepared, trained: Trained
+) -> None:
+    folder.mkdir()
+    write_json(folder / "training_metrics.json", metrics_of(data, trained))
+    write_json(folder / "training_config.json", setting_values(cfg) | {"device": device._asdict()})
+    fields = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    with (folder / "training_metrics.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.DictWriter(file, fields, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(e for e in trained.history if "loss" in e or "eval_loss" in e)
+    draw_training_curves(trained).savefig(folder / "training_curves.png")
+    draw_loss_comparison(trained).savefig(folder / "loss_comparison.png")
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
+    """run.json: what later commands need to know, so that nobody types a setting twice."""
+    pairs = [pair.messages for pair in data.pairs.kept]
+    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
+    return {
+        "settings": setting_values(cfg),
+        "prompt_format": PROMPT_FORMAT,
+        "base_model": cfg.MODEL_NAME,
+        "base_revision": model_revision(cfg),
+        "device": device._asdict(),
+        "dataset": {
+            "file": data.pairs.path.name,
+            "sheet": data.pairs.table.sheet,
+            "question_column": data.pairs.table.header[data.pairs.columns.question],
+            "answer_column": data.pairs.table.header[data.pairs.columns.answer],
+            "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
+            "held_out_rows": [pair.row for pair in data.held_out_pairs],
+        },
+        "versions": {"python": sys.version.split()[0]}
+        | {p: installed_version(p) for p in packages},
+        "results": metrics_of(data, trained),
+    }
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
+    toy = cfg.MODEL_NAME == DEMO_MODEL
+    local = Path(cfg.MODEL_NAME).is_dir()
+    shown = (
+        "the built-in demo model" if toy else Path(cfg.MODEL_NAME).name if local else cfg.MODEL_NAME
+    )
+    source = DEMO_BASE if toy else shown
+    revision = model_revision(cfg)
+    front = [
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        "tags:",
+        "- lora",
+        "- question-answering",
+    ]
+    if not toy and not local:
+        front.insert(0, f"base_model: {cfg.MODEL_NAME}")
+    figures = {
+        "Pairs trained on / held out": f"{len(data.train_pairs)} / {len(data.held_out_pairs)}",
+        "Steps / epochs": f"{trained.steps} / {trained.epochs:g}",
+        "Validation loss before → after": f"{in_words(trained.base_loss)} → {in_words(trained.final_loss)}",
+        "Training loss, mean over all steps": in_words(mean_train_loss(trained.history)),
+        "LoRA rank / alpha / dropout": f"{cfg.LORA_R} / {cfg.LORA_ALPHA} / {cfg.LORA_DROPOUT}",
+        "Adapted layers": ", ".join(cfg.LORA_TARGETS),
+        "Trainable parameters": f"{trained.trainable:,}",
+    }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
+    return CARD.format(
+        front="\n".join(front),
+        base=shown,
+        source=source,
+        revision=f', revision="{revision}"' if revision else "",
+        prompt=PROMPT_FORMAT,
+        prompt_code=repr(PROMPT_FORMAT),
+        rows=rows,
+    )
+
+
+def in_words(loss: float | None) -> str:
+    return "not measured" if loss is None else f"{loss:.3f}"
+
+
+CARD = """\
+---
+{front}
+---
+
+# A LoRA adapter for {base}
+
+Trained by `finetune_colab.py` on pairs of questions and answers.
+
+## Ask it
+
+The adapter knows one form of question, exactly this, and its answer ends by itself:
+
+```text
+{prompt}
+```
+
+Run this in the folder of this file (packages: torch, transformers, peft). On Colab, first run
+`pip uninstall -y torchao`: the version there is too old for peft.
+
+```python
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+device = "cuda" if torch.cuda.is_available() else "cpu"
+dtype = torch.float16 if device == "cuda" else torch.float32
+base = AutoModelForCausalLM.from_pretrained("{source}", dtype=dtype{revision})
+model = PeftModel.from_pretrained(base, ".").to(device).eval()
+tokenizer = AutoTokenizer.from_pretrained(".")
+
+prompt = {prompt_code}.replace("{{question}}", "What is overfitting?")
+inputs = tokenizer(prompt, return_tensors="pt").to(device)
+output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+```
+
+## The run
+
+| | |
+| --- | --- |
+{rows}
+
+The loss is the mean per answer token, end of turn included, in nats. It says how well the held-out
+answers are foreseen, not whether answers are true: read some before you rely on them.
+"""
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its final name only when everything in it is complete.
+
+    What stood under that name stays beside it as NAME.previous.
+    """
+    staged = final.with_name(f"{final.name}.partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    try:
+        yield staged
+    except BaseException:
+        shutil.rmtree(staged, ignore_errors=True)
+        raise
+    if final.exists():
+        previous = final.with_name(f"{final.name}.previous")
+        shutil.rmtree(previous, ignore_errors=True)
+        final.rename(previous)
+    staged.rename(final)
+
+
+def write_zip(folder: Path) -> Path:
+    """All files of the folder in one zip beside it, read back before it gets its name."""
+    target = folder.parent / ZIP_NAME
+    partial = target.with_suffix(".partial")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in sorted(folder.rglob("*")):
+            if path.is_file() and not path.is_symlink():
+                archive.write(path, path.relative_to(folder))
+    with zipfile.ZipFile(partial) as archive:
+        if broken := archive.testzip():
+            raise UserError(
+                f"{target} could not be written: {broken} came back damaged. Is the disk full?"
+            )
+    partial.replace(target)
+    return target
+
+
+def save_run(
+    cfg: Config, model: PeftModel, device: Device, data: Prepared, trained: Trained
+) -> tuple[Path, Path]:
+    """Everything that lands in OUTPUT_DIR, and the zip."""
+    final = output_folder(cfg)
+    with staged_folder(final) as staged:
+        model.save_pretrained(staged, save_embedding_layers=False)  # the embeddings are the base's
+        data.tokenizer.save_pretrained(staged)
+        if cfg.MODEL_NAME == DEMO_MODEL:
+            shutil.copytree(demo_folder(), staged / DEMO_BASE)
+        write_json(staged / "run.json", run_record(cfg, device, data, trained))
+        (staged / "README.md").write_text(model_card(cfg, data, trained), encoding="utf-8")
+        write_visuals(staged / "training_visuals", cfg, device, data, trained)
+    return final, write_zip(final)
+
+
+# ==================================================================================================
+# 9  Answering
+# ==================================================================================================
+
+LONGEST_ANSWER = 256  # tokens
+
+
+class Answer(NamedTuple):
+    text: str
+    stopped: bool  # by itself, at the end of its turn
+
+
+def answer(
+    model: PeftModel | PreTrainedModel, tokenizer: Any, questions: Sequence[str]
+) -> list[Answer]:
+    """Answers without chance: always the likeliest next token. The one place that generates."""
+    import torch
+    from transformers import GenerationConfig
+
+    prompts = [encode(tokenizer, [{"role": "user", "content": q}])["input_ids"] for q in questions]
+    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    greedy = GenerationConfig(
+        max_new_tokens=LONGEST_ANSWER,
+        do_sample=False,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            rows = model.generate(**batch.to(model.device), generation_config=greedy)
+    finally:
+        model.train(was_training)
+    answers = []
+    for row in rows[:, batch["input_ids"].shape[1] :].tolist():
+        stopped = tokenizer.eos_token_id in row
+        ids = row[: row.index(tokenizer.eos_token_id)] if stopped else row
+        answers.append(Answer(tokenizer.decode(ids).strip(), stopped))
+    return answers
+
+
+# ==================================================================================================
+# 10  Commands
+# ==================================================================================================
+
+DEMO_SETTINGS: dict[str, Any] = {
+    "MODEL_NAME": DEMO_MODEL,
+    "DATASET_PATH": EXAMPLE_DATASET,
+    "LEARNING_RATE": 1e-2,
+    "BATCH_SIZE": 10,
+    "GRADIENT_ACCUMULATION_STEPS": 1,
+    "MAX_STEPS": 400,
+    "EVAL_STEPS": 100,
+    "SAVE_STEPS": 400,
+    "KEEP_BEST": False,  # learning by heart is the point here, and held-out answers suffer from it
+}
+
+
+def train(cfg: Config) -> int:
+    """Teach the model, and leave behind the adapter, the pictures and the zip."""
+    check_output_folder(cfg)
+    data = prepare(cfg)
+    plan = plan_run(cfg, data.train)
+    say_plan(cfg, data, plan)
+    device = pick_device(cfg)
+    from transformers import set_seed
+
+    base = load_base(cfg, device)
+    set_seed(cfg.SEED)
+    model = add_lora(cfg, base)
+    trained = train_adapter(cfg, model, data, plan, device)
+    folder, archive = save_run(cfg, model, device, data, trained)
+    say_result(trained, folder, archive)
+    return 0
+
+
+def check(cfg: Config) -> int:
+    """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
+    try:
+        data = prepare(cfg)
+    except UserError as error:
+        say("Problem", str(error))
+        return 1
+    say_plan(cfg, data, plan_run(cfg, data.train))
+    example = min(data.train, key=lambda one: len(one["input_ids"]))
+    say("Example", "what the model reads, with what it learns between [[ and ]]:")
+    print(textwrap.indent(marked(data.tokenizer, example), " " * 11))
+    say("Ready", "training would go ahead. Start it with the same command without the word check.")
+    return 0
+
+
+def demo(cfg: Config) -> int:
+    """The whole job on the built-in model, then the questions of the workbook, before and after."""
+    say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
+    train(cfg)
+    data = find_pairs(cfg)
+    held_out = set(
+        json.loads((output_folder(cfg) / "run.json").read_text())["dataset"]["held_out_rows"]
+    )
+    taught = [pair for pair in data.kept if pair.row not in held_out]
+    model, tokenizer = load_tuned(output_folder(cfg))
+    questions = [pair.question for pair in taught]
+    with model.disable_adapter():
+        before = answer(model, tokenizer, questions[:3])
+    after = answer(model, tokenizer, questions)
+    for pair, old, new in zip(taught[:3], before, after, strict=False):
+        say("Question", pair.question)
+        say("  before", preview(old.text, 130))
+        say("  after", new.text)
+    exact = sum(new.text == pair.answer for pair, new in zip(taught, after, strict=True))
+    stopped = sum(new.stopped for new in after)
+    say(
+        "Result",
+        f"{exact} of the {len(taught)} answers it was taught come back word for word; "
+        f"{stopped} of {len(taught)} stop by themselves.",
+    )
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Config], int]] = {"train": train, "check": check, "demo": demo}
+
+
+def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
+    held_out = (
+        f"{len(data.held_out_pairs)} held out to measure" if data.held_out else "none held out"
+    )
+    say("Pairs", f"{len(data.train_pairs)} to learn, {held_out}")
+    size = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    epochs = plan.steps / plan.steps_per_epoch
+    say(
+        "Plan",
+        f"{plan.steps} steps of {size} pairs, {epochs:.3g} times over {plan.tokens_per_epoch:,} tokens",
+    )
+
+
+def say_result(trained: Trained, folder: Path, archive: Path) -> None:
+    if trained.final_loss is not None and trained.base_loss is not None:
+        share = 1 - trained.final_loss / trained.base_loss
+        change = f"{abs(share):.0%} {'lower' if share > 0 else 'HIGHER: it learnt the rows by heart or wrongly'}"
+        say(
+            "After",
+            f"validation loss {trained.final_loss:.3f}, was {trained.base_loss:.3f}: {change}",
+        )
+    seconds = (
+        f"{trained.clock.wall:.0f} s"
+        if trained.clock.wall < 120
+        else f"{trained.clock.wall / 60:.1f} min"
+    )
+    say(
+        "Time",
+        f"{seconds} of training, {trained.tokens / trained.clock.wall:,.0f} tokens a second, "
+        f"at most {trained.peak_memory_gb:.1f} GB of memory",
+    )
+    say("Saved", f"{folder}: the adapter; pictures in {folder / 'training_visuals'}")
+    say("Download", f"{archive} has all of it (on Colab: the folder icon at the left, then ⋮)")
+
+
+def output_folder(cfg: Config) -> Path:
+    return Path(cfg.OUTPUT_DIR).expanduser()
+
+
+def check_output_folder(cfg: Config) -> None:
+    """Refuse in the first second what would fail, or do harm, when the training is over."""
+    final = output_folder(cfg)
+    if Path.cwd().is_relative_to(final.resolve()) or (final.exists() and not final.is_dir()):
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
+        )
+    record = final / "run.json"
+    if final.is_dir() and any(final.iterdir()) and not record.is_file():
+        raise UserError(
+            f"OUTPUT_DIR {final} holds files that are not from this script, so it is left alone.\n"
+            f"Choose a new folder: --output-dir {final / 'model'}"
+        )
+    if record.is_file() and cfg.MODEL_NAME == DEMO_MODEL:
+        model = json.loads(record.read_text(encoding="utf-8"))["base_model"]
+        if model != DEMO_MODEL:
+            raise UserError(
+                f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
+                "Add --output-dir demo_model"
+            )
+    for folder in (final.parent, Path(cfg.CHECKPOINT_DIR).expanduser()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            probe = folder / ".finetune_colab_probe"
+            probe.write_text("can this folder be written to?")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"The folder {folder.resolve()} cannot be written to: {error.strerror}.\n"
+                "Choose another with --output-dir and --checkpoint-dir"
+            ) from None
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(
+            f"{message[:1].upper()}{message[1:]}.\n--help lists the commands and flags."
+        )
+
+
+def build_parser() -> Parser:
+    """The command line, derived from Config."""
+    parser = Parser(
+        prog="finetune_colab.py",
+        usage="%(prog)s [train | check | demo] [--config FILE] [--SETTING VALUE ...]",
+        description=(__doc__ or "").partition("\n")[0],
+        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend, 130 interrupted.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
+        allow_abbrev=False,
+    )
+    summaries = "; ".join(f"{name}: {first_sentence(run)}" for name, run in COMMANDS.items())
+    parser.add_argument(
+        "command", nargs="?", choices=list(COMMANDS), default="train", help=summaries
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
+    notes, groups = setting_notes(), {}
+    for name, kind in setting_types().items():
+        title, note = notes.get(name, ("Settings", ""))
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        options: dict[str, Any] = {"metavar": name.rpartition("_")[2]}
+        if kind in (bool, bool | None):
+            options = {"action": argparse.BooleanOptionalAction}
+        help_text = f"{note} [{example_value(name) or 'empty'}]".replace("%", "%%")
+        groups[title].add_argument(
+            flag(name), dest=name, default=argparse.SUPPRESS, help=help_text, **options
+        )
+    return parser
+
+
+def first_sentence(function: Callable[..., Any]) -> str:
+    text = (function.__doc__ or "").partition(".")[0]
+    return text[:1].lower() + text[1:]
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
+    """The command and its settings: Config, then the demo's, then the file's, then the flags'."""
+    known = [flag(name) for name in setting_types()] + ["--config", "--help"]
+    for part in argv:
+        word = part.partition("=")[0].replace("--no-", "--", 1)
+        if word.startswith("--") and word not in known:
+            raise UserError(
+                f"There is no flag {word}.{did_you_mean(word, known)}\n--help lists all."
+            )
+    flags = vars(build_parser().parse_args(list(argv)))
+    command, file = flags.pop("command"), flags.pop("config")
+    demo_settings = DEMO_SETTINGS if command == "demo" else {}
+    cfg = Config(**demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
+    if problems := config_problems(cfg):
+        raise UserError("\n".join(problems))
+    return command, Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+
+
+def command_line() -> list[str]:
+    """What the person typed; in a notebook kernel the arguments are the kernel's own."""
+    return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        command, cfg = read_command_line(command_line() if argv is None else argv)
+        return COMMANDS[command](cfg)
+    except UserError as error:
+        message = str(error)
+    except ModuleNotFoundError as error:
+        message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
+    except KeyboardInterrupt:
+        print("\nInterrupted. Nothing of an earlier run was touched.", file=sys.stderr)
+        return 130
+    except SystemExit as done:  # argparse leaves this way after --help
+        return int(done.code or 0)
+    print(file=sys.stderr)
+    say("Stopped", message, sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    code = main()
+    if code:  # a notebook shows even sys.exit(0) as an error
+        sys.exit(code)
