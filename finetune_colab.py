@@ -18,7 +18,7 @@ Map: the file reads as the data flows, and each section calls only sections abov
 """
 
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.10",
 #     "transformers>=5.3",
@@ -976,7 +976,13 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
             target_modules=list(cfg.LORA_TARGETS),
             revision=model_revision(cfg),
         )
-        return peft.get_peft_model(base, lora)
+        model = peft.get_peft_model(base, lora)
+    for module in model.modules():
+        # On some processors bitsandbytes repacks a 4-bit layer at its first use without gradients;
+        # a repacked layer hands no gradient on, so measuring once would end all learning.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_tuned(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the internet
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two busy cores must not spin against each other
-
 import openpyxl
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import finetune_colab as ft
+
+ROOT = Path(ft.__file__).resolve().parent
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the internet
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two busy cores must not spin against each other
 
 END = "<|endoftext|>"
 PAIRS = [
@@ -90,7 +88,9 @@ def phi_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
     return folder
 
 
-def write_workbook(path: Path, rows: Sequence[Sequence[object]], **more: Sequence[Sequence[object]]) -> Path:
+def write_workbook(
+    path: Path, rows: Sequence[Sequence[object]], **more: Sequence[Sequence[object]]
+) -> Path:
     """A workbook with `rows` on its first sheet and a further sheet for each keyword."""
     book = openpyxl.Workbook()
     sheets = {"Sheet": rows, **more}
