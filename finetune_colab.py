@@ -67,7 +67,13 @@ if TYPE_CHECKING:  # the heavy libraries load inside the functions that need the
     import torch
     from matplotlib.figure import Figure
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerControl
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        Trainer,
+        TrainerControl,
+        TrainingArguments,
+    )
 
 # ==================================================================================================
 # 1  Settings and errors
@@ -78,13 +84,9 @@ class Config:
     """Every setting, once. Edit a value here, or give its flag: LORA_R is also --lora-r."""
 
     # -- Model
-    MODEL_NAME: str = (
-        "microsoft/phi-2"  # a model on the Hugging Face Hub, a local folder, or "demo"
-    )
+    MODEL_NAME: str = "microsoft/phi-2"  # a model on the Hub, a folder with one, or "demo"
     MODEL_REVISION: str = ""  # a commit of that model; empty = the pinned one, or else the newest
-    LOAD_IN_4BIT: bool | None = (
-        None  # weights in 4 bits (NF4); None = yes on an NVIDIA GPU, else no
-    )
+    LOAD_IN_4BIT: bool | None = None  # weights in 4 bits; None = yes on an NVIDIA GPU, else no
 
     # -- Data
     DATASET_PATH: str = "dataset.xlsx"  # a workbook (.xlsx) or a text table (.csv)
@@ -101,14 +103,7 @@ class Config:
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
     LORA_ALPHA: int = 32  # strength of the adapter; twice the rank is usual
     LORA_DROPOUT: float = 0.05  # share of the adapter's input switched off while training
-    LORA_TARGETS: list[str] = [
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "dense",
-        "fc1",
-        "fc2",
-    ]  # layers to adapt
+    LORA_TARGETS: list[str] = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]  # which layers
 
     # -- Training
     LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
@@ -1214,26 +1209,14 @@ def mean_loss(
     return total / tokens
 
 
-def build_trainer(
-    cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device, folder: Path
-) -> Trainer:
-    from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
-
-    class AnswerTrainer(Trainer):
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """Per token rather than per batch; and a checkpoint each time, one of which is the best."""
-            metrics = {"eval_loss": mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)}
-            self.log(metrics)
-            self.control: TrainerControl = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
-            self.control.should_save = True
-            return metrics
+def training_arguments(
+    cfg: Config, plan: Plan, device: Device, measured: bool, folder: Path
+) -> TrainingArguments:
+    from transformers import TrainingArguments
 
     on_gpu = device.kind == "cuda"
-    arguments = TrainingArguments(
+    return TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=cfg.NUM_EPOCHS,
         max_steps=plan.steps,
         per_device_train_batch_size=cfg.BATCH_SIZE,
         gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
@@ -1247,14 +1230,13 @@ def build_trainer(
         bf16=on_gpu and device.dtype == "bfloat16",
         use_cpu=device.kind == "cpu",
         seed=cfg.SEED,
-        eval_strategy="steps" if data.held_out else "no",
+        eval_strategy="steps" if measured else "no",
         eval_steps=cfg.EVAL_STEPS or plan.steps_per_epoch,
-        metric_for_best_model="eval_loss" if data.held_out else None,
+        metric_for_best_model="eval_loss" if measured else None,
         greater_is_better=False,
         logging_steps=cfg.LOGGING_STEPS,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
-        save_strategy="steps",
         save_steps=cfg.SAVE_STEPS,
         save_total_limit=2,  # and the best one
         include_num_input_tokens_seen="all",  # every token counts: none is padding
@@ -1263,10 +1245,28 @@ def build_trainer(
         report_to=cfg.REPORT_TO,
         **({"gradient_checkpointing": True} if cfg.GRADIENT_CHECKPOINTING else {}),
     )
+
+
+def build_trainer(
+    cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device, folder: Path
+) -> Trainer:
+    from transformers import EarlyStoppingCallback, Trainer
+
+    class AnswerTrainer(Trainer):
+        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+            """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
+            metrics = {"eval_loss": mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)}
+            self.log(metrics)
+            self.control: TrainerControl = self.callback_handler.on_evaluate(
+                self.args, self.state, self.control, metrics
+            )
+            self.control.should_save = True
+            return metrics
+
     patience = cfg.EARLY_STOPPING_PATIENCE if data.held_out else 0
     return AnswerTrainer(
         model,
-        arguments,
+        training_arguments(cfg, plan, device, bool(data.held_out), folder),
         train_dataset=data.train,
         eval_dataset=data.held_out or None,
         data_collator=flatten,
