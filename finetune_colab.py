@@ -37,7 +37,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import difflib
+import functools
 import hashlib
 import inspect
 import io
@@ -51,6 +53,7 @@ import re
 import shutil
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 import unicodedata
@@ -111,8 +114,8 @@ class Config:
     GRADIENT_ACCUMULATION_STEPS: int = 4  # batches in one step; 4 x 4 = 16 pairs decide each step
     NUM_EPOCHS: int = 5  # times the model sees every pair
     MAX_STEPS: int = 0  # stop after so many steps; 0 = as many as NUM_EPOCHS needs
-    OPTIMIZER: str = "auto"  # auto = paged_adamw_32bit on an NVIDIA GPU, adamw_torch elsewhere
-    LR_SCHEDULER: str = "cosine"  # how the step size falls: cosine, linear or constant
+    OPTIMIZER: str = "auto"  # auto = paged_adamw_32bit on an NVIDIA GPU, else adamw_torch
+    LR_SCHEDULER: str = "cosine"  # how the step size falls after its peak
     WARMUP_RATIO: float = 0.03  # share of the steps in which the step size rises from zero
     WEIGHT_DECAY: float = 0.0  # pull of the adapter towards zero; 0 to 0.1
     MAX_GRAD_NORM: float = 0.3  # longest gradient; a longer one is shortened to it; 0 = never
@@ -125,11 +128,14 @@ class Config:
     SAVE_STEPS: int = 50  # save a checkpoint every so many steps
     KEEP_BEST: bool = True  # keep the adapter with the lowest validation loss, not the last one
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
-    REPORT_TO: str = "none"  # also send the curves to: tensorboard, wandb, trackio
+    REPORT_TO: str = "none"  # where else the curves are sent
 
     def __init__(self, **changes: Any) -> None:
         vars(self).update(changes)
 
+
+DEFAULTS = {name: value for name, value in vars(Config).items() if name.isupper()}
+MAY_BE_EMPTY = ("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN")
 
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "MAX_LENGTH": (16, 131_072),
@@ -172,7 +178,8 @@ class UserError(Exception):
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
-    for line in text.split("\n"):
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    for line in text.encode(encoding, "replace").decode(encoding).split("\n"):
         wrapped = textwrap.fill(
             line,
             79,
@@ -212,26 +219,25 @@ def parse_setting(name: str, value: Any) -> Any:
     """A setting in its own type, from what a cell, a settings file or a flag says."""
     kind = setting_types()[name]
     text = "" if value is None else str(value).strip()
-    booleans: dict[str, bool | None] = {
-        "true": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "no": False,
-        "off": False,
-    }
+    booleans: dict[str, bool | None] = {"true": True, "yes": True, "on": True}
+    booleans |= {"false": False, "no": False, "off": False}
     if kind == bool | None:
         booleans |= {"": None, "none": None, "auto": None}
     try:
         if kind in (bool, bool | None):
             return booleans[text.lower()]
         if kind == list[str]:
-            return re.findall(r"[^,\s]+", text) if isinstance(value, str) else list(value)
+            names = re.split(r"[,\s]+", text) if isinstance(value, str) else list(value)
+            if not all(isinstance(one, str) and one for one in names):
+                raise ValueError
+            return names
+        if isinstance(value, (list, dict)):
+            raise ValueError
         return kind(text)
     except (KeyError, TypeError, ValueError):
+        example = as_text(DEFAULTS[name])
         raise UserError(
-            f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}, "
-            f"such as {example_value(name)}."
+            f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}, such as {example}."
         ) from None
 
 
@@ -239,9 +245,8 @@ def flag(name: str) -> str:
     return "--" + name.lower().replace("_", "-")
 
 
-def example_value(name: str) -> str:
-    value = getattr(Config, name)
-    return ",".join(value) if isinstance(value, list) else str(value)
+def as_text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -250,9 +255,9 @@ def read_settings_file(path: Path) -> dict[str, Any]:
 
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, UnicodeError) as error:
         raise UserError(f"Cannot read the settings file {path}: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-02-30
         raise UserError(
             f"{path} is not valid YAML: {error}\nWrite one NAME: value a line."
         ) from None
@@ -261,6 +266,10 @@ def read_settings_file(path: Path) -> dict[str, Any]:
             f"{path} has to hold lines like LEARNING_RATE: 1e-4, and holds something else."
         )
     return {str(key).upper().replace("-", "_"): value for key, value in (content or {}).items()}
+
+
+def local_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike Path's own, it never raises
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
@@ -272,9 +281,9 @@ def config_problems(cfg: Config) -> list[str]:
     """Every fault in the settings, so that a person mends them all at once."""
     types = setting_types()
     problems = [
-        f"{name} is not a setting.{did_you_mean(name, types)}"
+        f"{name} is not a setting.{did_you_mean(name.upper(), types)}"
         for name in (*vars(Config), *vars(cfg))
-        if name.isupper() and name not in types
+        if not name.startswith("_") and name not in types
     ]
     for name in types:
         try:
@@ -287,11 +296,16 @@ def config_problems(cfg: Config) -> list[str]:
             problems.append(f"{name} is {value}, but it has to lie between {low:g} and {high:g}.")
         if name in CHOICES and value not in CHOICES[name]:
             problems.append(f"{name} is {value!r}; it has to be one of {', '.join(CHOICES[name])}.")
-        if value == []:
-            problems.append(f"{name} is empty, such as {example_value(name)} is needed.")
-    if cfg.QUESTION_COLUMN and cfg.QUESTION_COLUMN == cfg.ANSWER_COLUMN:
+        if value in ("", []) and name not in MAY_BE_EMPTY:
+            problems.append(f"{name} is empty. Its default is {as_text(DEFAULTS[name])}.")
+    if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
         problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
     return problems
+
+
+def fold(text: str) -> str:
+    """Equal for texts that differ only in spaces, letter case or look-alike code points."""
+    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
 
 
 # ==================================================================================================
@@ -304,7 +318,7 @@ TABLE_ENDINGS = (".xlsx", ".csv")
 
 def find_dataset(cfg: Config) -> Path:
     """The file that DATASET_PATH names, or a message that says what is there instead."""
-    path = Path(cfg.DATASET_PATH).expanduser()
+    path = local_path(cfg.DATASET_PATH)
     if path.is_file():
         return path
     beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
@@ -339,32 +353,20 @@ ENOUGH_PAIRS = 50
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 
 # What people call the two columns: the names that are sure, then names that count when none is.
-NAMES: dict[str, tuple[set[str], set[str]]] = {
+NAMES: dict[str, tuple[str, str]] = {
     "question": (
-        set(
-            "question questions q instruction prompt query ask soru pergunta pregunta frage".split()
-        )
-        | set(
-            "domanda vraag fråga spørgsmål spørsmål kysymys pytanie otázka kérdés întrebare".split()
-        )
-        | set(
-            "вопрос питання ερώτηση 问题 問題 提问 質問 질문 سؤال שאלה प्रश्न প্রশ্ন คำถาม pertanyaan".split()
-        )
-        | {"swali", "câu hỏi"},
-        set("input user human title text".split()),
+        "question, questions, q, instruction, prompt, query, ask, soru, pergunta, pregunta, frage, "
+        "domanda, vraag, fråga, spørgsmål, spørsmål, kysymys, pytanie, otázka, kérdés, întrebare, "
+        "вопрос, питання, ερώτηση, 问题, 問題, 提问, 質問, 질문, سؤال, שאלה, प्रश्न, প্রশ্ন, คำถาม, "
+        "pertanyaan, swali, câu hỏi",
+        "input, user, human, title, text",
     ),
     "answer": (
-        set(
-            "answer answers a response output completion reply cevap yanıt resposta respuesta".split()
-        )
-        | set(
-            "antwort risposta antwoord réponse reponse svar vastaus odpowiedź odpověď válasz".split()
-        )
-        | set(
-            "răspuns ответ відповідь απάντηση 答案 回答 答え 解答 답변 답 جواب إجابة תשובה उत्तर উত্তর คำตอบ".split()
-        )
-        | {"jawaban", "jibu", "câu trả lời", "trả lời", "ground truth"},
-        set("solution assistant target body explanation".split()),
+        "answer, answers, a, response, output, completion, reply, cevap, yanıt, resposta, respuesta, "
+        "antwort, risposta, antwoord, réponse, svar, vastaus, odpowiedź, odpověď, válasz, răspuns, "
+        "ответ, відповідь, απάντηση, 答案, 回答, 答え, 解答, 답변, 답, جواب, إجابة, תשובה, उत्तर, উত্তর, "
+        "คำตอบ, jawaban, jibu, câu trả lời, trả lời, ground truth",
+        "solution, assistant, target, body, explanation",
     ),
 }
 # A header with one of these words tells something about a question or an answer.
@@ -372,11 +374,14 @@ OTHER_WORDS = set(
     "id ids count counts number num no index idx url link date time score rating type category topic "
     "tag tags length len normalized lang language source votes author name option wrong model".split()
 )
+MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
+LONGEST_HEADER = 60
 CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
+HEADER_ROWS = 20  # a header stands within so many filled rows
 
 
 class Table(NamedTuple):
-    """One sheet: its header, and its rows with their numbers as a spreadsheet shows them."""
+    """One sheet: its header, and its filled rows with their numbers as a spreadsheet shows them."""
 
     sheet: str  # "" for a text file
     header: list[str]
@@ -413,6 +418,7 @@ class Columns(NamedTuple):
     question: int
     answer: int
     reason: str
+    named: int  # how many of the two were known by name
 
 
 @dataclass
@@ -431,7 +437,8 @@ def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data file that can be learnt, and a note for every row that cannot."""
     path = find_dataset(cfg)
     found, failures = [], []
-    for table in read_tables(path):
+    for sheet, grid in read_grids(path).items():
+        table = with_header(sheet, grid, cfg)
         try:
             columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
         except UserError as error:
@@ -440,13 +447,13 @@ def find_pairs(cfg: Config) -> Pairs:
             found.append(Pairs(path, table, columns, *clean(table, columns)))
     if not found:
         raise UserError(f"In {path}: {failures[0]}")
-    best = max(found, key=lambda pairs: len(pairs.kept))  # the first of equals
+    best = max(found, key=lambda pairs: (pairs.columns.named, len(pairs.kept)))  # first of equals
     best.other_sheets = [pairs.table.sheet for pairs in found if pairs is not best]
     return best
 
 
-def read_tables(path: Path) -> list[Table]:
-    """The filled sheets of a workbook, or the one table of a text file. The only opener of files."""
+def read_grids(path: Path) -> dict[str, list[list[str]]]:
+    """The filled sheets of a workbook, or the table of a text file as sheet "", as texts."""
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -458,46 +465,50 @@ def read_tables(path: Path) -> list[Table]:
             f"{path} is an old .xls workbook or is protected by a password.\n"
             "Open it and save a copy as .xlsx without a password."
         )
+    elif content.lstrip()[:1] in (b"{", b"["):
+        raise UserError(f"{path} is JSON. Save the rows as .xlsx or .csv")
     elif b"\0" in content and not content.startswith(UTF16_MARKS):
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     else:
         grids = {"": text_grid(path, content)}
-    tables = [with_header(sheet, grid) for sheet, grid in grids.items()]
-    if not any(table.rows for table in tables):
+    filled = {sheet: grid for sheet, grid in grids.items() if sum(map(any, grid)) > 1}
+    if not filled:
         raise UserError(f"{path} holds no rows. Fill in one question and one answer a row.")
-    return [table for table in tables if table.rows]
+    return filled
 
 
 def workbook_grids(path: Path, content: bytes) -> dict[str, list[list[str]]]:
-    import pandas
+    import openpyxl
 
     try:
-        sheets = pandas.read_excel(
-            io.BytesIO(content),
-            sheet_name=None,  # all of them
-            header=None,
-            dtype=object,
-            na_filter=False,  # "None" and "NA" are answers like any other
-            engine="openpyxl",
-        )
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
+            book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+            return {
+                sheet.title: [[cell_text(cell) for cell in row] for row in sheet.values]
+                for sheet in book.worksheets
+            }
     except Exception as error:  # openpyxl raises seven kinds of exception for damaged workbooks
         raise UserError(
             f"{path} is damaged or no .xlsx workbook ({type(error).__name__}: {error}).\n"
             "Open it in a spreadsheet program and save it anew as .xlsx"
         ) from None
-    return {
-        str(sheet): [[cell_text(cell) for cell in row] for row in frame.itertuples(False, None)]
-        for sheet, frame in sheets.items()
-    }
 
 
 def cell_text(cell: object) -> str:
-    """A cell as the person sees it."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):  # NaN: a formula error
+    """A cell as the person sees it, without the blanks around it."""
+    if cell is None:
         return ""
     if isinstance(cell, bool):
         return str(cell).upper()
-    return str(cell).removesuffix(" 00:00:00")  # a date without a time
+    if isinstance(cell, float):
+        return f"{cell:.15g}"  # as many digits as a spreadsheet shows
+    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
+        cell = cell.date()
+    text = str(cell)
+    if "_x" in text:  # how a workbook writes control characters
+        text = re.sub("_x([0-9A-Fa-f]{4})_", lambda code: chr(int(code[1], 16)), text)
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
 def text_grid(path: Path, content: bytes) -> list[list[str]]:
@@ -510,8 +521,17 @@ def text_grid(path: Path, content: bytes) -> list[list[str]]:
             text = content.decode("cp1252", errors="replace")
             say("Note", f"{path.name} is not UTF-8; read as Windows-1252. Check accented letters.")
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
-    lines = io.StringIO(text, newline="")
-    return list(csv.reader(lines, delimiter=csv_delimiter(text), skipinitialspace=True))
+    options: dict[str, Any] = {"delimiter": csv_delimiter(text), "skipinitialspace": True}
+    lines = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    grid: list[list[str]] = []
+    try:
+        grid.extend([cell_text(cell) for cell in row] for row in lines)
+    except csv.Error:
+        raise UserError(
+            f"{path} has a quotation mark that opens and never ends, from about row {len(grid) + 1} "
+            'on.\nClose it, or write it twice ("") where it belongs to the text.'
+        ) from None
+    return grid
 
 
 def csv_delimiter(text: str) -> str:
@@ -527,23 +547,29 @@ def csv_delimiter(text: str) -> str:
     return max((",", ";", "\t", "|"), key=agreement)
 
 
-def with_header(sheet: str, grid: list[list[str]]) -> Table:
+def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
     """Find the row of headers: the first that names both columns, or else the first that is filled.
 
-    A first row that looks like a pair itself is no header: the columns are then called A, B, C, …
+    A first row that looks like a pair itself is no header: the columns are then called by letters.
     """
-    rows = list(enumerate(grid, start=1))
-    filled = [(n, row) for n, row in rows if any(cell.strip() for cell in row)]
-    if not filled:
-        return Table(sheet, [], [])
-    for n, row in filled[:20]:
-        if all(any(name_strength(cell, names) for cell in row) for names in NAMES.values()):
-            return Table(sheet, [cell.strip() for cell in row], rows[n:])
-    first, row = filled[0]
-    if any(looks_like_question(cell) or len(cell) > 60 for cell in row):
-        letters = [column_letter(i) for i in range(len(row))]
-        return Table(sheet, letters, rows[first - 1 :])
-    return Table(sheet, [cell.strip() for cell in row], rows[first:])
+    rows = [(number, row) for number, row in enumerate(grid, start=1)]
+    start = next(i for i, (_, row) in enumerate(rows) if any(row))
+    wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if name}
+    for i, (_, row) in enumerate(rows[start : start + HEADER_ROWS], start):
+        if wanted <= set(map(fold, row)) if wanted else names_both(row):
+            return Table(sheet, row, rows[i + 1 :])
+    row = rows[start][1]
+    if any(looks_like_question(cell) or len(cell) > LONGEST_HEADER for cell in row):
+        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(row))], rows[start:])
+    return Table(sheet, row, rows[start + 1 :])
+
+
+def names_both(row: list[str]) -> bool:
+    """Whether two cells of the row name questions and answers, at least one of them surely."""
+    strengths = [[name_strength(cell, role) for role in NAMES] for cell in row]
+    return any(
+        min(q[0], a[1]) > 1 and max(q[0], a[1]) > 2 for q, a in itertools.permutations(strengths, 2)
+    )
 
 
 def column_letter(index: int) -> str:
@@ -551,19 +577,36 @@ def column_letter(index: int) -> str:
 
 
 def looks_like_question(text: str) -> bool:
-    return text.rstrip().endswith(("?", "？", "؟", "՞"))
+    return text.endswith(("?", "？", "؟", "՞"))
 
 
-def name_strength(header: str, names: tuple[set[str], set[str]]) -> int:
+def words_of(header: str) -> list[str]:
+    """The words of a header in plain letters: AnswerCount is answer and count, Réponse reponse."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", header)
+    plain = unicodedata.normalize("NFKD", spaced).casefold().replace("ı", "i")
+    letters = (c for c in plain if unicodedata.category(c) != "Mn")
+    return "".join(
+        c if c.isalnum() or unicodedata.category(c) == "Mc" else " " for c in letters
+    ).split()
+
+
+@functools.cache
+def known_names(role: str) -> tuple[set[str], set[str]]:
+    sure, perhaps = ({" ".join(words_of(n)) for n in names.split(", ")} for names in NAMES[role])
+    return sure, perhaps
+
+
+def name_strength(header: str, role: str) -> int:
     """How well a header says what is in its column: 3 sure, 2 by one of its words, 1 perhaps."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", header)  # AnswerCount
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", spaced).casefold())
-    for strength, group in ((3, names[0]), (1, names[1])):
-        if " ".join(words) in group:
-            return strength
-    if len(words) > 5 or OTHER_WORDS & set(words):
+    words = words_of(header)
+    sure, perhaps = known_names(role)
+    if " ".join(words) in sure:
+        return 3
+    if " ".join(words) in perhaps:
+        return 1
+    if len(words) > MOST_HEADER_WORDS or OTHER_WORDS & set(words):
         return 0
-    return 2 if names[0] & {word for word in words if len(word) > 1} else 0
+    return 2 if sure & {word for word in words if len(word) > 1} else 0
 
 
 def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
@@ -575,7 +618,7 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     wanted = {"question": question, "answer": answer}
     fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
     columns = [
-        [cell for _, row in table.rows if (cell := "".join(row[i : i + 1]).strip())]
+        [cell for _, row in table.rows if (cell := "".join(row[i : i + 1]))]
         for i in range(len(table.header))
     ]
     asking = [sum(map(looks_like_question, cells)) / max(1, len(cells)) for cells in columns]
@@ -583,7 +626,7 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     def named(column: int, role: str) -> int:
         if fixed[role] is not None:
             return 100 if fixed[role] == column else -1000
-        return name_strength(table.header[column], NAMES[role])
+        return name_strength(table.header[column], role)
 
     def fit(pair: tuple[int, int]) -> float:
         names = named(pair[0], "question") + named(pair[1], "answer")
@@ -599,26 +642,30 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     rivals = [pair for pair in ranked[1:] if fit(ranked[0]) - fit(pair) < CLEAR_LEAD]
     if not ranked or fit(ranked[0]) < -100 or (rivals and len(usable) > 2):
         raise UserError(columns_unclear(table, columns, bool(rivals)))
-    known = [named(column, role) > 0 for column, role in zip(ranked[0], NAMES, strict=True)]
-    how = "by name" if all(known) else "by name and content" if any(known) else "by content"
-    return Columns(*ranked[0], "as set" if all(i is not None for i in fixed.values()) else how)
+    known = sum(named(column, role) > 0 for column, role in zip(ranked[0], NAMES, strict=True))
+    how = ("by content", "by name and content", "by name")[known]
+    return Columns(*ranked[0], "as set" if None not in fixed.values() else how, known)
 
 
 def column_named(table: Table, role: str, name: str) -> int | None:
+    """The position of a column that the person named, by its header or its letter."""
     if not name:
         return None
     headers = [fold(header) for header in table.header]
-    if fold(name) not in headers:
-        raise UserError(
-            f"there is no column {name!r} (--{role}-column).{did_you_mean(name, table.header)}\n"
-            f"The columns are: {', '.join(filter(None, table.header))}"
-        )
-    return headers.index(fold(name))
+    letters = [column_letter(i) for i in range(len(headers))]
+    if fold(name) in headers:
+        return headers.index(fold(name))
+    if name.strip().upper() in letters:
+        return letters.index(name.strip().upper())
+    raise UserError(
+        f"there is no column {name!r} (--{role}-column).{did_you_mean(name, table.header)}\n"
+        f"The columns are: {', '.join(map(preview, filter(None, table.header)))}"
+    )
 
 
 def may_be_text(header: str, cells: list[str]) -> bool:
     """Whether a column of unknown name may hold questions or answers, rather than ids or labels."""
-    if OTHER_WORDS & set(re.findall(r"[^\W_]+", header.casefold())):
+    if OTHER_WORDS & set(words_of(header)):
         return False
     wordy = sum(any(letter.isalpha() for letter in cell) for cell in cells)
     return wordy > len(cells) / 2 and len(set(cells)) > len(cells) * 0.3
@@ -626,7 +673,7 @@ def may_be_text(header: str, cells: list[str]) -> bool:
 
 def columns_unclear(table: Table, columns: list[list[str]], several: bool) -> str:
     seen = [
-        f"  {header or column_letter(i)}: {preview(columns[i][0]) if columns[i] else '(empty)'}"
+        f"  {preview(header) or column_letter(i)}: {preview(columns[i][0]) if columns[i] else '(empty)'}"
         for i, header in enumerate(table.header[:12])
     ]
     found = (
@@ -644,7 +691,7 @@ def clean(table: Table, columns: Columns) -> tuple[list[Pair], list[Note]]:
     dropped: list[Note] = []
     first_seen: dict[tuple[str, str], int] = {}
     for number, row in table.rows:
-        cells = [cell.strip() for cell in row] + [""] * len(table.header)
+        cells = row + [""] * len(table.header)
         question, answer = cells[columns.question], cells[columns.answer]
         same = fold(question), fold(answer)
         if not any(cells):
@@ -665,11 +712,6 @@ def clean(table: Table, columns: Columns) -> tuple[list[Pair], list[Note]]:
     return kept, dropped
 
 
-def fold(text: str) -> str:
-    """Equal for texts that differ only in spaces, letter case or look-alike code points."""
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
-
-
 def preview(text: str, width: int = 50) -> str:
     """A text on one line, with nothing in it that could steer a terminal."""
     plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
@@ -677,16 +719,19 @@ def preview(text: str, width: int = 50) -> str:
 
 
 def say_pairs(pairs: Pairs) -> None:
-    table, header = pairs.table, pairs.table.header
-    place = f'{pairs.path.name}, sheet "{table.sheet}"' if table.sheet else pairs.path.name
-    question, answer = header[pairs.columns.question], header[pairs.columns.answer]
+    table, used = pairs.table, pairs.columns[:2]
+    place = f'{pairs.path.name}, sheet "{preview(table.sheet)}"' if table.sheet else pairs.path.name
     say("Data", f"{place}: {len(table.rows)} rows, {len(pairs.kept)} pairs")
     if pairs.other_sheets:
-        say("", f"not read, fewer or the same pairs: sheets {', '.join(pairs.other_sheets)}")
+        say("", f"not read, as good or less good: sheets {preview(', '.join(pairs.other_sheets))}")
+    question, answer = (preview(table.header[i]) for i in used)
     say(
         "Columns",
         f'questions in "{question}", answers in "{answer}" (found {pairs.columns.reason})',
     )
+    rest = [preview(name) for i, name in enumerate(table.header) if name and i not in used]
+    if rest:
+        say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     for line in grouped(pairs.dropped):
@@ -1066,7 +1111,7 @@ def demo_folder() -> Path:
     import transformers
 
     recipe = repr((DEMO_SHAPE, DEMO_STEPS, demo_text(), transformers.__version__))
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "finetune_colab"
+    cache = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune_colab"
     folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
     if not (folder / "model.safetensors").is_file():
         say("Model", "building the demo model (once, under a minute)")
@@ -1355,7 +1400,7 @@ def train_adapter(
     import torch
     from peft import load_peft_weights, set_peft_model_state_dict
 
-    folder = Path(cfg.CHECKPOINT_DIR) / time.strftime("%Y-%m-%d_%H-%M-%S")
+    folder = local_path(cfg.CHECKPOINT_DIR) / time.strftime("%Y-%m-%d_%H-%M-%S")
     trainer = build_trainer(cfg, model, data, plan, device, folder)
     add_callbacks(trainer, clock := Clock())
     trainable, parameters = model.get_nb_trainable_parameters()
@@ -1804,6 +1849,7 @@ def train(cfg: Config) -> int:
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
     try:
+        check_output_folder(cfg)
         data = prepare(cfg)
     except UserError as error:
         say("Problem", str(error))
@@ -1883,7 +1929,7 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
 
 
 def output_folder(cfg: Config) -> Path:
-    return Path(cfg.OUTPUT_DIR).expanduser()
+    return local_path(cfg.OUTPUT_DIR)
 
 
 def check_output_folder(cfg: Config) -> None:
@@ -1906,15 +1952,14 @@ def check_output_folder(cfg: Config) -> None:
                 f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
                 "Add --output-dir demo_model"
             )
-    for folder in (final.parent, Path(cfg.CHECKPOINT_DIR).expanduser()):
+    for folder in (final.parent, local_path(cfg.CHECKPOINT_DIR)):
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            probe = folder / ".finetune_colab_probe"
-            probe.write_text("can this folder be written to?")
-            probe.unlink()
+            with tempfile.TemporaryFile(dir=nearest) as probe:
+                probe.write(b"can this folder be written to?")
         except OSError as error:
             raise UserError(
-                f"The folder {folder.resolve()} cannot be written to: {error.strerror}.\n"
+                f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
                 "Choose another with --output-dir and --checkpoint-dir"
             ) from None
 
@@ -1930,7 +1975,7 @@ def build_parser() -> Parser:
     """The command line, derived from Config."""
     parser = Parser(
         prog="finetune_colab.py",
-        usage="%(prog)s [train | check | demo] [--config FILE] [--SETTING VALUE ...]",
+        usage="%(prog)s [train | check | demo] [--SETTING VALUE ...]",
         description=(__doc__ or "").partition("\n")[0],
         epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend, 130 interrupted.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
@@ -1949,9 +1994,14 @@ def build_parser() -> Parser:
         options: dict[str, Any] = {"metavar": name.rpartition("_")[2]}
         if kind in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction}
-        help_text = f"{note} [{example_value(name) or 'empty'}]".replace("%", "%%")
+        choices = f"; one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
+        help_text = f"{note}{choices} [{as_text(getattr(Config, name)) or 'empty'}]"
         groups[title].add_argument(
-            flag(name), dest=name, default=argparse.SUPPRESS, help=help_text, **options
+            flag(name),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+            **options,
         )
     return parser
 
