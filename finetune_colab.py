@@ -21,13 +21,13 @@ Map: the file reads as the data flows, and each section calls only sections abov
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.10",
-#     "transformers>=5.3",
+#     "transformers>=5.6",
 #     "peft>=0.18",
 #     "accelerate>=1.10",
 #     "bitsandbytes>=0.48",
-#     "datasets>=4.0",
-#     "pandas>=2.2",
 #     "openpyxl>=3.1",
+#     "python-calamine>=0.3",
+#     "pyarrow>=15.0",
 #     "matplotlib>=3.8",
 #     "pyyaml>=6.0",
 # ]
@@ -36,11 +36,13 @@ Map: the file reads as the data flows, and each section calls only sections abov
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
 import datetime
 import difflib
 import functools
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -96,6 +98,8 @@ class Config:
     QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
     ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
     MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
+    LANGUAGE: str = "en"  # of message trees such as OASST1, the one language to take; empty = all
+    CONVERSATION_PATHS: str = "best"  # of message trees: the best-ranked replies, or all
     VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
 
     # -- Output
@@ -134,8 +138,8 @@ class Config:
         vars(self).update(changes)
 
 
-DEFAULTS = {name: value for name, value in vars(Config).items() if name.isupper()}
-MAY_BE_EMPTY = ("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN")
+DEMO_MODEL = "demo"
+MAY_BE_EMPTY = ("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE")
 
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "MAX_LENGTH": (16, 131_072),
@@ -158,17 +162,18 @@ SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "EARLY_STOPPING_PATIENCE": (0, 10_000),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
+    "CONVERSATION_PATHS": ("best", "all"),
     "OPTIMIZER": ("auto", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"),
     "LR_SCHEDULER": ("cosine", "linear", "constant", "constant_with_warmup"),
     "REPORT_TO": ("none", "tensorboard", "wandb", "trackio"),
 }
 TYPE_IN_WORDS = {
     str: "text",
-    int: "a whole number",
-    float: "a number",
+    int: "a whole number, such as 4",
+    float: "a number, such as 0.1 or 2e-4",
     bool: "True or False",
     bool | None: "True, False or None",
-    list[str]: "a list of names",
+    list[str]: "a list of names, such as q_proj,fc2",
 }
 
 
@@ -176,10 +181,15 @@ class UserError(Exception):
     """Something the person can mend: what was found, where, and what to do about it."""
 
 
+def show(text: str, file: TextIO | None = None) -> None:
+    """Print, also where the console has no signs for some letters."""
+    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
-    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
-    for line in text.encode(encoding, "replace").decode(encoding).split("\n"):
+    for line in text.split("\n"):
         wrapped = textwrap.fill(
             line,
             79,
@@ -188,7 +198,7 @@ def say(label: str, text: str, file: TextIO | None = None) -> None:
             break_long_words=False,  # paths and flags stay whole, to be copied
             break_on_hyphens=False,
         )
-        print(wrapped, file=file, flush=True)
+        show(wrapped, file)
         label = ""
 
 
@@ -235,10 +245,7 @@ def parse_setting(name: str, value: Any) -> Any:
             raise ValueError
         return kind(text)
     except (KeyError, TypeError, ValueError):
-        example = as_text(DEFAULTS[name])
-        raise UserError(
-            f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}, such as {example}."
-        ) from None
+        raise UserError(f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}.") from None
 
 
 def flag(name: str) -> str:
@@ -272,16 +279,21 @@ def local_path(text: str) -> Path:
     return Path(os.path.expanduser(text))  # noqa: PTH111  unlike Path's own, it never raises
 
 
+def output_folder(cfg: Config) -> Path:
+    return local_path(cfg.OUTPUT_DIR).resolve()  # what a link such as ./model -> Drive leads to
+
+
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(wrong, list(known), n=1)
-    return f" Did you mean {close[0]}?" if close else ""
+    names = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(wrong.casefold(), names, n=1)
+    return f" Did you mean {names[close[0]]}?" if close else ""
 
 
 def config_problems(cfg: Config) -> list[str]:
     """Every fault in the settings, so that a person mends them all at once."""
     types = setting_types()
     problems = [
-        f"{name} is not a setting.{did_you_mean(name.upper(), types)}"
+        f"{name} is not a setting.{did_you_mean(name, types)}"
         for name in (*vars(Config), *vars(cfg))
         if not name.startswith("_") and name not in types
     ]
@@ -293,11 +305,11 @@ def config_problems(cfg: Config) -> list[str]:
             continue
         low, high = SMALLEST_AND_LARGEST.get(name, (-math.inf, math.inf))
         if name in SMALLEST_AND_LARGEST and not low <= value <= high:
-            problems.append(f"{name} is {value}, but it has to lie between {low:g} and {high:g}.")
+            problems.append(f"{name} is {value}, but it has to lie between {low:,} and {high:,}.")
         if name in CHOICES and value not in CHOICES[name]:
             problems.append(f"{name} is {value!r}; it has to be one of {', '.join(CHOICES[name])}.")
         if value in ("", []) and name not in MAY_BE_EMPTY:
-            problems.append(f"{name} is empty. Its default is {as_text(DEFAULTS[name])}.")
+            problems.append(f"{name} is empty, but it is needed.")
     if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
         problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
     return problems
@@ -313,17 +325,17 @@ def fold(text: str) -> str:
 # ==================================================================================================
 
 EXAMPLE_DATASET = "dataset_example.xlsx"
-TABLE_ENDINGS = (".xlsx", ".csv")
+TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 
 
-def find_dataset(cfg: Config) -> Path:
+def find_dataset(cfg: Config) -> list[Path]:
     """The file that DATASET_PATH names, or a message that says what is there instead."""
     path = local_path(cfg.DATASET_PATH)
     if path.is_file():
-        return path
+        return [path]
     beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
     if path.name == EXAMPLE_DATASET and beside_script.is_file():
-        return beside_script
+        return [beside_script]
     if path.is_dir():
         raise UserError(f"DATASET_PATH is {path}, a folder. Name the file in it with the rows.")
     folder = path.parent
@@ -350,48 +362,78 @@ def find_dataset(cfg: Config) -> Path:
 
 FEWEST_PAIRS = 2
 ENOUGH_PAIRS = 50
+LARGEST_FILE_MB = 500
+LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
+HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
+MOST_ROWS = 1_000_000
+LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+FOREIGN_FILES = {
+    rb"%PDF": "a PDF",
+    rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "compressed; unpack it first",
+    rb"SQLite format 3": "a database",
+    rb"\{\\rtf": "a text document (RTF)",
+    rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
+    rb"<(!doctype html|html|head|body|table|meta|style|div)": "a web page (HTML), whatever its name says",
+    rb"<(\?xml|\?mso|workbook)": "XML, as old versions of Excel wrote it",
+}
 
 # What people call the two columns: the names that are sure, then names that count when none is.
 NAMES: dict[str, tuple[str, str]] = {
     "question": (
         "question, questions, q, instruction, prompt, query, ask, soru, pergunta, pregunta, frage, "
         "domanda, vraag, fråga, spørgsmål, spørsmål, kysymys, pytanie, otázka, kérdés, întrebare, "
-        "вопрос, питання, ερώτηση, 问题, 問題, 提问, 質問, 질문, سؤال, שאלה, प्रश्न, প্রশ্ন, คำถาม, "
-        "pertanyaan, swali, câu hỏi",
+        "вопрос, питання, ερώτηση, 问题, 問題, 提问, 質問, 질문, سؤال, پرسش, שאלה, प्रश्न, প্রশ্ন, คำถาม, "
+        "pertanyaan, swali, câu hỏi, soalan, tanong",
         "input, user, human, title, text",
     ),
     "answer": (
         "answer, answers, a, response, output, completion, reply, cevap, yanıt, resposta, respuesta, "
         "antwort, risposta, antwoord, réponse, svar, vastaus, odpowiedź, odpověď, válasz, răspuns, "
-        "ответ, відповідь, απάντηση, 答案, 回答, 答え, 解答, 답변, 답, جواب, إجابة, תשובה, उत्तर, উত্তর, "
-        "คำตอบ, jawaban, jibu, câu trả lời, trả lời, ground truth",
+        "ответ, відповідь, απάντηση, 答案, 回答, 答え, 解答, 답변, 답, جواب, إجابة, پاسخ, תשובה, उत्तर, "
+        "উত্তর, คำตอบ, jawaban, jibu, câu trả lời, trả lời, jawapan, sagot, ground truth",
         "solution, assistant, target, body, explanation",
     ),
 }
 # A header with one of these words tells something about a question or an answer.
 OTHER_WORDS = set(
-    "id ids count counts number num no index idx url link date time score rating type category topic "
-    "tag tags length len normalized lang language source votes author name option wrong model".split()
+    "id ids count counts number num no nr index idx url link date time score rating type category "
+    "topic tag tags length len normalized lang language source votes author name option wrong model "
+    "gpt gpt4 chatgpt llama claude gemini baseline predicted prediction generated".split()
 )
 MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
 LONGEST_HEADER = 60
 CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
 HEADER_ROWS = 20  # a header stands within so many filled rows
 
+USER_ROLES = ("user", "human", "prompter", "customer", "instruction", "question")
+ANSWER_ROLES = ("assistant", "gpt", "bot", "model", "chatgpt", "ai", "response", "answer")
+TURN_MARKS = re.compile(
+    r"(?:^|\s)(?:###\s*)?(Human|User|Instruction|Question|Assistant|Response|Answer|AI)\s*:\s*",
+    re.IGNORECASE,
+)
+LIKELY = 20  # cells at the top of a column that decide what it holds
+LONGEST_PATH = 100  # messages of a tree
+
 
 class Table(NamedTuple):
-    """One sheet: its header, and its filled rows with their numbers as a spreadsheet shows them."""
+    """One sheet: its header, and its rows with their numbers as a spreadsheet shows them."""
 
     sheet: str  # "" for a text file
     header: list[str]
-    rows: list[tuple[int, list[str]]]
+    rows: list[tuple[int, list[Any]]]  # texts; from JSON and parquet also lists and objects
+    unread: list[tuple[int, str]] = []  # rows that could not be read, and why
+    hidden: bool = False
+
+
+Messages = list[dict[str, str]]
 
 
 class Pair(NamedTuple):
     """One conversation to learn, and where it stands. The last message is the answer."""
 
-    messages: list[dict[str, str]]
+    messages: Messages
     sheet: str
     row: int
 
@@ -418,7 +460,8 @@ class Columns(NamedTuple):
     question: int
     answer: int
     reason: str
-    named: int  # how many of the two were known by name
+    named: int  # how surely the two were known by name, see name_strength
+    input: int | None = None  # an Alpaca column whose text joins the question
 
 
 @dataclass
@@ -427,78 +470,191 @@ class Pairs:
 
     path: Path
     table: Table
-    columns: Columns
+    shape: str
+    columns: Columns | None  # None for conversations
     kept: list[Pair]
     dropped: list[Note]
     other_sheets: list[str] = field(default_factory=list)
 
 
 def find_pairs(cfg: Config) -> Pairs:
-    """Every pair of the data file that can be learnt, and a note for every row that cannot."""
-    path = find_dataset(cfg)
+    """Every pair of the data that can be learnt, and a note for every row that cannot."""
+    paths = find_dataset(cfg)
     found, failures = [], []
-    for sheet, grid in read_grids(path).items():
-        table = with_header(sheet, grid, cfg)
+    for table in read_tables(paths, cfg):
         try:
-            columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
+            shape, columns, rows = conversations_of(table, cfg)
         except UserError as error:
             failures.append(error)
         else:
-            found.append(Pairs(path, table, columns, *clean(table, columns)))
+            found.append(Pairs(paths[0], table, shape, columns, *clean(table, rows)))
     if not found:
-        raise UserError(f"In {path}: {failures[0]}")
-    best = max(found, key=lambda pairs: (pairs.columns.named, len(pairs.kept)))  # first of equals
+        raise UserError(f"In {paths[0]}: {failures[0]}")
+    best = max(found, key=certainty)  # the first of equals
     best.other_sheets = [pairs.table.sheet for pairs in found if pairs is not best]
     return best
 
 
-def read_grids(path: Path) -> dict[str, list[list[str]]]:
-    """The filled sheets of a workbook, or the table of a text file as sheet "", as texts."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    if content.startswith(b"PK\x03\x04"):
-        grids = workbook_grids(path, content)
-    elif content.startswith(b"\xd0\xcf\x11\xe0"):
-        raise UserError(
-            f"{path} is an old .xls workbook or is protected by a password.\n"
-            "Open it and save a copy as .xlsx without a password."
-        )
-    elif content.lstrip()[:1] in (b"{", b"["):
-        raise UserError(f"{path} is JSON. Save the rows as .xlsx or .csv")
-    elif b"\0" in content and not content.startswith(UTF16_MARKS):
-        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
-    else:
-        grids = {"": text_grid(path, content)}
-    filled = {sheet: grid for sheet, grid in grids.items() if sum(map(any, grid)) > 1}
+def certainty(pairs: Pairs) -> tuple[bool, int, int]:
+    """How surely a sheet is the one that is meant; then the more pairs the better."""
+    return not pairs.table.hidden, pairs.columns.named if pairs.columns else 6, len(pairs.kept)
+
+
+# -- Files to tables
+
+
+def read_tables(paths: list[Path], cfg: Config) -> list[Table]:
+    """Every filled sheet of a file, decided by its content. The only opener of data files."""
+    tables: list[Table] = []
+    for path in paths:
+        try:
+            if path.stat().st_size > LARGEST_FILE_MB * 1e6:
+                raise UserError(f"{path} is larger than {LARGEST_FILE_MB} MB. Split it.")
+            content = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        kind = file_kind(path, content)
+        if kind == "parquet":
+            part = parquet_table(path, content)
+            if tables:  # a further file of one split
+                tables[0].rows.extend((n + len(tables[0].rows), row) for n, row in part.rows)
+            else:
+                tables.append(part)
+        elif kind == "text":
+            text = decoded(path, content)
+            lines = json_tables(path, text, cfg) if text.lstrip()[:1] in ("{", "[") else []
+            tables += lines or [with_header("", text_grid(path, text), cfg)]
+        else:
+            tables += workbook_tables(path, content, kind, cfg)
+    filled = [unpacked(table) for table in tables if any(any(row) for _, row in table.rows)]
     if not filled:
-        raise UserError(f"{path} holds no rows. Fill in one question and one answer a row.")
+        raise UserError(f"{paths[0]} holds no rows. Fill in one question and one answer a row.")
     return filled
 
 
-def workbook_grids(path: Path, content: bytes) -> dict[str, list[list[str]]]:
+def file_kind(path: Path, content: bytes) -> str:
+    """What a file is; its ending may say anything."""
+    start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
+    for mark, name in FOREIGN_FILES.items():
+        if re.match(mark, start, re.IGNORECASE | re.DOTALL):
+            raise UserError(f"{path} is {name}.\nPut the rows into .xlsx, .csv or .jsonl")
+    if content.startswith(b"PK\x03\x04"):
+        return zip_kind(path, content)
+    if content.startswith(b"\xd0\xcf\x11\xe0"):
+        if "EncryptedPackage".encode("utf-16-le") in content:
+            raise UserError(f"{path} is protected by a password. Save a copy without one.")
+        return "xls"
+    if content.startswith(b"PAR1"):
+        return "parquet"
+    if b"\0" in content[:4096] and not utf16_name(content):
+        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
+    return "text"
+
+
+def zip_kind(path: Path, content: bytes) -> str:
+    """Which workbook a zip file is. What it unpacks to is counted before anything reads it."""
+    inflated = 0
+    allowed = min(max(LARGEST_INFLATION * len(content), HARMLESS_MB * 1e6), LARGEST_FILE_MB * 2e6)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = set(archive.namelist())
+            for name in names:
+                with archive.open(name) as member:
+                    while inflated <= allowed and (piece := member.read(1 << 20)):
+                        inflated += len(piece)
+    except Exception as error:  # a dozen kinds for damaged archives
+        raise damaged(path, error) from None
+    if inflated > allowed:
+        raise UserError(
+            f"{path} unpacks to more than {allowed / 1e6:.0f} MB, which looks like a zip bomb or a "
+            "sheet of formatted blank rows.\nCopy the filled rows into a new workbook."
+        )
+    for mark, kind in (
+        ("xl/workbook.xml", "xlsx"),
+        ("xl/workbook.bin", "xlsb"),
+        ("content.xml", "ods"),
+        ("word/document.xml", "a Word document"),
+    ):
+        if mark in names and " " in kind:
+            raise UserError(f"{path} is {kind}. Put the rows into a workbook (.xlsx).")
+        if mark in names:
+            return kind
+    raise UserError(f"{path} is a zip file without a workbook. Unpack it and name the file in it.")
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"{path} is damaged and cannot be read ({type(error).__name__}: {preview(str(error), 80)}).\n"
+        "Open it in a spreadsheet program and save it anew as .xlsx"
+    )
+
+
+def workbook_tables(path: Path, content: bytes, kind: str, cfg: Config) -> list[Table]:
+    """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
+    failure: Exception = ValueError("no engine")
+    for engine in (openpyxl_grids, calamine_grids) if kind == "xlsx" else (calamine_grids,):
+        try:
+            return [
+                with_header(sheet, grid, cfg)._replace(hidden=hidden)
+                for sheet, grid, hidden in engine(path, content)
+            ]
+        except (UserError, ImportError):
+            raise
+        except Exception as error:  # openpyxl alone raises seven kinds for damaged workbooks
+            failure = failure if kind == "xlsx" and engine is calamine_grids else error
+    raise damaged(path, failure)
+
+
+def openpyxl_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
     import openpyxl
 
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
-            book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-            return {
-                sheet.title: [[cell_text(cell) for cell in row] for row in sheet.values]
-                for sheet in book.worksheets
-            }
-    except Exception as error:  # openpyxl raises seven kinds of exception for damaged workbooks
-        raise UserError(
-            f"{path} is damaged or no .xlsx workbook ({type(error).__name__}: {error}).\n"
-            "Open it in a spreadsheet program and save it anew as .xlsx"
-        ) from None
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
+        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+        grids = []
+        for sheet in book.worksheets:
+            sheet.reset_dimensions()  # what a sheet claims of its size may be wrong by millions
+            rows = ([cell_text(plain(cell)) for cell in row] for row in sheet.values)
+            grids.append((sheet.title, limited(path, rows), sheet.sheet_state != "visible"))
+    return grids
 
 
-def cell_text(cell: object) -> str:
-    """A cell as the person sees it, without the blanks around it."""
-    if cell is None:
+def plain(cell: Any) -> Any:
+    """A cell of a workbook without the workbook's escapes, and nothing where a formula failed."""
+    if not isinstance(cell, str) or not ("_x" in cell or cell.startswith("#")):
+        return cell
+    if cell in ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!"):
         return ""
+    return re.sub("_x(00[01][0-9A-Fa-f]|005[Ff])_", lambda code: chr(int(code[1], 16)), cell)
+
+
+def calamine_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
+    import python_calamine
+
+    book = python_calamine.CalamineWorkbook.from_filelike(io.BytesIO(content))
+    for about in book.sheets_metadata:
+        if about.typ == python_calamine.SheetTypeEnum.WorkSheet:
+            cells = book.get_sheet_by_name(about.name).to_python(skip_empty_area=False)
+            rows = ([cell_text(plain(cell)) for cell in row] for row in cells)
+            hidden = about.visible != python_calamine.SheetVisibleEnum.Visible
+            yield about.name, limited(path, rows), hidden
+
+
+def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
+    grid = list(itertools.islice(rows, MOST_ROWS + 1))
+    if len(grid) > MOST_ROWS:
+        raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
+    while grid and not any(grid[-1]):
+        grid.pop()
+    return grid
+
+
+def cell_text(cell: object) -> Any:
+    """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+        return ""
+    if isinstance(cell, (list, dict)):
+        return cell
     if isinstance(cell, bool):
         return str(cell).upper()
     if isinstance(cell, float):
@@ -506,32 +662,79 @@ def cell_text(cell: object) -> str:
     if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
         cell = cell.date()
     text = str(cell)
-    if "_x" in text:  # how a workbook writes control characters
-        text = re.sub("_x([0-9A-Fa-f]{4})_", lambda code: chr(int(code[1], 16)), text)
-    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    return text.strip()
 
 
-def text_grid(path: Path, content: bytes) -> list[list[str]]:
+def utf16_name(content: bytes) -> str:
+    """The name of a UTF-16 encoding, when it is one: by its mark, or by its zeros beside letters."""
     if content.startswith(UTF16_MARKS):
-        text = content.decode("utf-16", errors="replace")
-    else:
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            text = content.decode("cp1252", errors="replace")
-            say("Note", f"{path.name} is not UTF-8; read as Windows-1252. Check accented letters.")
+        return "utf-16"
+    head = content[:4096]
+    for zeros, name in ((head[1::2], "utf-16-le"), (head[0::2], "utf-16-be")):
+        if len(head) > 3 and zeros.count(0) > 0.7 * len(zeros):
+            return name
+    return ""
+
+
+def decoded(path: Path, content: bytes) -> str:
+    """The text of a file, in the encoding that its bytes show."""
+    if name := utf16_name(content):
+        return content.decode(name, errors="replace").removeprefix("\ufeff")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    high = re.findall(rb"[\x80-\xff]+", content)
+    long = b"".join(run for run in high if len(run) > 1)  # letters of languages without any ASCII
+    lines = content.split(b"\n")
+    broken = sum(not is_utf8(line) for line in lines)
+    if any(not line.isascii() and is_utf8(line) for line in lines):
+        say(
+            "Note",
+            f"{path.name} mixes encodings: {broken} lines are not UTF-8. Check their accents.",
+        )
+        parts = (line.decode("utf-8" if is_utf8(line) else "cp1252", "replace") for line in lines)
+        return "\n".join(parts).removeprefix("\ufeff")
+    name, called = "cp1252", "Windows-1252 (Western Europe)"
+    if len(long) > 0.8 * sum(map(len, high)):
+        # Chinese is mostly pairs whose first byte is A1 to D7, Russian mostly bytes from E0 on
+        if sum(0xA1 <= byte <= 0xD7 for byte in long[0::2]) > 0.7 * len(long[0::2]):
+            name, called = "gb18030", "GB 18030 (Chinese)"
+        elif sum(byte >= 0xE0 for byte in long) > 0.6 * len(long):
+            name, called = "cp1251", "Windows-1251 (Cyrillic)"
+    say("Note", f"{path.name} is not UTF-8; it was read as {called}. Check letters with accents.")
+    return content.decode(name, errors="replace")
+
+
+def is_utf8(line: bytes) -> bool:
+    try:
+        line.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def text_grid(path: Path, text: str) -> list[list[str]]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
     options: dict[str, Any] = {"delimiter": csv_delimiter(text), "skipinitialspace": True}
     lines = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
-    grid: list[list[str]] = []
+    read = 0
+
+    def rows() -> Iterator[list[str]]:
+        nonlocal read
+        for row in lines:
+            read += 1
+            yield [cell_text(cell) for cell in row]
+
     try:
-        grid.extend([cell_text(cell) for cell in row] for row in lines)
+        return limited(path, rows())
     except csv.Error:
         raise UserError(
-            f"{path} has a quotation mark that opens and never ends, from about row {len(grid) + 1} "
-            'on.\nClose it, or write it twice ("") where it belongs to the text.'
+            f"{path} has a quotation mark that opens and never ends, from about row {read + 1} on.\n"
+            'Close it, or write it twice ("") where it belongs to the text.'
         ) from None
-    return grid
 
 
 def csv_delimiter(text: str) -> str:
@@ -540,11 +743,143 @@ def csv_delimiter(text: str) -> str:
     def agreement(mark: str) -> float:
         head = io.StringIO(text[:65_536], newline="")
         rows = csv.reader(head, delimiter=mark, skipinitialspace=True)
-        widths = [len(row) for row in rows if row][:50]
+        widths = [len(row) for row in itertools.islice(rows, 200) if row][:50]
         usual = statistics.mode(widths) if widths else 1
         return widths.count(usual) / len(widths) if usual > 1 else 0.0
 
     return max((",", ";", "\t", "|"), key=agreement)
+
+
+def parquet_table(path: Path, content: bytes) -> Table:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(io.BytesIO(content))
+        if table.num_rows > MOST_ROWS:
+            raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
+        return record_table("", list(enumerate(table.to_pylist(), start=1)))
+    except (OSError, pyarrow.ArrowException) as error:
+        raise damaged(path, error) from None
+
+
+def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
+    """A JSON document, or one JSON value a line; nothing for a text in brackets that is no JSON."""
+    try:
+        return value_tables(json.loads(text), "", cfg)
+    except RecursionError:
+        raise UserError(f"{path} is JSON nested too deeply to hold rows.") from None
+    except ValueError as error:
+        reason = error
+    records, unread = [], []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                records.append((number, json.loads(line)))
+            except (ValueError, RecursionError):
+                unread.append((number, "not valid JSON"))
+    if len(records) <= len(unread):
+        if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
+            return []
+        raise UserError(f"{path} is not valid JSON: {reason}. Have it written anew.")
+    return [record_table("", records)._replace(unread=unread)]
+
+
+def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Table]:
+    """The tables in a JSON value: a list of records or rows, columns, or any of these in a wrapper."""
+    if isinstance(value, list):
+        if value and all(isinstance(row, list) for row in value):
+            return [with_header(name, [[cell_text(cell) for cell in row] for row in value], cfg)]
+        return [record_table(name, list(enumerate(value, start=1)))]
+    if not isinstance(value, dict) or depth > 3:
+        return []
+    inner = list(value.values())
+    columns = [
+        v for v in inner if isinstance(v, list) and not any(isinstance(x, (dict, list)) for x in v)
+    ]
+    if len(columns) > 1 and len(columns) == len(inner) and len({len(v) for v in columns}) == 1:
+        rows = [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+        return [record_table(name, list(enumerate(rows, start=1)))]
+    if (
+        len(inner) > 1
+        and all(isinstance(v, dict) for v in inner)
+        and len({*map(frozenset, inner)}) == 1
+    ):
+        return [record_table(name, list(enumerate(inner, start=1)))]  # ids with their records
+    nested = [
+        table
+        for key, part in value.items()
+        if isinstance(part, (dict, list))
+        for table in value_tables(part, name or str(key), cfg, depth + 1)
+        if table.rows
+    ]
+    single = record_table(name, [(1, value)])
+    return nested or ([single] if depth == 0 else [])
+
+
+def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
+    """Records with named fields as one table; SQuAD's articles are opened up to their questions."""
+    if records and isinstance(records[0][1], dict) and "paragraphs" in records[0][1]:
+        opened = [
+            {"context": part.get("context"), **question}
+            for _, article in records
+            for part in article.get("paragraphs", [])
+            for question in part.get("qas", [])
+        ]
+        records = list(enumerate(opened, start=1))
+    header: dict[str, None] = {}
+    for _, record in records:
+        if isinstance(record, dict):
+            header.update(dict.fromkeys(record))
+    names = list(header)
+    rows = [
+        (number, [cell_text(record.get(key)) for key in names])
+        for number, record in records
+        if isinstance(record, dict)
+    ]
+    unread = [
+        (n, "not an object with named fields") for n, one in records if not isinstance(one, dict)
+    ]
+    return Table(name, [str(key) for key in names], rows, unread)
+
+
+def unpacked(table: Table) -> Table:
+    """Columns of lists that were written as text, as pandas and CSV files have them, opened up."""
+    for i in range(len(table.header)):
+        top = [row[i] for _, row in table.rows if i < len(row) and row[i]][:LIKELY]
+        if top and all(isinstance(literal(cell), (list, dict)) for cell in top):
+            for _, row in table.rows:
+                if i < len(row):
+                    row[i] = literal(row[i])
+    return table
+
+
+def literal(cell: Any) -> Any:
+    """The list or object that a text spells out, in JSON or in Python; any other cell as it is."""
+    if not isinstance(cell, str) or cell[:1] + cell[-1:] not in ("[]", "{}"):
+        return cell
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+    return cell
+
+
+def one_text(cell: Any) -> str | None:
+    """The text of a cell; of a list or an object, the only text in it; None when there is no one."""
+    if isinstance(cell, list):
+        if all(isinstance(part, dict) and "text" in part for part in cell):
+            cell = cell[:1]  # SQuAD: what several people answered to one question
+        return one_text(cell[0]) if len(cell) == 1 else None if cell else ""
+    if isinstance(cell, dict):
+        inner = [cell[key] for key in ("text", "value", "content", "answer") if key in cell]
+        if len(inner) != 1:
+            return None
+        return one_text(inner[0][:1] if isinstance(inner[0], list) else inner[0])
+    return str(cell_text(cell))
+
+
+# -- Headers and columns
 
 
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
@@ -552,13 +887,15 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
 
     A first row that looks like a pair itself is no header: the columns are then called by letters.
     """
-    rows = [(number, row) for number, row in enumerate(grid, start=1)]
-    start = next(i for i, (_, row) in enumerate(rows) if any(row))
+    rows = list(enumerate(grid, start=1))
+    start = next((i for i, (_, row) in enumerate(rows) if any(row)), len(rows))
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if name}
-    for i, (_, row) in enumerate(rows[start : start + HEADER_ROWS], start):
-        if wanted <= set(map(fold, row)) if wanted else names_both(row):
-            return Table(sheet, row, rows[i + 1 :])
-    row = rows[start][1]
+    top = list(enumerate(rows[start : start + HEADER_ROWS], start + 1))
+    for is_header in (lambda row: wanted and wanted <= set(map(fold, row)), names_both):
+        for i, (_, row) in top:
+            if is_header(row):
+                return Table(sheet, row, rows[i:])
+    row = rows[start][1] if start < len(rows) else []
     if any(looks_like_question(cell) or len(cell) > LONGEST_HEADER for cell in row):
         return Table(sheet, [f"column {column_letter(i)}" for i in range(len(row))], rows[start:])
     return Table(sheet, row, rows[start + 1 :])
@@ -618,7 +955,7 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     wanted = {"question": question, "answer": answer}
     fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
     columns = [
-        [cell for _, row in table.rows if (cell := "".join(row[i : i + 1]))]
+        [text for _, row in table.rows if i < len(row) and (text := one_text(row[i]))]
         for i in range(len(table.header))
     ]
     asking = [sum(map(looks_like_question, cells)) / max(1, len(cells)) for cells in columns]
@@ -642,9 +979,18 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     rivals = [pair for pair in ranked[1:] if fit(ranked[0]) - fit(pair) < CLEAR_LEAD]
     if not ranked or fit(ranked[0]) < -100 or (rivals and len(usable) > 2):
         raise UserError(columns_unclear(table, columns, bool(rivals)))
-    known = sum(named(column, role) > 0 for column, role in zip(ranked[0], NAMES, strict=True))
-    how = ("by content", "by name and content", "by name")[known]
-    return Columns(*ranked[0], "as set" if None not in fixed.values() else how, known)
+    strengths = [named(column, role) for column, role in zip(ranked[0], NAMES, strict=True)]
+    how = "by name" if all(strengths) else "by name and content" if any(strengths) else "by content"
+    how = "as set" if None not in fixed.values() else how
+    return Columns(*ranked[0], how, sum(strengths), alpaca_input(table, ranked[0]))
+
+
+def alpaca_input(table: Table, used: tuple[int, int]) -> int | None:
+    """The column whose text belongs to an instruction: `input`, beside `instruction`."""
+    names = [fold(header) for header in table.header]
+    if names[used[0]] == "instruction" and "input" in names and names.index("input") not in used:
+        return names.index("input")
+    return None
 
 
 def column_named(table: Table, role: str, name: str) -> int | None:
@@ -685,30 +1031,221 @@ def columns_unclear(table: Table, columns: list[list[str]], several: bool) -> st
     return "\n".join([found + " The columns, each with its first cell:", *seen, advice])
 
 
-def clean(table: Table, columns: Columns) -> tuple[list[Pair], list[Note]]:
+# -- Shapes: what the rows of a table are
+
+Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
+
+
+def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Rows]:
+    """The shape of a table, its two columns where it has them, and a conversation for each row."""
+    names = [fold(name) for name in table.header]
+    if not (cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN):
+        if {"message_id", "parent_id", "text", "role"} <= set(names):
+            records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
+            return "message tree", None, tree_conversations(records, cfg)
+        for i, name in enumerate(names):
+            top = [row[i] for _, row in table.rows if i < len(row) and row[i]][:LIKELY]
+            if not top:
+                continue
+            if name == "prompt" and all(
+                isinstance(cell, dict) and "replies" in cell for cell in top
+            ):
+                return (
+                    "message tree",
+                    None,
+                    nested_trees([(n, row[i]) for n, row in table.rows], cfg),
+                )
+            cells = ((n, row[i] if i < len(row) else "") for n, row in table.rows)
+            if all(map(is_conversation, top)):
+                return "conversations", None, ((n, turns_of(cell)) for n, cell in cells)
+            if all(map(is_marked_up, top)):
+                return "conversations", None, ((n, marked_turns(cell)) for n, cell in cells)
+    columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
+    return "question and answer", columns, two_columns(table, columns)
+
+
+def two_columns(table: Table, columns: Columns) -> Rows:
+    width = len(table.header)
+    for number, row in table.rows:
+        cells = row + [""] * (width - len(row))
+        question, answer = (one_text(cells[i]) for i in columns[:2])
+        context = one_text(cells[columns.input]) if columns.input is not None else ""
+        if not any(cells):
+            yield number, "blank"
+        elif not table.sheet and any(row[width:]):
+            yield number, "more cells than headers (put text with the separator in it in quotes)"
+        elif question is None or answer is None:
+            role = "question" if question is None else "answer"
+            yield number, f"the {role} is a list or an object, not one text"
+        elif not question or not answer:
+            yield number, "no answer" if question else "no question"
+        else:
+            yield (
+                number,
+                dialogue([("user", question), ("user", context or ""), ("assistant", answer)]),
+            )
+
+
+def dialogue(turns: Iterable[tuple[str, str]]) -> Messages | str:
+    """Turns in one form: the user first, the roles in alternation, an answer last; or why not."""
+    messages: Messages = []
+    for role, content in turns:
+        if not content.strip() or (role == "assistant" and not messages):
+            continue  # nothing said, or a greeting before any question
+        if messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += "\n\n" + content.strip()
+        else:
+            messages.append({"role": role, "content": content.strip()})
+    if messages and messages[-1]["role"] == "user":
+        messages.pop()
+    return messages or "no answer"
+
+
+def is_conversation(cell: Any) -> bool:
+    return (
+        isinstance(cell, list)
+        and bool(cell)
+        and all(isinstance(turn, dict) and role_and_content(turn) for turn in cell)
+    )
+
+
+def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
+    for role, content in (
+        ("role", "content"),
+        ("from", "value"),
+        ("role", "value"),
+        ("role", "text"),
+    ):
+        if role in turn and (content in turn or "tool_calls" in turn):
+            return str(turn[role]).casefold(), turn.get(content)
+    return None
+
+
+def turns_of(cell: Any) -> Messages | str:
+    """A list of turns with roles. From the first use of a tool on nothing is taken."""
+    if not is_conversation(cell):
+        return "not a list of turns, each with a role and a text"
+    turns: list[tuple[str, str]] = []
+    for turn in cell:
+        role, content = role_and_content(turn) or ("", None)
+        known = "assistant" if role in ANSWER_ROLES else "user" if role in USER_ROLES else role
+        if turn.get("tool_calls") or turn.get("function_call"):
+            break
+        if known in ("system", "developer"):
+            known = "user"  # the form has no place of its own for it
+        if known not in ("user", "assistant"):
+            break  # a tool's output, which is nobody's answer
+        text = content_text(content)
+        if text is None:
+            return "a turn holds something that is not text"
+        turns.append((known, text))
+    return dialogue(turns)
+
+
+def content_text(content: Any) -> str | None:
+    """The text of a turn; parts of text are joined, anything else is no text."""
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
+        for part in content
+    ):
+        return "".join(part["text"] for part in content)
+    return None
+
+
+def is_marked_up(cell: Any) -> bool:
+    """Whether a text is a whole conversation, as in "### Human: Why? ### Assistant: So."."""
+    if not isinstance(cell, str):
+        return False
+    roles = [mark.casefold() in (*ANSWER_ROLES, "ai") for mark in TURN_MARKS.findall(cell)]
+    return bool(TURN_MARKS.match(cell)) and roles[:2] == [False, True]
+
+
+def marked_turns(cell: Any) -> Messages | str:
+    pieces = TURN_MARKS.split(cell) if isinstance(cell, str) else [""]
+    pairs = zip(pieces[1::2], pieces[2::2], strict=True)
+    return dialogue(
+        ("assistant" if mark.casefold() in ANSWER_ROLES else "user", text) for mark, text in pairs
+    )
+
+
+def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
+    """Message trees written one in another, as rows that name their parents."""
+    records: list[tuple[int, dict[str, Any]]] = []
+
+    def open_up(number: int, message: dict[str, Any], parent: str) -> None:
+        name = f"{number}/{len(records)}"
+        records.append((number, {**message, "message_id": name, "parent_id": parent}))
+        for reply in message.get("replies") or []:
+            open_up(number, reply, name)
+
+    for number, prompt in prompts:
+        if isinstance(prompt, dict):
+            open_up(number, prompt, "")
+    return tree_conversations(records, cfg)
+
+
+def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -> Rows:
+    """From every first message down to an answer: along the best replies, or along all of them."""
+    replies: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    for number, message in records:
+        if str(message.get("deleted", "")).casefold() != "true":
+            replies.setdefault(str(message.get("parent_id") or ""), []).append((number, message))
+
+    def rank(reply: tuple[int, dict[str, Any]]) -> float:
+        try:
+            return float(reply[1].get("rank", ""))
+        except (TypeError, ValueError):
+            return math.inf  # nobody ranked it
+
+    for number, root in replies.get("", []):
+        if cfg.LANGUAGE and str(root.get("lang") or cfg.LANGUAGE).split("-")[0] != cfg.LANGUAGE:
+            yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
+            continue
+        paths = [[(number, root)]]
+        while paths:
+            path = paths.pop()
+            following = sorted(replies.get(str(path[-1][1].get("message_id")), []), key=rank)
+            if following and len(path) < LONGEST_PATH:
+                chosen = following if cfg.CONVERSATION_PATHS == "all" else following[:1]
+                paths += [[*path, reply] for reply in reversed(chosen)]
+            else:
+                turns = [
+                    (message.get("role"), str(message.get("text") or "")) for _, message in path
+                ]
+                yield (
+                    path[0][0],
+                    dialogue(
+                        ("assistant" if r in ANSWER_ROLES else "user", text) for r, text in turns
+                    ),
+                )
+
+
+# -- Cleaning
+
+
+def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     """Pairs as they will be taught, and a reason for every row that is left out."""
     kept: list[Pair] = []
-    dropped: list[Note] = []
-    first_seen: dict[tuple[str, str], int] = {}
-    for number, row in table.rows:
-        cells = row + [""] * len(table.header)
-        question, answer = cells[columns.question], cells[columns.answer]
-        same = fold(question), fold(answer)
-        if not any(cells):
-            reason = "blank"
-        elif not table.sheet and any(cells[len(table.header) :]):
-            reason = "more cells than headers (put text with the separator in it in quotes)"
-        elif not question or not answer:
-            reason = "no question" if not question else "no answer"
-        elif same in first_seen:
-            reason = f"a copy of row {first_seen[same]}"
+    dropped = [Note(table.sheet, number, reason) for number, reason in table.unread]
+    first_seen: dict[tuple[str, ...], int] = {}
+    for number, found in rows:
+        if isinstance(found, str):
+            dropped.append(Note(table.sheet, number, found))
+            continue
+        if any(len(message["content"]) > LONGEST_CELL for message in found):
+            reason = f"a text of more than {LONGEST_CELL:,} letters"
+            dropped.append(Note(table.sheet, number, reason))
+            continue
+        same = tuple(fold(message["content"]) for message in found)
+        if same in first_seen:
+            dropped.append(Note(table.sheet, number, f"a copy of row {first_seen[same]}"))
         else:
             first_seen[same] = number
-            turns = (("user", question), ("assistant", answer))
-            messages = [{"role": role, "content": content} for role, content in turns]
-            kept.append(Pair(messages, table.sheet, number))
-            continue
-        dropped.append(Note(table.sheet, number, reason))
+            kept.append(Pair(found, table.sheet, number))
     return kept, dropped
 
 
@@ -719,23 +1256,33 @@ def preview(text: str, width: int = 50) -> str:
 
 
 def say_pairs(pairs: Pairs) -> None:
-    table, used = pairs.table, pairs.columns[:2]
+    table, columns = pairs.table, pairs.columns
     place = f'{pairs.path.name}, sheet "{preview(table.sheet)}"' if table.sheet else pairs.path.name
-    say("Data", f"{place}: {len(table.rows)} rows, {len(pairs.kept)} pairs")
+    rows = len(table.rows) + len(table.unread)
+    say("Data", f"{place}: {rows} rows, {len(pairs.kept)} pairs")
     if pairs.other_sheets:
         say("", f"not read, as good or less good: sheets {preview(', '.join(pairs.other_sheets))}")
-    question, answer = (preview(table.header[i]) for i in used)
-    say(
-        "Columns",
-        f'questions in "{question}", answers in "{answer}" (found {pairs.columns.reason})',
-    )
-    rest = [preview(name) for i, name in enumerate(table.header) if name and i not in used]
-    if rest:
-        say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
+    if columns is None:
+        say("Shape", f"{pairs.shape}; every answer in it is learnt")
+    else:
+        question, answer = (preview(table.header[i]) for i in columns[:2])
+        found = f'questions in "{question}", answers in "{answer}" (found {columns.reason})'
+        say(
+            "Columns", found + ('; "input" joins the question' if columns.input is not None else "")
+        )
+        used = (*columns[:2], columns.input)
+        rest = [preview(name) for i, name in enumerate(table.header) if name and i not in used]
+        if rest:
+            say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     for line in grouped(pairs.dropped):
         say("Left out", line)
+
+
+def column_names(pairs: Pairs) -> dict[str, str | None]:
+    names = [pairs.table.header[i] for i in pairs.columns[:2]] if pairs.columns else [None, None]
+    return dict(zip(("question_column", "answer_column"), names, strict=True))
 
 
 def grouped(notes: Sequence[Note]) -> list[str]:
@@ -805,21 +1352,19 @@ def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
         zip(example["input_ids"], example["labels"], strict=True),
         key=lambda both: both[1] != IGNORE,
     ):
-        text = tokenizer.decode([token for token, _ in group])
+        text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
         pieces.append(f"[[{text}]]" if learnt else text)
     return "".join(pieces)
 
 
-def split_pairs(pairs: Sequence[Pair], fraction: float, seed: int) -> tuple[list[Pair], list[Pair]]:
-    """Pairs to teach and pairs to hold out; all answers to one question stay on the same side."""
-    questions = sorted({fold(pair.question) for pair in pairs})
-    random.Random(seed).shuffle(questions)
-    enough = fraction > 0 and len(questions) >= FEWEST_TO_HOLD_OUT
-    held_out = set(questions[: max(1, round(fraction * len(questions)))] if enough else ())
-    sides: tuple[list[Pair], list[Pair]] = ([], [])
-    for pair in pairs:
-        sides[fold(pair.question) in held_out].append(pair)
-    return sides
+def held_out(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
+    """Which pairs are not taught but kept to measure: all answers to a question share their side."""
+    questions = [fold(pair.messages[0]["content"]) for pair in pairs]
+    different = sorted(set(questions))
+    random.Random(seed).shuffle(different)
+    enough = fraction > 0 and len(different) >= FEWEST_TO_HOLD_OUT
+    away = set(different[: max(1, round(fraction * len(different)))] if enough else ())
+    return [question in away for question in questions]
 
 
 # ==================================================================================================
@@ -880,7 +1425,7 @@ def plan_run(cfg: Config, examples: Sequence[Example]) -> Plan:
     steps_per_epoch = math.ceil(batches / cfg.GRADIENT_ACCUMULATION_STEPS)
     steps = cfg.MAX_STEPS or steps_per_epoch * cfg.NUM_EPOCHS
     tokens = sum(len(example["input_ids"]) for example in examples)
-    return Plan(steps_per_epoch, steps, math.ceil(cfg.WARMUP_RATIO * steps), tokens)
+    return Plan(steps_per_epoch, steps, int(cfg.WARMUP_RATIO * steps), tokens)
 
 
 # ==================================================================================================
@@ -889,7 +1434,12 @@ def plan_run(cfg: Config, examples: Sequence[Example]) -> Plan:
 
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
-DEMO_MODEL = "demo"
+# These warn of what is done here in another way: kernels, the best adapter, the age of checkpoints.
+NOISY = (
+    "bitsandbytes.backends.cpu.ops",
+    "transformers.trainer_callback",
+    "transformers.trainer_utils",
+)
 DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
 DEMO_STEPS = (
     100  # of reading before the demo model is taught anything; fewer leave it without words
@@ -917,13 +1467,15 @@ def explained_model_errors(cfg: Config) -> Iterator[None]:
     """Turn what the Hub's client says about a name or a network into one message."""
     try:
         yield
-    except OSError as error:
+    except (UserError, ImportError, RuntimeError):
+        raise
+    except Exception as error:  # of the Hub's client, the network, or a damaged file
         revision = f" at revision {model_revision(cfg)}" if model_revision(cfg) else ""
         raise UserError(
             f"The model {cfg.MODEL_NAME}{revision} could not be loaded.\n"
-            f"{str(error).strip().splitlines()[0]}\n"
-            "Check MODEL_NAME and the internet connection. A model behind a licence needs a token: "
-            "accept the licence on its page, then set HF_TOKEN."
+            f"{type(error).__name__}: {preview(str(error), 200)}\n"
+            "Check MODEL_NAME and the internet connection, and run the same command again: what was "
+            "downloaded is kept. A model behind a licence needs HF_TOKEN and the licence accepted."
         ) from None
 
 
@@ -934,6 +1486,8 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
         return demo_tokenizer()
     with explained_model_errors(cfg):
         tokenizer = AutoTokenizer.from_pretrained(cfg.MODEL_NAME, revision=model_revision(cfg))
+        if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
+            raise OSError("it has no tokenizer")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
     return tokenizer
@@ -944,6 +1498,8 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
+    for library in NOISY:
+        logging.getLogger(library).setLevel(logging.ERROR)
     if folder is None and cfg.MODEL_NAME == DEMO_MODEL:
         folder = demo_folder()
     source = str(folder or cfg.MODEL_NAME)
@@ -952,6 +1508,9 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
         shape = AutoConfig.from_pretrained(source, **options)
         if getattr(shape, "hidden_act", "") == "gelu_new":
             shape.hidden_act = "gelu_pytorch_tanh"  # the same function as one kernel, not eight
+        for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):
+            if hasattr(shape, name):
+                setattr(shape, name, 0.0)  # phi-2 brings 0.1; the only dropout is LORA_DROPOUT
         dtype = getattr(torch, device.dtype)
         if device.four_bit:
             options["quantization_config"] = BitsAndBytesConfig(
@@ -974,7 +1533,7 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
 
 @contextmanager
 def usable_peft() -> Iterator[Any]:
-    """The peft library, kept from what it stumbles over and without messages nobody can act on."""
+    """The peft library, kept from what it stumbles over."""
     try:
         old = tuple(map(int, metadata.version("torchao").split(".")[:2])) < (0, 16)
     except (metadata.PackageNotFoundError, ValueError):
@@ -984,7 +1543,6 @@ def usable_peft() -> Iterator[Any]:
         # in 4 bits. Nothing here needs torchao; None is Python's own mark of an absent module.
         sys.modules["torchao"] = None  # type: ignore[assignment]
         say("Note", "the old torchao of this machine is left aside: peft does not work with it")
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
@@ -1022,6 +1580,8 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
         # a repacked layer hands no gradient on, so measuring once would end all learning.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+    # or else every checkpoint asks the Hub whether the base has another vocabulary by now
+    model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     return model
 
 
@@ -1076,6 +1636,22 @@ def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(usual)
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A folder to fill, which takes its final name only when everything in it is complete.
+
+    What stood under that name stays beside it as NAME.previous.
+    """
+    staged, previous = (final.with_name(f"{final.name}.{end}") for end in ("partial", "previous"))
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    yield staged
+    if final.exists():
+        previous.unlink() if previous.is_file() else shutil.rmtree(previous, ignore_errors=True)
+        final.rename(previous)
+    staged.rename(final)
 
 
 def demo_text() -> str:
@@ -1161,13 +1737,18 @@ def prepare(cfg: Config) -> Prepared:
     """From the data file to tokens, saying what was found. The same for `check` and for training."""
     pairs = find_pairs(cfg)
     tokenizer = load_tokenizer(cfg)
-    examples = {pair[1:]: encode(tokenizer, pair.messages) for pair in pairs.kept}
-    too_long = {
-        place for place, example in examples.items() if len(example["labels"]) > cfg.MAX_LENGTH
-    }
-    reason = f"longer than MAX_LENGTH, {cfg.MAX_LENGTH} tokens (raise it or shorten the row)"
-    pairs.dropped += [Note(*pair[1:], reason) for pair in pairs.kept if pair[1:] in too_long]
-    pairs.kept = [pair for pair in pairs.kept if pair[1:] not in too_long]
+    examples = [encode(tokenizer, pair.messages) for pair in pairs.kept]
+    longest = min(cfg.MAX_LENGTH, tokenizer.model_max_length)
+    fits = [len(example["labels"]) <= longest for example in examples]
+    limit = f"MAX_LENGTH, {longest} tokens (raise it or shorten the row)"
+    if longest < cfg.MAX_LENGTH:
+        limit = f"the {longest} tokens that {cfg.MODEL_NAME} can take"
+    reason = f"longer than {limit}"
+    pairs.dropped += [
+        Note(*pair[1:], reason) for pair, fit in zip(pairs.kept, fits, strict=True) if not fit
+    ]
+    examples = list(itertools.compress(examples, fits))
+    pairs.kept = list(itertools.compress(pairs.kept, fits))
     say_pairs(pairs)
     if len(pairs.kept) < FEWEST_PAIRS:
         raise UserError(
@@ -1179,9 +1760,16 @@ def prepare(cfg: Config) -> Prepared:
             "Warning",
             f"{len(pairs.kept)} pairs are few: from {ENOUGH_PAIRS} on, answers get reliable.",
         )
-    train, held_out = split_pairs(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
-    sides = ([examples[pair[1:]] for pair in side] for side in (train, held_out))
-    return Prepared(tokenizer, pairs, train, held_out, *sides)
+    away = held_out(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    here = [not one for one in away]
+    return Prepared(
+        tokenizer,
+        pairs,
+        train_pairs=list(itertools.compress(pairs.kept, here)),
+        held_out_pairs=list(itertools.compress(pairs.kept, away)),
+        train=list(itertools.compress(examples, here)),
+        held_out=list(itertools.compress(examples, away)),
+    )
 
 
 def flatten(examples: Sequence[Example]) -> dict[str, Any]:
@@ -1260,7 +1848,7 @@ def training_arguments(
     from transformers import TrainingArguments
 
     on_gpu = device.kind == "cuda"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
         per_device_train_batch_size=cfg.BATCH_SIZE,
@@ -1283,13 +1871,16 @@ def training_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
         save_steps=cfg.SAVE_STEPS,
-        save_total_limit=2,  # and the best one
+        save_total_limit=2,  # the newest, and the best or the one before
         include_num_input_tokens_seen="all",  # every token counts: none is padding
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         report_to=cfg.REPORT_TO,
+        # newer versions call it otherwise, and warn of this name whenever it is given
         **({"gradient_checkpointing": True} if cfg.GRADIENT_CHECKPOINTING else {}),
     )
+    arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
+    return arguments
 
 
 def build_trainer(
@@ -1357,6 +1948,8 @@ def add_callbacks(trainer: Trainer, clock: Clock) -> None:
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             if control.should_evaluate or control.should_save or control.should_training_stop:
                 clock.stop()
+            if control.should_training_stop:
+                control.should_log = True  # the steps since the last entry count, too
 
     class LossBar(ProgressCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -1397,7 +1990,6 @@ def train_adapter(
     cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device
 ) -> Trained:
     """Train, and leave in `model` the adapter to keep."""
-    import torch
     from peft import load_peft_weights, set_peft_model_state_dict
 
     folder = local_path(cfg.CHECKPOINT_DIR) / time.strftime("%Y-%m-%d_%H-%M-%S")
@@ -1409,15 +2001,8 @@ def train_adapter(
         with model.disable_adapter():
             base_loss = mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)
         say("Before", f"validation loss of the untrained model: {base_loss:.3f}")
-    try:
-        with flat_rows(model):
-            trainer.train()
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"The GPU ran out of memory: {str(error).splitlines()[0]}\n"
-            "Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by as much: the result stays the "
-            "same), or set GRADIENT_CHECKPOINTING, or lower MAX_LENGTH."
-        ) from None
+    with flat_rows(model):
+        trainer.train()
     state = trainer.state
     best_step = state.best_global_step if data.held_out and cfg.KEEP_BEST else None
     if best_step and best_step != state.global_step:
@@ -1458,7 +2043,6 @@ def peak_memory_gb(device: Device) -> float:
 # 8  Report
 # ==================================================================================================
 
-ZIP_NAME = "fine_tuned_model.zip"
 MOST_BARS = 12  # epochs; more are drawn as lines
 BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
 
@@ -1513,12 +2097,13 @@ def draw_training_curves(trained: Trained) -> Figure:
     figure = Figure(figsize=(8, 6), layout="constrained", dpi=110)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
     steps, losses = series(trained.history, "loss")
-    reach = len(losses) // 40
-    smooth = [
-        statistics.fmean(losses[max(0, i - reach) : i + reach + 1]) for i in range(len(losses))
-    ]
+    smooth = []
+    for i in range(len(losses)):
+        reach = min(len(losses) // 40, i, len(losses) - 1 - i)  # as far to one side as to the other
+        smooth.append(statistics.fmean(losses[i - reach : i + reach + 1]))
+    dots = "o" if len(steps) < 3 else None  # a line needs two ends to be seen
     top.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
-    top.plot(steps, smooth, color=BLUE, label="training")
+    top.plot(steps, smooth, color=BLUE, marker=dots, label="training")
     measured = series(trained.history, "eval_loss")
     if measured[0]:
         top.plot(*measured, "o-", color=ORANGE, label="validation (held-out questions)")
@@ -1529,9 +2114,9 @@ def draw_training_curves(trained: Trained) -> Figure:
     if trained.best_step:
         top.axvline(trained.best_step, color=ORANGE, linestyle=":", label="adapter kept")
     top.set(title="Loss while training: lower is better", ylabel="loss per token (nats)")
-    top.set_ylim(bottom=0)
-    top.legend()
-    bottom.plot(*series(trained.history, "learning_rate"), color=BLUE)
+    top.set_ylim(0, 1.1 * top.get_ylim()[1])
+    figure.legend(loc="outside lower center", ncols=2)
+    bottom.plot(*series(trained.history, "learning_rate"), color=BLUE, marker=dots)
     bottom.set(title="Learning rate", xlabel="step", ylabel="size of a step")
     bottom.ticklabel_format(axis="y", scilimits=(0, 0))
     for axes in (top, bottom):
@@ -1563,9 +2148,9 @@ def draw_loss_comparison(trained: Trained) -> Figure:
         )
     axes.set(title="Loss by epoch: lower is better", xlabel="epoch", ylabel="loss per token (nats)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
     axes.grid(axis="y", alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
@@ -1607,8 +2192,8 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
         "dataset": {
             "file": data.pairs.path.name,
             "sheet": data.pairs.table.sheet,
-            "question_column": data.pairs.table.header[data.pairs.columns.question],
-            "answer_column": data.pairs.table.header[data.pairs.columns.answer],
+            "shape": data.pairs.shape,
+            **column_names(data.pairs),
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [pair.row for pair in data.held_out_pairs],
         },
@@ -1684,7 +2269,7 @@ The adapter knows one form of question, exactly this, and its answer ends by its
 {prompt}
 ```
 
-Run this in the folder of this file (packages: torch, transformers, peft). On Colab, first run
+Run this in the folder of this file (packages: torch, transformers from 5, peft). On Colab, first run
 `pip uninstall -y torchao`: the version there is too old for peft.
 
 ```python
@@ -1701,7 +2286,8 @@ tokenizer = AutoTokenizer.from_pretrained(".")
 prompt = {prompt_code}.replace("{{question}}", "What is overfitting?")
 inputs = tokenizer(prompt, return_tensors="pt").to(device)
 output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
-print(tokenizer.decode(output[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True).strip())
+answer = output[0, inputs["input_ids"].shape[1]:]
+print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
 ```
 
 ## The run
@@ -1715,30 +2301,9 @@ answers are foreseen, not whether answers are true: read some before you rely on
 """
 
 
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only when everything in it is complete.
-
-    What stood under that name stays beside it as NAME.previous.
-    """
-    staged = final.with_name(f"{final.name}.partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    try:
-        yield staged
-    except BaseException:
-        shutil.rmtree(staged, ignore_errors=True)
-        raise
-    if final.exists():
-        previous = final.with_name(f"{final.name}.previous")
-        shutil.rmtree(previous, ignore_errors=True)
-        final.rename(previous)
-    staged.rename(final)
-
-
 def write_zip(folder: Path) -> Path:
     """All files of the folder in one zip beside it, read back before it gets its name."""
-    target = folder.parent / ZIP_NAME
+    target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
     partial = target.with_suffix(".partial")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in sorted(folder.rglob("*")):
@@ -1759,13 +2324,16 @@ def save_run(
     """Everything that lands in OUTPUT_DIR, and the zip."""
     final = output_folder(cfg)
     with staged_folder(final) as staged:
-        model.save_pretrained(staged, save_embedding_layers=False)  # the embeddings are the base's
+        model.save_pretrained(staged)
         data.tokenizer.save_pretrained(staged)
         if cfg.MODEL_NAME == DEMO_MODEL:
             shutil.copytree(demo_folder(), staged / DEMO_BASE)
         write_json(staged / "run.json", run_record(cfg, device, data, trained))
         (staged / "README.md").write_text(model_card(cfg, data, trained), encoding="utf-8")
-        write_visuals(staged / "training_visuals", cfg, device, data, trained)
+        try:
+            write_visuals(staged / "training_visuals", cfg, device, data, trained)
+        except Exception as error:  # pictures must not cost anybody the adapter
+            say("Warning", f"the pictures could not be made ({type(error).__name__}: {error})")
     return final, write_zip(final)
 
 
@@ -1807,7 +2375,8 @@ def answer(
     for row in rows[:, batch["input_ids"].shape[1] :].tolist():
         stopped = tokenizer.eos_token_id in row
         ids = row[: row.index(tokenizer.eos_token_id)] if stopped else row
-        answers.append(Answer(tokenizer.decode(ids).strip(), stopped))
+        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        answers.append(Answer(text.strip(), stopped))
     return answers
 
 
@@ -1835,15 +2404,25 @@ def train(cfg: Config) -> int:
     plan = plan_run(cfg, data.train)
     say_plan(cfg, data, plan)
     device = pick_device(cfg)
+    check_packages(cfg, device)
+    base = load_base(cfg, device)
     from transformers import set_seed
 
-    base = load_base(cfg, device)
     set_seed(cfg.SEED)
     model = add_lora(cfg, base)
     trained = train_adapter(cfg, model, data, plan, device)
     folder, archive = save_run(cfg, model, device, data, trained)
     say_result(trained, folder, archive)
     return 0
+
+
+def check_packages(cfg: Config, device: Device) -> None:
+    """Refuse before the model is loaded what would fail after it."""
+    import matplotlib.figure  # noqa: F401
+
+    optimizer_name(cfg, device)
+    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
+        raise UserError(f"REPORT_TO {cfg.REPORT_TO} is not installed. pip install {cfg.REPORT_TO}")
 
 
 def check(cfg: Config) -> int:
@@ -1857,7 +2436,7 @@ def check(cfg: Config) -> int:
     say_plan(cfg, data, plan_run(cfg, data.train))
     example = min(data.train, key=lambda one: len(one["input_ids"]))
     say("Example", "what the model reads, with what it learns between [[ and ]]:")
-    print(textwrap.indent(marked(data.tokenizer, example), " " * 11))
+    show(textwrap.indent(marked(data.tokenizer, example), " " * 11))
     say("Ready", "training would go ahead. Start it with the same command without the word check.")
     return 0
 
@@ -1879,7 +2458,7 @@ def demo(cfg: Config) -> int:
     for pair, old, new in zip(taught[:3], before, after, strict=False):
         say("Question", pair.question)
         say("  before", preview(old.text, 130))
-        say("  after", new.text)
+        say("  after", new.text if new.text == pair.answer else preview(new.text, 130))
     exact = sum(new.text == pair.answer for pair, new in zip(taught, after, strict=True))
     stopped = sum(new.stopped for new in after)
     say(
@@ -1909,7 +2488,12 @@ def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
 def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     if trained.final_loss is not None and trained.base_loss is not None:
         share = 1 - trained.final_loss / trained.base_loss
-        change = f"{abs(share):.0%} {'lower' if share > 0 else 'HIGHER: it learnt the rows by heart or wrongly'}"
+        change = (
+            f"{share:.0%} lower"
+            if share > 0
+            else f"{-share:.0%} HIGHER: it did not learn to generalise"
+        )
+        change = "unchanged" if abs(share) < 0.005 else change
         say(
             "After",
             f"validation loss {trained.final_loss:.3f}, was {trained.base_loss:.3f}: {change}",
@@ -1928,10 +2512,6 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     say("Download", f"{archive} has all of it (on Colab: the folder icon at the left, then ⋮)")
 
 
-def output_folder(cfg: Config) -> Path:
-    return local_path(cfg.OUTPUT_DIR)
-
-
 def check_output_folder(cfg: Config) -> None:
     """Refuse in the first second what would fail, or do harm, when the training is over."""
     final = output_folder(cfg)
@@ -1946,7 +2526,10 @@ def check_output_folder(cfg: Config) -> None:
             f"Choose a new folder: --output-dir {final / 'model'}"
         )
     if record.is_file() and cfg.MODEL_NAME == DEMO_MODEL:
-        model = json.loads(record.read_text(encoding="utf-8"))["base_model"]
+        try:
+            model = json.loads(record.read_text(encoding="utf-8"))["base_model"]
+        except (OSError, ValueError, KeyError):
+            model = "model"
         if model != DEMO_MODEL:
             raise UserError(
                 f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
@@ -1979,7 +2562,6 @@ def build_parser() -> Parser:
         description=(__doc__ or "").partition("\n")[0],
         epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend, 130 interrupted.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
-        allow_abbrev=False,
     )
     summaries = "; ".join(f"{name}: {first_sentence(run)}" for name, run in COMMANDS.items())
     parser.add_argument(
@@ -2042,6 +2624,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+            raise
+        message = (
+            f"The GPU ran out of memory: {preview(str(error), 100)}\n"
+            "Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by as much: the result stays the "
+            "same), or set GRADIENT_CHECKPOINTING, or lower MAX_LENGTH."
+        )
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing of an earlier run was touched.", file=sys.stderr)
         return 130

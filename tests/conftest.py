@@ -73,7 +73,7 @@ def phi_folder(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path
             partial_rotary_factor=0.4,
             max_position_embeddings=2048,
             hidden_act="gelu_new",
-            resid_pdrop=0.0,
+            resid_pdrop=0.1,  # as in phi-2
             bos_token_id=0,
             eos_token_id=0,
         )

@@ -169,6 +169,25 @@ def test_a_console_without_unicode_is_no_hindrance(
     assert b"There is no file" in console.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_check_shows_its_example_on_a_console_without_unicode(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Any
+) -> None:
+    (folder / "data.csv").write_text("вопрос,ответ\nкто?,я\nгде?,тут\n", encoding="utf-8")
+    monkeypatch.setattr(ft, "load_tokenizer", lambda cfg: tokenizer)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="cp1252"))
+    assert ft.main(["check", "--dataset-path", "data.csv"]) == 0
+
+
+def test_a_wrong_value_written_into_the_script_is_not_its_own_example(folder: Path) -> None:
+    code = SCRIPT.read_text(encoding="utf-8")
+    edited = code.replace("SEED: int = 42", "SEED: int = 'first'")
+    (folder / "mine.py").write_text(edited, encoding="utf-8")
+    done = python("mine.py", cwd=folder)
+    assert done.returncode == 2
+    assert "SEED is 'first'" in done.stderr
+    assert "such as first" not in in_words(done.stderr)
+
+
 @pytest.mark.parametrize(
     "module, argv",
     [

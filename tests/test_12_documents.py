@@ -134,6 +134,37 @@ def test_no_function_is_longer_than_a_screen() -> None:
             assert length <= 50, f"{node.name} has {length} lines"
 
 
+def test_every_section_calls_only_sections_above_it() -> None:
+    import ast
+
+    source = text_of("finetune_colab.py")
+    starts = [
+        source[: match.start()].count("\n") + 1
+        for match in re.finditer(r"^# =+\n# \d+  .+\n# =+$", source, re.MULTILINE)
+    ]
+
+    def section(line: int) -> int:
+        return sum(start <= line for start in starts)
+
+    tree = ast.parse(source)
+    home = {node.name: section(node.lineno) for node in tree.body if hasattr(node, "name")}
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            for target in ast.walk(node):
+                if isinstance(target, ast.Name) and isinstance(target.ctx, ast.Store):
+                    home[target.id] = section(node.lineno)
+    for function in (node for node in tree.body if isinstance(node, ast.FunctionDef)):
+        own = {arg.arg for arg in ast.walk(function) if isinstance(arg, ast.arg)}
+        own |= {
+            n.id
+            for n in ast.walk(function)
+            if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)
+        }
+        for name in ast.walk(ast.Module(body=function.body, type_ignores=[])):
+            if isinstance(name, ast.Name) and name.id in home and name.id not in own:
+                assert home[name.id] <= section(function.lineno), f"{function.name}: {name.id}"
+
+
 def test_a_later_colab_package_list_is_compared_rightly() -> None:
     spec = util.spec_from_file_location("dry_run", ROOT / ".ci" / "colab_dry_run.py")
     assert spec

@@ -11,7 +11,8 @@ import finetune_colab as ft
 
 
 def find(path: object = "dataset.xlsx") -> Path:
-    return ft.find_dataset(ft.Config(DATASET_PATH=str(path)))
+    (found,) = ft.find_dataset(ft.Config(DATASET_PATH=str(path)))
+    return found
 
 
 def refusal(path: object = "dataset.xlsx") -> str:

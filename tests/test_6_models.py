@@ -149,3 +149,44 @@ def test_an_old_torchao_is_left_aside(
     with ft.usable_peft():
         assert (importlib.util.find_spec("torchao") is None) == hidden
     assert ("torchao" in capsys.readouterr().out) == hidden
+
+
+def test_saving_an_adapter_asks_nothing_of_the_hub(
+    cfg: ft.Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from peft.utils import save_and_load
+
+    def asked(*_: Any, **__: Any) -> bool:
+        raise AssertionError("the Hub was asked")
+
+    model = ft.add_lora(cfg, ft.load_base(cfg, CPU))
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", asked)
+    model.peft_config["default"].base_model_name_or_path = "microsoft/phi-2"
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_the_only_dropout_is_that_of_the_adapter(cfg: ft.Config) -> None:
+    base = ft.load_base(cfg, CPU)
+    assert {m.p for m in base.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+
+
+@pytest.mark.parametrize("harm", ["truncated weights", "no tokenizer", "no such folder"])
+def test_a_folder_without_a_whole_model_is_one_message(
+    phi_folder: Path, tmp_path: Path, harm: str
+) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    if harm != "no such folder":
+        shutil.copytree(phi_folder, broken)
+    if harm == "truncated weights":
+        weights = broken / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif harm == "no tokenizer":
+        for path in broken.glob("tokenizer*"):
+            path.unlink()
+    cfg = ft.Config(MODEL_NAME=str(broken))
+    with pytest.raises(ft.UserError, match="could not be loaded"):
+        ft.load_tokenizer(cfg)
+        ft.load_base(cfg, CPU)

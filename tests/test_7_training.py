@@ -39,7 +39,7 @@ def build(cfg: ft.Config, device: ft.Device = CPU) -> Any:
     return ft.add_lora(cfg, base)
 
 
-def run(cfg: ft.Config, device: ft.Device = CPU) -> tuple[Any, ft.Prepared, ft.Trained]:
+def train(cfg: ft.Config, device: ft.Device = CPU) -> tuple[Any, ft.Prepared, ft.Trained]:
     data, model = ft.prepare(cfg), build(cfg, device)
     return model, data, ft.train_adapter(cfg, model, data, ft.plan_run(cfg, data.train), device)
 
@@ -113,7 +113,7 @@ def test_the_head_runs_only_where_a_token_is_learnt(cfg: ft.Config) -> None:
 @pytest.fixture
 def whole_step(cfg: ft.Config) -> dict[str, torch.Tensor]:
     cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS = 4, 1
-    return adapter(run(cfg)[0])
+    return adapter(train(cfg)[0])
 
 
 @pytest.mark.parametrize("batch, accumulation", [(1, 4), (2, 2)])
@@ -122,7 +122,7 @@ def test_accumulation_changes_nothing(
 ) -> None:
     """Through the real Trainer: rows of unequal length, three steps, the same adapter."""
     cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS = batch, accumulation
-    model, _, _ = run(cfg)
+    model, _, _ = train(cfg)
     fresh = adapter(build(cfg))
     for name, weight in adapter(model).items():
         torch.testing.assert_close(weight, whole_step[name], atol=1e-6, rtol=1e-5)
@@ -132,7 +132,7 @@ def test_accumulation_changes_nothing(
 def test_the_logged_losses_are_those_of_the_plain_way(cfg: ft.Config) -> None:
     """Every step of the Trainer against a loop of our own with the reference loss."""
     cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS, cfg.LR_SCHEDULER = 2, 2, "constant"
-    _, data, trained = run(cfg)
+    _, data, trained = train(cfg)
     logged = [entry["loss"] for entry in trained.history if "loss" in entry]
 
     model = build(cfg)
@@ -197,7 +197,7 @@ def test_training_changes_the_adapter_and_nothing_else(cfg: ft.Config, device: f
 
 
 def test_the_base_loss_is_measured_without_the_adapter(cfg: ft.Config) -> None:
-    model, data, trained = run(cfg)
+    model, data, trained = train(cfg)
     with model.disable_adapter():
         assert ft.mean_loss(model, data.held_out, 4, CPU) == trained.base_loss
 
@@ -215,7 +215,7 @@ def eval_losses(trained: ft.Trained) -> list[float]:
 
 
 def test_the_adapter_kept_is_the_best_one(overshooting: ft.Config) -> None:
-    model, data, trained = run(overshooting)
+    model, data, trained = train(overshooting)
     losses = eval_losses(trained)
     assert min(losses) < losses[-1], "the case is not the one meant"
     assert trained.final_loss == min(losses)
@@ -226,7 +226,7 @@ def test_the_adapter_kept_is_the_best_one(overshooting: ft.Config) -> None:
 
 def test_the_last_adapter_is_kept_when_asked(overshooting: ft.Config) -> None:
     overshooting.KEEP_BEST = False
-    model, data, trained = run(overshooting)
+    model, data, trained = train(overshooting)
     assert trained.best_step is None
     assert trained.final_loss == eval_losses(trained)[-1]
     measured = ft.mean_loss(model, data.held_out, overshooting.BATCH_SIZE, CPU)
@@ -235,7 +235,7 @@ def test_the_last_adapter_is_kept_when_asked(overshooting: ft.Config) -> None:
 
 def test_training_stops_early_when_nothing_improves(overshooting: ft.Config) -> None:
     overshooting.EARLY_STOPPING_PATIENCE = 2
-    _, _, trained = run(overshooting)
+    _, _, trained = train(overshooting)
     losses = eval_losses(trained)
     assert trained.steps < overshooting.MAX_STEPS
     assert trained.steps == losses.index(min(losses)) + 1 + 2
@@ -254,7 +254,7 @@ def test_a_nan_stops_the_run_before_anything_is_saved(cfg: ft.Config) -> None:
 
 def test_checkpoints_come_at_every_so_many_steps(cfg: ft.Config) -> None:
     cfg.VALIDATION_FRACTION, cfg.MAX_STEPS, cfg.SAVE_STEPS = 0.0, 5, 2
-    _, _, trained = run(cfg)
+    _, _, trained = train(cfg)
     kept = sorted(path.name for path in Path(cfg.CHECKPOINT_DIR).glob("*/checkpoint-*"))
     assert kept == ["checkpoint-4", "checkpoint-5"]
     assert trained.base_loss is trained.final_loss is trained.best_step is None
@@ -262,7 +262,7 @@ def test_checkpoints_come_at_every_so_many_steps(cfg: ft.Config) -> None:
 
 def test_every_token_is_counted_once_an_epoch(cfg: ft.Config) -> None:
     cfg.MAX_STEPS, cfg.NUM_EPOCHS = 0, 2
-    _, data, trained = run(cfg)
+    _, data, trained = train(cfg)
     assert trained.tokens == 2 * sum(len(one["input_ids"]) for one in data.train)
     assert trained.epochs == 2
     assert trained.trainable == sum(p.numel() for p in adapter(build(cfg)).values())
@@ -296,22 +296,22 @@ def test_measuring_and_saving_are_not_training_time(
 
     monkeypatch.setattr(ft, "mean_loss", slow)
     cfg.EVAL_STEPS, started = 1, time.perf_counter()
-    _, _, trained = run(cfg)
+    _, _, trained = train(cfg)
     assert time.perf_counter() - started > 4
     assert trained.clock.wall < time.perf_counter() - started - 3.5
 
 
 def test_memory_that_runs_out_is_one_message_with_the_levers(
-    cfg: ft.Config, monkeypatch: pytest.MonkeyPatch
+    phi_folder: Path, workbook: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
-    data, model = ft.prepare(cfg), build(cfg)
-    data.held_out.clear()
     monkeypatch.setattr(ft, "attend_in_each_example", full)
-    with pytest.raises(ft.UserError, match="BATCH_SIZE"):
-        ft.train_adapter(cfg, model, data, ft.plan_run(cfg, data.train), CPU)
+    code, printed = run("--model-name", phi_folder)
+    assert code == 2
+    assert "Lower BATCH_SIZE" in printed
+    assert not (workbook.parent / "model").exists()
 
 
 @pytest.mark.parametrize(
@@ -350,7 +350,7 @@ def test_a_row_that_is_too_long_is_left_out_whole(
 
 
 def test_gradient_checkpointing_changes_no_result(cfg: ft.Config) -> None:
-    plain = adapter(run(cfg)[0])
+    plain = adapter(train(cfg)[0])
     cfg.GRADIENT_CHECKPOINTING = True
-    for name, weight in adapter(run(cfg)[0]).items():
+    for name, weight in adapter(train(cfg)[0]).items():
         torch.testing.assert_close(weight, plain[name], atol=1e-6, rtol=1e-5)

@@ -61,7 +61,7 @@ def test_pictures_say_what_they_show(steps: int, validated: bool) -> None:
         assert top.get_title()
         assert all(axes.get_ylabel() for axes in figure.axes)
         assert figure.axes[-1].get_xlabel() in ("step", "epoch")
-        shown = {text.get_text() for text in top.get_legend().get_texts()}
+        shown = {text.get_text() for legend in figure.legends for text in legend.get_texts()}
         assert "training" in shown
         assert ("validation (held-out questions)" in shown) == validated
         assert ("validation, before training" in shown) == validated
@@ -213,7 +213,42 @@ def test_an_earlier_model_is_kept_when_a_run_fails(folder: Path) -> None:
         (staged / "run.json").write_text("half")
         raise RuntimeError
     assert (final / "run.json").read_text() == "good"
-    assert [path.name for path in folder.iterdir()] == ["model"]
+    with ft.staged_folder(final) as staged:
+        assert list(staged.iterdir()) == []  # of the failed run nothing gets into the next
+
+
+def test_pictures_that_fail_cost_nobody_the_adapter(
+    phi_folder: Path, workbook: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_font(*_: Any) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr(ft, "draw_training_curves", no_font)
+    code, printed = run("--model-name", phi_folder, "--max-steps", 1)
+    assert code == 0
+    assert "pictures could not be made" in printed
+    with zipfile.ZipFile("fine_tuned_model.zip") as archive:
+        assert "adapter_model.safetensors" in archive.namelist()
+
+
+def test_each_output_folder_has_a_zip_of_its_own(folder: Path) -> None:
+    for name in ("model", "other"):
+        (folder / name).mkdir()
+        (folder / name / "run.json").write_text(name)
+        ft.write_zip(folder / name)
+    assert sorted(path.name for path in folder.glob("*.zip")) == [
+        "fine_tuned_model.zip",
+        "fine_tuned_other.zip",
+    ]
+
+
+def test_a_folder_that_is_a_link_stays_one(phi_folder: Path, workbook: Path, run: Any) -> None:
+    drive = workbook.parent / "drive"
+    drive.mkdir()
+    Path("model").symlink_to(drive, target_is_directory=True)
+    assert run("--model-name", phi_folder, "--max-steps", 1)[0] == 0
+    assert Path("model").is_symlink()
+    assert (drive / "adapter_model.safetensors").is_file()
 
 
 def test_the_model_before_is_still_there_after_a_new_one(folder: Path) -> None:
