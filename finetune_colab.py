@@ -94,7 +94,7 @@ class Config:
     LOAD_IN_4BIT: bool | None = None  # weights in 4 bits; None = yes on an NVIDIA GPU, else no
 
     # -- Data
-    DATASET_PATH: str = "dataset.xlsx"  # a workbook (.xlsx) or a text table (.csv)
+    DATASET_PATH: str = "dataset.xlsx"  # a workbook, or .csv .tsv .json .jsonl .parquet
     QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
     ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
     MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
@@ -1981,7 +1981,7 @@ class Trained:
     epochs: float
     tokens: int
     clock: Clock
-    peak_memory_gb: float
+    peak_memory_gb: float | None
     trainable: int
     parameters: int
 
@@ -2025,18 +2025,18 @@ def train_adapter(
     )
 
 
-def peak_memory_gb(device: Device) -> float:
+def peak_memory_gb(device: Device) -> float | None:
     """The most memory in use so far: the GPU's where there is one, or else this process's."""
     import torch
 
     if device.kind == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
-    try:
-        import resource
-    except ImportError:  # Windows
-        return math.nan
+        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    if not importlib.util.find_spec("resource"):  # Windows
+        return None
+    import resource
+
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
 
 
 # ==================================================================================================
@@ -2085,7 +2085,7 @@ def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
         "train_seconds": round(trained.clock.wall, 3),
         "train_cpu_seconds": round(trained.clock.cpu, 3),
         "tokens_per_second": round(trained.tokens / trained.clock.wall, 1),
-        "peak_memory_gb": round(trained.peak_memory_gb, 3),
+        "peak_memory_gb": trained.peak_memory_gb,
         "trainable_parameters": trained.trainable,
         "trainable_percent": round(100 * trained.trainable / trained.parameters, 4),
     }
@@ -2486,30 +2486,25 @@ def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
 
 
 def say_result(trained: Trained, folder: Path, archive: Path) -> None:
-    if trained.final_loss is not None and trained.base_loss is not None:
-        share = 1 - trained.final_loss / trained.base_loss
-        change = (
-            f"{share:.0%} lower"
-            if share > 0
-            else f"{-share:.0%} HIGHER: it did not learn to generalise"
-        )
+    before, after, clock = trained.base_loss, trained.final_loss, trained.clock
+    if before is not None and after is not None:
+        share = 1 - after / before
+        change = f"{share:.0%} lower" if share > 0 else f"{-share:.0%} HIGHER, it did not learn"
         change = "unchanged" if abs(share) < 0.005 else change
-        say(
-            "After",
-            f"validation loss {trained.final_loss:.3f}, was {trained.base_loss:.3f}: {change}",
-        )
-    seconds = (
-        f"{trained.clock.wall:.0f} s"
-        if trained.clock.wall < 120
-        else f"{trained.clock.wall / 60:.1f} min"
-    )
-    say(
-        "Time",
-        f"{seconds} of training, {trained.tokens / trained.clock.wall:,.0f} tokens a second, "
-        f"at most {trained.peak_memory_gb:.1f} GB of memory",
-    )
-    say("Saved", f"{folder}: the adapter; pictures in {folder / 'training_visuals'}")
-    say("Download", f"{archive} has all of it (on Colab: the folder icon at the left, then ⋮)")
+        say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
+    took = f"{clock.wall:.0f} s" if clock.wall < 120 else f"{clock.wall / 60:.1f} min"
+    memory = trained.peak_memory_gb
+    most = f", at most {memory:.1f} GB of memory" if memory else ""
+    say("Time", f"{took} of training, {trained.tokens / clock.wall:,.0f} tokens a second{most}")
+    say("Saved", f"the adapter in {near(folder)}, pictures in {near(folder / 'training_visuals')}")
+    if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
+        say("", f"the model that was there before is kept in {near(earlier)}")
+    say("Download", f"{near(archive)} (on Colab: the folder icon at the left, then ⋮)")
+
+
+def near(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def check_output_folder(cfg: Config) -> None:
