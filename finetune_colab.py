@@ -328,14 +328,14 @@ EXAMPLE_DATASET = "dataset_example.xlsx"
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 
 
-def find_dataset(cfg: Config) -> list[Path]:
+def find_dataset(cfg: Config) -> Path:
     """The file that DATASET_PATH names, or a message that says what is there instead."""
     path = local_path(cfg.DATASET_PATH)
     if path.is_file():
-        return [path]
+        return path
     beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
     if path.name == EXAMPLE_DATASET and beside_script.is_file():
-        return [beside_script]
+        return beside_script
     if path.is_dir():
         raise UserError(f"DATASET_PATH is {path}, a folder. Name the file in it with the rows.")
     folder = path.parent
@@ -479,17 +479,17 @@ class Pairs:
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
-    paths = find_dataset(cfg)
+    path = find_dataset(cfg)
     found, failures = [], []
-    for table in read_tables(paths, cfg):
+    for table in read_tables(path, cfg):
         try:
             shape, columns, rows = conversations_of(table, cfg)
         except UserError as error:
             failures.append(error)
         else:
-            found.append(Pairs(paths[0], table, shape, columns, *clean(table, rows)))
+            found.append(Pairs(path, table, shape, columns, *clean(table, rows)))
     if not found:
-        raise UserError(f"In {paths[0]}: {failures[0]}")
+        raise UserError(f"In {path}: {failures[0]}")
     best = max(found, key=certainty)  # the first of equals
     best.other_sheets = [pairs.table.sheet for pairs in found if pairs is not best]
     return best
@@ -503,32 +503,26 @@ def certainty(pairs: Pairs) -> tuple[bool, int, int]:
 # -- Files to tables
 
 
-def read_tables(paths: list[Path], cfg: Config) -> list[Table]:
+def read_tables(path: Path, cfg: Config) -> list[Table]:
     """Every filled sheet of a file, decided by its content. The only opener of data files."""
-    tables: list[Table] = []
-    for path in paths:
-        try:
-            if path.stat().st_size > LARGEST_FILE_MB * 1e6:
-                raise UserError(f"{path} is larger than {LARGEST_FILE_MB} MB. Split it.")
-            content = path.read_bytes()
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-        kind = file_kind(path, content)
-        if kind == "parquet":
-            part = parquet_table(path, content)
-            if tables:  # a further file of one split
-                tables[0].rows.extend((n + len(tables[0].rows), row) for n, row in part.rows)
-            else:
-                tables.append(part)
-        elif kind == "text":
-            text = decoded(path, content)
-            lines = json_tables(path, text, cfg) if text.lstrip()[:1] in ("{", "[") else []
-            tables += lines or [with_header("", text_grid(path, text), cfg)]
-        else:
-            tables += workbook_tables(path, content, kind, cfg)
+    try:
+        if path.stat().st_size > LARGEST_FILE_MB * 1e6:
+            raise UserError(f"{path} is larger than {LARGEST_FILE_MB} MB. Split it.")
+        content = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+    kind = file_kind(path, content)
+    if kind == "parquet":
+        tables = [parquet_table(path, content)]
+    elif kind == "text":
+        text = decoded(path, content)
+        tables = json_tables(path, text, cfg) if text.lstrip()[:1] in ("{", "[") else []
+        tables = tables or [with_header("", text_grid(path, text), cfg)]
+    else:
+        tables = workbook_tables(path, content, kind, cfg)
     filled = [unpacked(table) for table in tables if any(any(row) for _, row in table.rows)]
     if not filled:
-        raise UserError(f"{paths[0]} holds no rows. Fill in one question and one answer a row.")
+        raise UserError(f"{path} holds no rows. Fill in one question and one answer a row.")
     return filled
 
 
@@ -569,17 +563,12 @@ def zip_kind(path: Path, content: bytes) -> str:
             f"{path} unpacks to more than {allowed / 1e6:.0f} MB, which looks like a zip bomb or a "
             "sheet of formatted blank rows.\nCopy the filled rows into a new workbook."
         )
-    for mark, kind in (
-        ("xl/workbook.xml", "xlsx"),
-        ("xl/workbook.bin", "xlsb"),
-        ("content.xml", "ods"),
-        ("word/document.xml", "a Word document"),
-    ):
-        if mark in names and " " in kind:
-            raise UserError(f"{path} is {kind}. Put the rows into a workbook (.xlsx).")
+    marks = {"xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "content.xml": "ods"}
+    for mark, kind in marks.items():
         if mark in names:
             return kind
-    raise UserError(f"{path} is a zip file without a workbook. Unpack it and name the file in it.")
+    what = "a Word document" if "word/document.xml" in names else "a zip file without a workbook"
+    raise UserError(f"{path} is {what}. Name a file with the rows in a table, such as .xlsx")
 
 
 def damaged(path: Path, error: Exception) -> UserError:
@@ -591,7 +580,7 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 def workbook_tables(path: Path, content: bytes, kind: str, cfg: Config) -> list[Table]:
     """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
-    failure: Exception = ValueError("no engine")
+    failures: list[Exception] = []
     for engine in (openpyxl_grids, calamine_grids) if kind == "xlsx" else (calamine_grids,):
         try:
             return [
@@ -601,8 +590,8 @@ def workbook_tables(path: Path, content: bytes, kind: str, cfg: Config) -> list[
         except (UserError, ImportError):
             raise
         except Exception as error:  # openpyxl alone raises seven kinds for damaged workbooks
-            failure = failure if kind == "xlsx" and engine is calamine_grids else error
-    raise damaged(path, failure)
+            failures.append(error)
+    raise damaged(path, failures[0])
 
 
 def openpyxl_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
@@ -1039,27 +1028,19 @@ Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is n
 def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Rows]:
     """The shape of a table, its two columns where it has them, and a conversation for each row."""
     names = [fold(name) for name in table.header]
-    if not (cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN):
-        if {"message_id", "parent_id", "text", "role"} <= set(names):
-            records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
-            return "message tree", None, tree_conversations(records, cfg)
-        for i, name in enumerate(names):
-            top = [row[i] for _, row in table.rows if i < len(row) and row[i]][:LIKELY]
-            if not top:
-                continue
-            if name == "prompt" and all(
-                isinstance(cell, dict) and "replies" in cell for cell in top
-            ):
-                return (
-                    "message tree",
-                    None,
-                    nested_trees([(n, row[i]) for n, row in table.rows], cfg),
-                )
-            cells = ((n, row[i] if i < len(row) else "") for n, row in table.rows)
-            if all(map(is_conversation, top)):
-                return "conversations", None, ((n, turns_of(cell)) for n, cell in cells)
-            if all(map(is_marked_up, top)):
-                return "conversations", None, ((n, marked_turns(cell)) for n, cell in cells)
+    asked = cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN
+    if not asked and {"message_id", "parent_id", "text", "role"} <= set(names):
+        records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
+        return "message tree", None, tree_conversations(records, cfg)
+    for i, name in enumerate(() if asked else names):
+        cells = [(n, row[i] if i < len(row) else "") for n, row in table.rows]
+        top = [cell for _, cell in cells if cell][:LIKELY]
+        if top and name == "prompt" and all(isinstance(cell, dict) for cell in top):
+            return "message tree", None, nested_trees(cells, cfg)
+        for is_whole, read in ((is_conversation, turns_of), (is_marked_up, marked_turns)):
+            if top and all(map(is_whole, top)):
+                found = [(n, read(cell)) for n, cell in cells]
+                return "conversations", None, found
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
     return "question and answer", columns, two_columns(table, columns)
 

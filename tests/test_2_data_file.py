@@ -11,8 +11,7 @@ import finetune_colab as ft
 
 
 def find(path: object = "dataset.xlsx") -> Path:
-    (found,) = ft.find_dataset(ft.Config(DATASET_PATH=str(path)))
-    return found
+    return ft.find_dataset(ft.Config(DATASET_PATH=str(path)))
 
 
 def refusal(path: object = "dataset.xlsx") -> str:
