@@ -331,6 +331,9 @@ TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parqu
 def find_dataset(cfg: Config) -> Path:
     """The file that DATASET_PATH names, or a message that says what is there instead."""
     path = local_path(cfg.DATASET_PATH)
+    if path.name.startswith("~$"):
+        name = path.name.removeprefix("~$")
+        raise UserError(f"{path} only marks that {name} is open. Close it and name {name}")
     if path.is_file():
         return path
     beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
@@ -365,7 +368,9 @@ ENOUGH_PAIRS = 50
 LARGEST_FILE_MB = 500
 LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
 HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
-MOST_ROWS = 1_000_000
+MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
+MOST_CELLS = 20_000_000  # between the first and the last filled one; calamine keeps them all
+MOST_COLUMNS = 50  # that are weighed against each other
 LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 FOREIGN_FILES = {
@@ -409,10 +414,10 @@ HEADER_ROWS = 20  # a header stands within so many filled rows
 
 USER_ROLES = ("user", "human", "prompter", "customer", "instruction", "question")
 ANSWER_ROLES = ("assistant", "gpt", "bot", "model", "chatgpt", "ai", "response", "answer")
-TURN_MARKS = re.compile(
-    r"(?:^|\s)(?:###\s*)?(Human|User|Instruction|Question|Assistant|Response|Answer|AI)\s*:\s*",
-    re.IGNORECASE,
-)
+SPEAKERS = r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI)\s*:\s*"
+HASH_MARKS = re.compile(r"###\s*" + SPEAKERS, re.IGNORECASE)  # "### Human:", wherever it stands
+LINE_MARKS = re.compile(r"^\s*" + SPEAKERS, re.IGNORECASE | re.MULTILINE)
+LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
 LIKELY = 20  # cells at the top of a column that decide what it holds
 LONGEST_PATH = 100  # messages of a tree
 
@@ -547,7 +552,7 @@ def file_kind(path: Path, content: bytes) -> str:
 
 def zip_kind(path: Path, content: bytes) -> str:
     """Which workbook a zip file is. What it unpacks to is counted before anything reads it."""
-    inflated = 0
+    inflated = rows = 0
     allowed = min(max(LARGEST_INFLATION * len(content), HARMLESS_MB * 1e6), LARGEST_FILE_MB * 2e6)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -556,6 +561,7 @@ def zip_kind(path: Path, content: bytes) -> str:
                 with archive.open(name) as member:
                     while inflated <= allowed and (piece := member.read(1 << 20)):
                         inflated += len(piece)
+                        rows += piece.count(b"<row ") if "/worksheets/" in name else 0
     except Exception as error:  # a dozen kinds for damaged archives
         raise damaged(path, error) from None
     if inflated > allowed:
@@ -563,6 +569,8 @@ def zip_kind(path: Path, content: bytes) -> str:
             f"{path} unpacks to more than {allowed / 1e6:.0f} MB, which looks like a zip bomb or a "
             "sheet of formatted blank rows.\nCopy the filled rows into a new workbook."
         )
+    if rows > MOST_ROWS:
+        raise UserError(f"{path} has more than {MOST_ROWS:,} rows, filled or formatted. Split it.")
     marks = {"xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "content.xml": "ods"}
     for mark, kind in marks.items():
         if mark in names:
@@ -571,27 +579,31 @@ def zip_kind(path: Path, content: bytes) -> str:
     raise UserError(f"{path} is {what}. Name a file with the rows in a table, such as .xlsx")
 
 
-def damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, error: BaseException) -> UserError:
     return UserError(
-        f"{path} is damaged and cannot be read ({type(error).__name__}: {preview(str(error), 80)}).\n"
+        f"{path} is damaged, or protected by a password ({type(error).__name__}: {preview(str(error), 80)}).\n"
         "Open it in a spreadsheet program and save it anew as .xlsx"
     )
 
 
 def workbook_tables(path: Path, content: bytes, kind: str, cfg: Config) -> list[Table]:
     """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
-    failures: list[Exception] = []
+    failures: list[BaseException] = []
     for engine in (openpyxl_grids, calamine_grids) if kind == "xlsx" else (calamine_grids,):
         try:
-            return [
+            tables = [
                 with_header(sheet, grid, cfg)._replace(hidden=hidden)
                 for sheet, grid, hidden in engine(path, content)
             ]
-        except (UserError, ImportError):
+            if any(table.rows for table in tables):  # openpyxl finds no sheets in Strict Open XML
+                return tables
+        except (UserError, ImportError, KeyboardInterrupt):
             raise
-        except Exception as error:  # openpyxl alone raises seven kinds for damaged workbooks
+        except BaseException as error:  # openpyxl raises seven kinds, calamine may even panic
             failures.append(error)
-    raise damaged(path, failures[0])
+    if failures:
+        raise damaged(path, failures[0])
+    return []
 
 
 def openpyxl_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
@@ -620,6 +632,8 @@ def plain(cell: Any) -> Any:
 def calamine_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
     import python_calamine
 
+    if content.startswith(b"PK") and area(content) > MOST_CELLS:
+        raise UserError(f"{path} has a filled cell very far from the others. Delete it.")
     book = python_calamine.CalamineWorkbook.from_filelike(io.BytesIO(content))
     for about in book.sheets_metadata:
         if about.typ == python_calamine.SheetTypeEnum.WorkSheet:
@@ -627,6 +641,19 @@ def calamine_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[
             rows = ([cell_text(plain(cell)) for cell in row] for row in cells)
             hidden = about.visible != python_calamine.SheetVisibleEnum.Visible
             yield about.name, limited(path, rows), hidden
+
+
+def area(content: bytes) -> int:
+    """Cells of the largest sheet of an .xlsx, from its first to its last filled one."""
+    largest = 0
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            if "/worksheets/" in name:
+                places = re.findall(rb'\sr="([A-Z]+)(\d+)"', archive.read(name))
+                width = max((len(column) for column, _ in places), default=0)
+                rows = max((int(row) for _, row in places), default=0)
+                largest = max(largest, rows * 26**width)
+    return largest
 
 
 def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
@@ -653,16 +680,20 @@ def cell_text(cell: object) -> Any:
     text = str(cell)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if not text.isascii():  # JSON may hold half of a letter beyond 16 bits, which no file can
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.strip()
 
 
 def utf16_name(content: bytes) -> str:
-    """The name of a UTF-16 encoding, when it is one: by its mark, or by its zeros beside letters."""
+    """The name of a UTF-16 encoding, when it is one: by its mark, or since it gives lines of letters."""
     if content.startswith(UTF16_MARKS):
         return "utf-16"
     head = content[:4096]
-    for zeros, name in ((head[1::2], "utf-16-le"), (head[0::2], "utf-16-be")):
-        if len(head) > 3 and zeros.count(0) > 0.7 * len(zeros):
+    for name in ("utf-16-le", "utf-16-be") if b"\0" in head else ():
+        text = head[: len(head) // 2 * 2].decode(name, errors="replace")
+        readable = sum(letter.isprintable() or letter in "\t\r\n" for letter in text)
+        if "\n" in text and readable > 0.95 * len(text):
             return name
     return ""
 
@@ -744,11 +775,11 @@ def parquet_table(path: Path, content: bytes) -> Table:
 
     try:
         table = pyarrow.parquet.read_table(io.BytesIO(content))
-        if table.num_rows > MOST_ROWS:
-            raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
-        return record_table("", list(enumerate(table.to_pylist(), start=1)))
-    except (OSError, pyarrow.ArrowException) as error:
+        if table.num_rows <= MOST_ROWS:
+            return record_table("", list(enumerate(table.to_pylist(), start=1)))
+    except Exception as error:  # pyarrow checks little before it decodes
         raise damaged(path, error) from None
+    raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
 
 
 def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
@@ -770,14 +801,17 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
         if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
             return []
         raise UserError(f"{path} is not valid JSON: {reason}. Have it written anew.")
-    return [record_table("", records)._replace(unread=unread)]
+    table = record_table("", records)
+    return [table._replace(unread=sorted(table.unread + unread))]
 
 
 def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Table]:
     """The tables in a JSON value: a list of records or rows, columns, or any of these in a wrapper."""
     if isinstance(value, list):
         if value and all(isinstance(row, list) for row in value):
-            return [with_header(name, [[cell_text(cell) for cell in row] for row in value], cfg)]
+            return [
+                with_header(name, [[one_text(cell) or "" for cell in row] for row in value], cfg)
+            ]
         return [record_table(name, list(enumerate(value, start=1)))]
     if not isinstance(value, dict) or depth > 3:
         return []
@@ -794,15 +828,16 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
         and len({*map(frozenset, inner)}) == 1
     ):
         return [record_table(name, list(enumerate(inner, start=1)))]  # ids with their records
+    one_record = any(map(is_conversation, inner)) or isinstance(value.get("prompt"), dict)
     nested = [
         table
         for key, part in value.items()
-        if isinstance(part, (dict, list))
+        if isinstance(part, (dict, list)) and not one_record
         for table in value_tables(part, name or str(key), cfg, depth + 1)
         if table.rows
     ]
     single = record_table(name, [(1, value)])
-    return nested or ([single] if depth == 0 else [])
+    return nested or ([single] if depth == 0 or one_record else [])
 
 
 def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
@@ -811,8 +846,8 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
         opened = [
             {"context": part.get("context"), **question}
             for _, article in records
-            for part in article.get("paragraphs", [])
-            for question in part.get("qas", [])
+            for part in objects_in(article, "paragraphs")
+            for question in objects_in(part, "qas")
         ]
         records = list(enumerate(opened, start=1))
     header: dict[str, None] = {}
@@ -831,6 +866,11 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
     return Table(name, [str(key) for key in names], rows, unread)
 
 
+def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
+    inner = holder.get(key) if isinstance(holder, dict) else None
+    return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else []
+
+
 def unpacked(table: Table) -> Table:
     """Columns of lists that were written as text, as pandas and CSV files have them, opened up."""
     for i in range(len(table.header)):
@@ -846,12 +886,16 @@ def literal(cell: Any) -> Any:
     """The list or object that a text spells out, in JSON or in Python; any other cell as it is."""
     if not isinstance(cell, str) or cell[:1] + cell[-1:] not in ("[]", "{}"):
         return cell
-    for read in (json.loads, ast.literal_eval):
-        try:
-            return read(cell)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
-            continue
-    return cell
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError):
+        pass
+    if len(parts := re.split(r"['\"]\s+['\"]", cell)) > 1:
+        return parts  # numpy's form, without commas, which Python would read as one text
+    try:
+        return ast.literal_eval(cell)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return cell
 
 
 def one_text(cell: Any) -> str | None:
@@ -892,7 +936,7 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
 
 def names_both(row: list[str]) -> bool:
     """Whether two cells of the row name questions and answers, at least one of them surely."""
-    strengths = [[name_strength(cell, role) for role in NAMES] for cell in row]
+    strengths = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
     return any(
         min(q[0], a[1]) > 1 and max(q[0], a[1]) > 2 for q, a in itertools.permutations(strengths, 2)
     )
@@ -949,9 +993,13 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     ]
     asking = [sum(map(looks_like_question, cells)) / max(1, len(cells)) for cells in columns]
 
+    options = {fold(name) for name in table.header if len(name) == 1} - {"q", "a"}
+
     def named(column: int, role: str) -> int:
         if fixed[role] is not None:
             return 100 if fixed[role] == column else -1000
+        if options and len(table.header[column]) == 1:
+            return 0  # A beside B, C and D is an option, not the answer
         return name_strength(table.header[column], role)
 
     def fit(pair: tuple[int, int]) -> float:
@@ -964,6 +1012,9 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
         if cells
         and (any(named(i, role) > 0 for role in NAMES) or may_be_text(table.header[i], cells))
     ]
+    if len(usable) > MOST_COLUMNS:
+        usable.sort(key=lambda i: -max(named(i, role) for role in NAMES))
+        usable = sorted(usable[:MOST_COLUMNS])
     ranked = sorted(itertools.permutations(usable, 2), key=fit, reverse=True)  # ties: left first
     rivals = [pair for pair in ranked[1:] if fit(ranked[0]) - fit(pair) < CLEAR_LEAD]
     if not ranked or fit(ranked[0]) < -100 or (rivals and len(usable) > 2):
@@ -1038,7 +1089,7 @@ def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Ro
         if top and name == "prompt" and all(isinstance(cell, dict) for cell in top):
             return "message tree", None, nested_trees(cells, cfg)
         for is_whole, read in ((is_conversation, turns_of), (is_marked_up, marked_turns)):
-            if top and all(map(is_whole, top)):
+            if sum(map(is_whole, top)) > len(top) / 2:
                 found = [(n, read(cell)) for n, cell in cells]
                 return "conversations", None, found
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
@@ -1070,13 +1121,16 @@ def two_columns(table: Table, columns: Columns) -> Rows:
 def dialogue(turns: Iterable[tuple[str, str]]) -> Messages | str:
     """Turns in one form: the user first, the roles in alternation, an answer last; or why not."""
     messages: Messages = []
+    unasked = False
     for role, content in turns:
         if not content.strip() or (role == "assistant" and not messages):
-            continue  # nothing said, or a greeting before any question
-        if messages and messages[-1]["role"] == role:
+            unasked = unasked or bool(content.strip())  # a greeting before any question
+        elif messages and messages[-1]["role"] == role:
             messages[-1]["content"] += "\n\n" + content.strip()
         else:
             messages.append({"role": role, "content": content.strip()})
+    if not messages and unasked:
+        return "no question"
     if messages and messages[-1]["role"] == "user":
         messages.pop()
     return messages or "no answer"
@@ -1107,20 +1161,26 @@ def turns_of(cell: Any) -> Messages | str:
     if not is_conversation(cell):
         return "not a list of turns, each with a role and a text"
     turns: list[tuple[str, str]] = []
+    system, tool = "", False
     for turn in cell:
         role, content = role_and_content(turn) or ("", None)
-        known = "assistant" if role in ANSWER_ROLES else "user" if role in USER_ROLES else role
-        if turn.get("tool_calls") or turn.get("function_call"):
-            break
-        if known in ("system", "developer"):
-            known = "user"  # the form has no place of its own for it
-        if known not in ("user", "assistant"):
-            break  # a tool's output, which is nobody's answer
         text = content_text(content)
+        known = "assistant" if role in ANSWER_ROLES else "user" if role in USER_ROLES else role
+        tool = bool(turn.get("tool_calls") or turn.get("function_call"))
+        tool = tool or known not in ("user", "assistant", "system", "developer")
+        if tool:
+            break  # a tool's output is nobody's answer
         if text is None:
             return "a turn holds something that is not text"
-        turns.append((known, text))
-    return dialogue(turns)
+        if known in ("user", "assistant"):
+            turns.append((known, text))
+        else:
+            system += f"{text.strip()}\n\n".lstrip()  # the form has no place of its own for it
+    found = dialogue(turns)
+    if isinstance(found, str):
+        return "a tool is used before anything is answered" if tool else found
+    found[0]["content"] = system + found[0]["content"]
+    return found
 
 
 def content_text(content: Any) -> str | None:
@@ -1137,16 +1197,22 @@ def content_text(content: Any) -> str | None:
     return None
 
 
+def marks_in(cell: Any) -> re.Pattern[str]:
+    return HASH_MARKS if HASH_MARKS.search(str(cell)[:LONGEST_PREAMBLE]) else LINE_MARKS
+
+
 def is_marked_up(cell: Any) -> bool:
     """Whether a text is a whole conversation, as in "### Human: Why? ### Assistant: So."."""
-    if not isinstance(cell, str):
+    if not isinstance(cell, str) or not (HASH_MARKS is marks_in(cell) or LINE_MARKS.match(cell)):
         return False
-    roles = [mark.casefold() in (*ANSWER_ROLES, "ai") for mark in TURN_MARKS.findall(cell)]
-    return bool(TURN_MARKS.match(cell)) and roles[:2] == [False, True]
+    roles = [mark.casefold() in ANSWER_ROLES for mark in marks_in(cell).findall(cell)]
+    return roles[:2] == [False, True]
 
 
 def marked_turns(cell: Any) -> Messages | str:
-    pieces = TURN_MARKS.split(cell) if isinstance(cell, str) else [""]
+    if not is_marked_up(cell):
+        return "not a conversation with marks such as ### Human:"
+    pieces = marks_in(cell).split(cell)
     pairs = zip(pieces[1::2], pieces[2::2], strict=True)
     return dialogue(
         ("assistant" if mark.casefold() in ANSWER_ROLES else "user", text) for mark, text in pairs
@@ -1160,7 +1226,7 @@ def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
     def open_up(number: int, message: dict[str, Any], parent: str) -> None:
         name = f"{number}/{len(records)}"
         records.append((number, {**message, "message_id": name, "parent_id": parent}))
-        for reply in message.get("replies") or []:
+        for reply in objects_in(message, "replies"):
             open_up(number, reply, name)
 
     for number, prompt in prompts:
