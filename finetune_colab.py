@@ -1261,7 +1261,8 @@ def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -
                 paths += [[*path, reply] for reply in reversed(chosen)]
             else:
                 turns = [
-                    (message.get("role"), str(message.get("text") or "")) for _, message in path
+                    (message.get("role"), content_text(message.get("text")) or "")
+                    for _, message in path
                 ]
                 yield (
                     path[0][0],
