@@ -134,7 +134,8 @@ def raw_xlsx(
     parts["xl/worksheets/sheet1.xml"] = sheet
     parts["xl/sharedStrings.xml"] = b"<sst %b>%b</sst>" % (MAIN, strings)
     for name, entry in SHARED.items():
-        parts[name] = re.sub(b"(</[A-Za-z]+>)$", lambda end, e=entry: e + end[0], parts[name])
+        head, closing, tail = parts[name].rpartition(b"</")
+        parts[name] = head + entry + closing + tail
     return zip_of(parts, packing)
 
 
@@ -1345,7 +1346,7 @@ def test_parts_of_a_text_are_joined_in_their_order(folder: Path) -> None:
 def test_a_conversation_that_is_none_is_dropped(folder: Path) -> None:
     good = [{"messages": chat(f"user: Why {i}?", f"assistant: So {i}.")} for i in range(30)]
     empty: list[Any] = [{"messages": None}, {"messages": []}, {"id": 1}]
-    odd = [
+    odd: list[Any] = [
         {"messages": odd} for odd in ("hello", 4, {}, [{}], [["user", "Hi"]], [{"role": "user"}])
     ]
     (folder / "a.jsonl").write_bytes(jsonl(*empty, *good, *empty, *odd))
@@ -2086,6 +2087,7 @@ import json, os, resource, signal, sys
 sys.path.insert(0, sys.argv[1])
 import openpyxl, pandas, pyarrow.parquet, python_calamine
 import finetune_colab as ft
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 for path in sys.stdin:
     path = path.strip()
     child = os.fork()
@@ -2103,7 +2105,8 @@ for path in sys.stdin:
         open(path + ".outcome", "w").write(json.dumps(outcome))
         os._exit(0)
     status, usage = os.wait4(child, 0)[1:]
-    print(json.dumps([status, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024]), flush=True)
+    seconds = usage.ru_utime + usage.ru_stime
+    print(json.dumps([status, seconds, usage.ru_maxrss / 1024 - base]), flush=True)
 """
 Watch = Callable[[Path], tuple[dict[str, Any], float, float]]
 
@@ -2275,10 +2278,10 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
         lambda: hand_made(numbered_rows(4, 500_000, BLANK_ROW)),
         EITHER,
     ),
-    "a zip bomb": ("a.xlsx", lambda: hand_made(b" " * 600_000_000), "unpack|bomb|large"),
+    "a zip bomb": ("a.xlsx", lambda: hand_made(b" " * 300_000_000), "unpack|bomb|large"),
     "a zip bomb of LibreOffice": (
         "a.ods",
-        lambda: ods(QA2, " " * 400_000_000),
+        lambda: ods(QA2, " " * 300_000_000),
         "unpack|bomb|large",
     ),
     "an XML bomb in the sheet": ("a.xlsx", lambda: bomb("worksheet"), "."),
@@ -2368,12 +2371,10 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes], str]] = {
 def test_no_file_takes_all_time_or_memory(
     name: str, make: Callable[[], bytes], outcome: str, folder: Path, watch: Watch
 ) -> None:
-    (folder / "small.csv").write_bytes(csv_file(QA2))
-    base = watch(folder / "small.csv")[2]
     (folder / name).write_bytes(make())
     found, seconds, memory = watch(folder / name)
     assert seconds < 5
-    assert memory - base < 500
+    assert memory < 500
     if outcome in (READ, EITHER) and (outcome == READ or "kept" in found):
         assert found.get("kept", [])[:2] == [list(row) for row in TWO], found
     if outcome not in (READ, EITHER, ANYTHING):
@@ -2448,7 +2449,7 @@ def read_or_refused(path: Path, content: bytes, watch: Watch) -> list[str]:
     path.write_bytes(content)
     found, seconds, memory = watch(path)
     assert seconds < 5
-    assert memory < 900  # the libraries take 150 to 250 of them
+    assert memory < 500
     assert "refused" not in found or path.name in found["refused"]
     return [*itertools.chain.from_iterable(found.get("kept", []))]
 
@@ -2569,7 +2570,7 @@ def mangled(document: Any, dice: random.Random) -> Any:
     return document
 
 
-@settings(ONCE, max_examples=250)
+@settings(ONCE, max_examples=200)
 @given(which=st.integers(0, len(DOCUMENTS) - 1), seed=st.integers(0, 2**32), lines=st.booleans())
 def test_strange_values_in_json_are_read_or_refused_and_never_printed_into_a_text(
     which: int, seed: int, lines: bool, scratch: Path, watch: Watch
