@@ -13,7 +13,7 @@ What a run leaves behind
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens    7 training     10 commands
-    2 the data file          5 device and plan       8 report
+    2 where data comes from  5 device and plan       8 report
     3 rows to pairs          6 models                9 answering
 """
 
@@ -37,11 +37,15 @@ from __future__ import annotations
 
 import argparse
 import ast
+import base64
 import csv
 import datetime
 import difflib
+import errno
 import functools
+import glob
 import hashlib
+import importlib
 import importlib.util
 import inspect
 import io
@@ -59,14 +63,26 @@ import tempfile
 import textwrap
 import time
 import unicodedata
+import urllib.error
+import urllib.parse
+import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    NoReturn,
+    TextIO,
+    TypedDict,
+    TypeVar,
+    get_type_hints,
+)
 
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
     import torch
@@ -185,6 +201,12 @@ def show(text: str, file: TextIO | None = None) -> None:
     """Print, also where the console has no signs for some letters."""
     encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
     print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+
+
+def preview(text: str, width: int = 50) -> str:
+    """A text on one line, with nothing in it that could steer a terminal."""
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
@@ -321,16 +343,62 @@ def fold(text: str) -> str:
 
 
 # ==================================================================================================
-# 2  The data file
+# 2  Where data comes from
 # ==================================================================================================
 
 EXAMPLE_DATASET = "dataset_example.xlsx"
+REPORT_NAME = "dataset_report"  # what check writes; never taken for data that nobody named
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
+LARGEST_FILE_MB = 500
+PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
+MOST_CANDIDATES = 20  # files in one folder of a bucket
+LONGEST_LISTING = 10_000  # objects of a bucket that are looked at by name
+# Links that people copy lead to a page about the file; these lead to the file.
+DIRECT_LINKS = {
+    r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": "https://docs.google.com/spreadsheets/d/e/{}/pub?output=xlsx",
+    r"https://docs\.google\.com/spreadsheets/d/([\w-]+).*?[#&?]gid=(\d+).*": "https://docs.google.com/spreadsheets/d/{}/export?format=csv&gid={}",
+    r"https://docs\.google\.com/spreadsheets/d/([\w-]+).*": "https://docs.google.com/spreadsheets/d/{}/export?format=xlsx",
+    r"https://drive\.google\.com/file/d/([\w-]+).*": "https://drive.google.com/uc?export=download&id={}",
+    r"https://github\.com/([^/]+/[^/]+)/blob/(.+)": "https://raw.githubusercontent.com/{}/{}",
+    r"(https://huggingface\.co/.+)/blob/(.+)": "{}/resolve/{}",
+    r"(https://www\.dropbox\.com/.+)dl=0(.*)": "{}dl=1{}",
+}
 
 
-def find_dataset(cfg: Config) -> Path:
-    """The file that DATASET_PATH names, or a message that says what is there instead."""
-    path = local_path(cfg.DATASET_PATH)
+class Source(NamedTuple):
+    """Where DATASET_PATH leads: to the parts of one data set, or to files to choose the best from."""
+
+    name: str  # for the person
+    paths: list[Path]
+    choose: bool = False
+
+
+def find_dataset(cfg: Config) -> Source:
+    """The files on this computer that DATASET_PATH names, fetched first where they lie elsewhere."""
+    place = cfg.DATASET_PATH.strip()
+    if re.match("https?://", place, re.IGNORECASE):
+        path = fetch_link(place)
+        return Source(path.name, [path])
+    if place.startswith("s3://"):
+        return fetch_from_bucket(place)
+    if place.startswith("hf:"):
+        return fetch_from_hub(place)
+    path = local_path(place)
+    if glob.has_magic(place) and not path.exists():
+        paths = [
+            Path(name)
+            for name in sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  may be absolute
+            if Path(name).is_file() and not Path(name).name.startswith(("~$", REPORT_NAME))
+        ]
+        if not paths:
+            raise UserError(f"No file matches {place} (DATASET_PATH).")
+        return Source(f"{place} ({len(paths)} files)" if paths[1:] else paths[0].name, paths)
+    path = local_file(path)
+    return Source(path.name, [path])
+
+
+def local_file(path: Path) -> Path:
+    """The file of this name, or a message that says what is there instead."""
     if path.name.startswith("~$"):
         name = path.name.removeprefix("~$")
         raise UserError(f"{path} only marks that {name} is open. Close it and name {name}")
@@ -340,12 +408,15 @@ def find_dataset(cfg: Config) -> Path:
     if path.name == EXAMPLE_DATASET and beside_script.is_file():
         return beside_script
     if path.is_dir():
-        raise UserError(f"DATASET_PATH is {path}, a folder. Name the file in it with the rows.")
+        raise UserError(
+            f"DATASET_PATH is {path}, a folder. Name the file in it with the rows,\n"
+            f"or several at once, such as {path / '*.csv'}"
+        )
     folder = path.parent
     others = sorted(
         other.name
         for other in (folder.iterdir() if folder.is_dir() else ())
-        if other.suffix.lower() in TABLE_ENDINGS and not other.name.startswith("~$")
+        if other.suffix.lower() in TABLE_ENDINGS and not other.name.startswith(("~$", REPORT_NAME))
     )
     if EXAMPLE_DATASET in others:
         advice = (
@@ -359,13 +430,422 @@ def find_dataset(cfg: Config) -> Path:
     raise UserError(f"There is no file {path.name} in {folder.resolve()}.\n{advice}")
 
 
+# -- Downloads
+
+
+def without_secrets(place: str) -> str:
+    """An address as it may be shown and written down: keys stand in its query or before an @."""
+    if not re.match("https?://", place.strip(), re.IGNORECASE):
+        return place
+    try:
+        parts = urllib.parse.urlsplit(place.strip())
+    except ValueError:
+        raise UserError("DATASET_PATH is no valid link.") from None
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+
+
+def direct_link(link: str) -> str:
+    for pattern, direct in DIRECT_LINKS.items():
+        if match := re.fullmatch(pattern, link):
+            return direct.format(*match.groups())
+    return urllib.parse.quote(urllib.parse.urldefrag(link).url, safe="%/:=&?~+!$,;'@()*[]")
+
+
+def cache_folder(*names: str) -> Path:
+    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").joinpath(
+        "finetune_colab", *names
+    )
+
+
+def cache_of(place: str) -> Path:
+    folder = cache_folder("data", hashlib.sha256(place.encode()).hexdigest()[:16])
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def checksum(path: Path, kind: str = "sha256") -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+def fetched_before(folder: Path) -> tuple[str, Path | None]:
+    """The version and the file that an earlier run put here, if it is still whole."""
+    try:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        path = folder / "file" / about["name"]
+        if checksum(path) == about["sha256"]:
+            return about["version"], path
+    except (OSError, ValueError, KeyError):
+        pass
+    return "", None
+
+
+def keep_fetched(folder: Path, partial: Path, name: str, version: str) -> Path:
+    path = (
+        folder
+        / "file"
+        / "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
+    )
+    path.parent.mkdir(exist_ok=True)
+    about = {"name": path.name, "version": version, "sha256": checksum(partial)}
+    (folder / "about.json").unlink(missing_ok=True)
+    partial.replace(path)
+    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
+    return path
+
+
+def refuse_large(place: str, size: int) -> None:
+    if size > LARGEST_FILE_MB * 1e6:
+        raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Split it.")
+
+
+Fetched = TypeVar("Fetched")
+
+
+def persistently(place: str, fetch: Callable[[], Fetched]) -> Fetched:
+    """Five tries with growing pauses. Where another try is of no use, `fetch` raises UserError."""
+    for pause in (*PAUSES, None):
+        try:
+            return fetch()
+        except (UserError, ImportError, FileNotFoundError):
+            raise
+        except Exception as error:  # every library has its own for a network that fails
+            reason = f"{type(error).__name__}: {preview(re.sub(r'https?://[^ ]+', '…', str(error)), 100)}"
+            if getattr(error, "errno", None) in (
+                errno.ENOSPC,
+                errno.EDQUOT,
+                errno.EACCES,
+                errno.EROFS,
+            ):
+                raise UserError(
+                    f"{place} cannot be written to {cache_folder()}: {reason}"
+                ) from None
+        if pause:
+            say("Download", f"{place}: {reason}. Next try in {pause} s.")
+            time.sleep(pause)
+    raise UserError(
+        f"{place} could not be fetched in {len(PAUSES) + 1} tries.\n{reason}\n"
+        "Check the address and the connection, and run the same command again."
+    )
+
+
+def fetch_link(link: str) -> Path:
+    """The file behind a link. What an earlier run fetched is used while the server calls it current."""
+    place = without_secrets(link)
+    if urllib.parse.urlsplit(link).username:
+        raise UserError(
+            f"The link to {place} holds a password. Download the file and name it instead."
+        )
+    url = direct_link(link)
+    folder = cache_of(url)
+    partial = folder / f"{os.getpid()}.partial"
+    version = ""  # of the first half of the file, once a try has brought it
+
+    def fetch() -> Path:
+        nonlocal version
+        known, earlier = fetched_before(folder)
+        start = partial.stat().st_size if version and partial.exists() else 0
+        headers = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
+        if start:
+            headers |= {"Range": f"bytes={start}-", "If-Range": version}
+        elif known and earlier:
+            headers["If-None-Match"] = known
+        response = open_link(place, urllib.request.Request(url, headers=headers))
+        if response is None and earlier:
+            return earlier
+        with response:
+            tag = response.headers.get("ETag", "")
+            version = "" if tag.startswith("W/") else tag  # a weak tag is none of these very bytes
+            receive(place, response, partial, start)
+        name = response.headers.get_filename() or urllib.parse.unquote(url.partition("?")[0])
+        return keep_fetched(folder, partial, re.split(r"[/\\]", name)[-1] or "download", tag)
+
+    try:
+        return persistently(place, fetch)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def open_link(place: str, request: urllib.request.Request) -> Any:
+    """The server's answer, or None where it says that nothing has changed."""
+    advice = "Open the link in a private window of your browser: it has to bring the file itself."
+    try:
+        response = urllib.request.urlopen(request, timeout=60)
+    except urllib.error.HTTPError as error:
+        if error.code == 304:
+            return None
+        if error.code in (408, 416, 425, 429) or error.code >= 500:
+            raise
+        raise UserError(f"{place} answers {error.code} ({error.reason}).\n{advice}") from None
+    if response.headers.get_content_type() == "text/html":
+        response.close()
+        raise UserError(
+            f"{place} is a web page and not a file. A file in Google Drive has to be shared with "
+            f"everyone who has the link.\n{advice}"
+        )
+    return response
+
+
+def receive(place: str, response: Any, partial: Path, start: int) -> None:
+    """Write what comes behind the first `start` bytes, and count and check the whole."""
+    headers = response.headers
+    resumed = response.status == 206 and headers.get("Content-Range", "").startswith(
+        f"bytes {start}-"
+    )
+    start = start if resumed else 0
+    expected = start + int(headers.get("Content-Length") or 0)
+    refuse_large(place, expected)
+    with partial.open("ab" if resumed else "wb") as file:
+        while piece := response.read(1 << 20):
+            file.write(piece)
+            refuse_large(place, file.tell())
+    size = partial.stat().st_size
+    if "Content-Length" in headers and size != expected:
+        raise ConnectionError(f"{size:,} of {expected:,} bytes came")
+    md5 = headers.get("Content-MD5") or re.search("md5=([^, ]+)", headers.get("x-goog-hash", ""))
+    if md5 and not resumed:
+        promised = base64.b64decode(md5 if isinstance(md5, str) else md5[1]).hex()
+        if checksum(partial, "md5") != promised:
+            partial.unlink()
+            raise ConnectionError("the checksum does not match")
+
+
+# -- Buckets
+
+
+def optional(package: str, purpose: str) -> Any:
+    try:
+        return importlib.import_module(package.partition(">")[0])
+    except ImportError:
+        raise UserError(f"{purpose} need one more package: pip install '{package}'") from None
+
+
+def environment() -> dict[str, str]:
+    """The variables of this process, and those of a file .env in this folder."""
+    try:
+        lines = Path(".env").read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeError):
+        lines = []
+    pairs = (
+        re.fullmatch(r"""\s*(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2\s*""", line) for line in lines
+    )
+    return {**{pair[1]: pair[3] for pair in pairs if pair}, **os.environ}
+
+
+def bucket_client() -> Any:
+    boto3 = optional("boto3>=1.36", "Addresses that start with s3://")
+    from botocore import UNSIGNED
+    from botocore.config import Config as Options
+
+    values = environment()
+    endpoint = values.get("S3_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL") or None
+    session = boto3.session.Session(
+        aws_access_key_id=values.get("AWS_ACCESS_KEY_ID") or None,
+        aws_secret_access_key=values.get("AWS_SECRET_ACCESS_KEY") or None,
+        aws_session_token=values.get("AWS_SESSION_TOKEN") or None,
+        region_name=values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or "us-east-1",
+    )
+    options = Options(
+        retries={"total_max_attempts": 1},  # the tries are counted here
+        connect_timeout=20,
+        request_checksum_calculation="when_required",  # not every server knows the newer ones
+        response_checksum_validation="when_required",
+        **({} if session.get_credentials() else {"signature_version": UNSIGNED}),
+    )
+    try:
+        return session.client("s3", endpoint_url=endpoint, config=options)
+    except ValueError:
+        raise UserError(
+            "S3_ENDPOINT_URL is no address. It looks like https://ACCOUNT.r2.cloudflarestorage.com"
+        ) from None
+
+
+@contextmanager
+def explained_bucket_errors(place: str) -> Iterator[None]:
+    from botocore.exceptions import ClientError, ParamValidationError
+
+    try:
+        yield
+    except ParamValidationError:
+        raise UserError(
+            f"{place} is no address of a bucket. It looks like s3://bucket/file.csv"
+        ) from None
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        if status >= 500 or status in (408, 429) or code in ("SlowDown", "RequestTimeout"):
+            raise
+        if status == 404:
+            raise FileNotFoundError(place) from None
+        raise UserError(
+            f"{place} cannot be read: {code}, status {status}.\nCheck AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY (in the environment or in a file .env), whether they may read this "
+            "bucket, and S3_ENDPOINT_URL when the bucket is not Amazon's."
+        ) from None
+
+
+def fetch_from_bucket(place: str) -> Source:
+    """One object, or of a folder the tables in it, to choose from."""
+    bucket, _, key = place.removeprefix("s3://").partition("/")
+    client = bucket_client()
+    if key and not key.endswith("/"):
+        try:
+            path = fetch_object(client, bucket, key)
+            return Source(path.name, [path])
+        except FileNotFoundError:
+            key += "/"  # perhaps a folder, named without its last stroke
+    folder = f"s3://{bucket}/{key}"
+
+    def listing() -> list[dict[str, Any]]:
+        with explained_bucket_errors(folder):
+            pages = client.get_paginator("list_objects_v2").paginate(
+                Bucket=bucket, Prefix=key, PaginationConfig={"MaxItems": LONGEST_LISTING}
+            )
+            return [found for page in pages for found in page.get("Contents", [])]
+
+    try:
+        found = persistently(folder, listing)
+    except FileNotFoundError:
+        found = []
+    keys = sorted(
+        one["Key"] for one in found if one["Key"].lower().endswith(TABLE_ENDINGS) and one["Size"]
+    )
+    if not keys:
+        raise UserError(
+            f"There is no {place}, and no table in {folder}. Check the name and the endpoint."
+        )
+    if len(keys) > MOST_CANDIDATES:
+        listed = ", ".join(keys[:5])
+        raise UserError(f"{folder} holds {len(keys)} tables: {listed}, … Name one of them.")
+    return Source(folder, [fetch_object(client, bucket, one) for one in keys], choose=True)
+
+
+def fetch_object(client: Any, bucket: str, key: str) -> Path:
+    place = f"s3://{bucket}/{key}"
+    folder = cache_of(f"{client.meta.endpoint_url} {place}")
+    partial = folder / f"{os.getpid()}.partial"
+
+    def fetch() -> Path:
+        with explained_bucket_errors(place):
+            head = client.head_object(Bucket=bucket, Key=key)
+            version, size = head["ETag"].strip('"'), head["ContentLength"]
+            known, earlier = fetched_before(folder)
+            if known == version and earlier:
+                return earlier
+            refuse_large(place, size)
+            with partial.open("wb") as file:
+                client.download_fileobj(bucket, key, file)
+        if partial.stat().st_size != size:
+            raise ConnectionError(f"{partial.stat().st_size:,} of {size:,} bytes came")
+        encrypted = head.get("ServerSideEncryption", "AES256") != "AES256" or head.get(
+            "SSECustomerAlgorithm"
+        )
+        is_md5 = re.fullmatch("[0-9a-f]{32}", version) and not encrypted  # of uploads in one part
+        if is_md5 and checksum(partial, "md5") != version:
+            raise ConnectionError("the checksum does not match")
+        return keep_fetched(folder, partial, key.rpartition("/")[2], version)
+
+    try:
+        return persistently(place, fetch)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+# -- The Hugging Face Hub
+
+
+def fetch_from_hub(place: str) -> Source:
+    """A data set of the Hub: its split "train", or what stands behind a colon.
+
+    The Hub keeps a copy of most data sets as parquet files, one folder for each split.
+    """
+    address = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.+))?", place)
+    if not address:
+        raise UserError(
+            f"{place} is no data set of the Hub. It looks like hf:owner/name or hf:owner/name:train"
+        )
+    name, wanted = address[1], address[2] or ""
+    revision = "refs/convert/parquet"
+    files = hub_files(place, name, revision)
+    if files is None:
+        revision = "main"
+        files = hub_files(place, name, revision) or []
+    chosen = choose_split(
+        place, name, [one for one in files if one.endswith(TABLE_ENDINGS)], wanted
+    )
+    return Source(
+        f"hf:{name}, {chosen[0]}", [hub_file(place, name, one, revision) for one in chosen]
+    )
+
+
+def choose_split(place: str, name: str, files: list[str], wanted: str) -> list[str]:
+    """The files of one split: CONFIGURATION/SPLIT/0000.parquet and so on, or one file by its name."""
+    splits: dict[str, list[str]] = {}
+    for file in sorted(files):
+        splits.setdefault(re.sub(r"/(partial-)?([^/]+)/\d+\.parquet$", r"/\2", file), []).append(
+            file
+        )
+    fitting = [one for one in splits if not wanted or wanted in (one, *one.split("/"))]
+    for preferred in ("default", "train"):
+        fitting = [one for one in fitting if preferred in one.split("/")] or fitting
+    if len(fitting) == 1:
+        return splits[fitting[0]]
+    known = ", ".join(f"hf:{name}:{one}" for one in list(splits)[:8])
+    raise UserError(
+        f"{place} {'could mean several parts' if fitting else 'has no such part'}. "
+        + (f"Name one of: {known}" if splits else "It holds no table that this script reads.")
+    )
+
+
+@contextmanager
+def explained_hub_errors(place: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.HFValidationError):
+        raise UserError(
+            f"{place} is not on the Hub, or not open to you.\nCheck the name. A data set behind a "
+            "licence needs the licence accepted on its page, and HF_TOKEN set."
+        ) from None
+    except errors.OfflineModeIsEnabled:
+        raise UserError(f"{place} needs the internet, and HF_HUB_OFFLINE is set.") from None
+
+
+def hub_files(place: str, name: str, revision: str) -> list[str] | None:
+    from huggingface_hub import HfApi, errors
+
+    def fetch() -> list[str] | None:
+        with explained_hub_errors(place):
+            try:
+                return HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
+            except errors.RevisionNotFoundError:
+                return None
+
+    return persistently(place, fetch)
+
+
+def hub_file(place: str, name: str, file: str, revision: str) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    def fetch() -> Path:
+        with explained_hub_errors(place):
+            path = Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
+        content = path.resolve()  # of a large file, the Hub's cache calls it by its checksum
+        if re.fullmatch("[0-9a-f]{64}", content.name) and checksum(content) != content.name:
+            content.unlink()
+            raise ConnectionError("the checksum does not match")
+        return path
+
+    return persistently(f"{place}, {file}", fetch)
+
+
 # ==================================================================================================
 # 3  Rows to pairs
 # ==================================================================================================
 
 FEWEST_PAIRS = 2
 ENOUGH_PAIRS = 50
-LARGEST_FILE_MB = 500
 LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
 HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
@@ -471,20 +951,55 @@ class Columns(NamedTuple):
 
 @dataclass
 class Pairs:
-    """What a data file came to."""
+    """What the data came to."""
 
-    path: Path
-    table: Table
+    name: str  # of the file, for the person
+    table: Table  # of several files, the first's
     shape: str
     columns: Columns | None  # None for conversations
     kept: list[Pair]
     dropped: list[Note]
+    rows_read: int
     other_sheets: list[str] = field(default_factory=list)
+
+    @property
+    def used(self) -> list[str]:
+        """The names of the columns of questions and answers, and of what joins the question."""
+        indices = [self.columns.question, self.columns.answer] if self.columns else []
+        if self.columns and self.columns.input is not None:
+            indices.append(self.columns.input)
+        return [self.table.header[i] for i in indices]
 
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
-    path = find_dataset(cfg)
+    source = find_dataset(cfg)
+    if not source.choose:
+        return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
+    readable = []
+    for path in source.paths:
+        try:
+            readable.append(pairs_of(path, cfg))
+            say(
+                "Candidate",
+                f"{path.name}: {len(readable[-1].kept)} pairs, {columns_in_words(readable[-1])}",
+            )
+        except UserError as error:
+            say("Candidate", f"{path.name} cannot be used: {preview(str(error), 150)}")
+    if not readable:
+        raise UserError(f"None of the {len(source.paths)} tables in {source.name} can be used.")
+    best = max(readable, key=lambda pairs: (is_alpaca(pairs), *certainty(pairs)))
+    why = (
+        "it has Alpaca's columns"
+        if is_alpaca(best)
+        else "its columns are the surest, or its pairs the most"
+    )
+    say("Chosen", f"{best.name}: {why}. Name another file with --dataset-path")
+    return best
+
+
+def pairs_of(path: Path, cfg: Config) -> Pairs:
+    """The pairs of one file: of its surest sheet."""
     found, failures = [], []
     for table in read_tables(path, cfg):
         try:
@@ -492,7 +1007,9 @@ def find_pairs(cfg: Config) -> Pairs:
         except UserError as error:
             failures.append(error)
         else:
-            found.append(Pairs(path, table, shape, columns, *clean(table, rows)))
+            kept, dropped = clean(table, rows)
+            size = len(table.rows) + len(table.unread)
+            found.append(Pairs(path.name, table, shape, columns, kept, dropped, size))
     if not found:
         raise UserError(f"In {path}: {failures[0]}")
     best = max(found, key=certainty)  # the first of equals
@@ -500,9 +1017,38 @@ def find_pairs(cfg: Config) -> Pairs:
     return best
 
 
+def joined(name: str, parts: list[Pairs]) -> Pairs:
+    """The files of one data set as one; what stands in several of them counts once."""
+    if len(parts) == 1:
+        return parts[0]
+    for part in parts:
+        if (part.shape, part.used) != (parts[0].shape, parts[0].used):
+            raise UserError(
+                f"{name} are files of different kinds: {parts[0].name} has {columns_in_words(parts[0])}, "
+                f"{part.name} {columns_in_words(part)}.\nName fewer of them, or the columns with "
+                "--question-column and --answer-column"
+            )
+        sheet = f", {part.table.sheet}" if part.table.sheet else ""
+        part.kept = [pair._replace(sheet=part.name + sheet) for pair in part.kept]
+        part.dropped = [note._replace(sheet=part.name + sheet) for note in part.dropped]
+    kept, copies = without_copies([pair for part in parts for pair in part.kept])
+    dropped = [note for part in parts for note in part.dropped] + copies
+    rows = sum(part.rows_read for part in parts)
+    return replace(parts[0], name=name, kept=kept, dropped=dropped, rows_read=rows)
+
+
 def certainty(pairs: Pairs) -> tuple[bool, int, int]:
     """How surely a sheet is the one that is meant; then the more pairs the better."""
     return not pairs.table.hidden, pairs.columns.named if pairs.columns else 6, len(pairs.kept)
+
+
+def is_alpaca(pairs: Pairs) -> bool:
+    return [fold(name) for name in pairs.used[:2]] == ["instruction", "output"]
+
+
+def columns_in_words(pairs: Pairs) -> str:
+    quoted = [f'"{preview(name)}"' for name in pairs.used]
+    return f"questions in {quoted[0]}, answers in {quoted[1]}" if quoted else pairs.shape
 
 
 # -- Files to tables
@@ -1277,44 +1823,41 @@ def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -
 
 def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     """Pairs as they will be taught, and a reason for every row that is left out."""
-    kept: list[Pair] = []
+    found: list[Pair] = []
     dropped = [Note(table.sheet, number, reason) for number, reason in table.unread]
-    first_seen: dict[tuple[str, ...], int] = {}
-    for number, found in rows:
-        if isinstance(found, str):
-            dropped.append(Note(table.sheet, number, found))
-            continue
-        if any(len(message["content"]) > LONGEST_CELL for message in found):
+    for number, messages in rows:
+        if isinstance(messages, str):
+            dropped.append(Note(table.sheet, number, messages))
+        elif any(len(message["content"]) > LONGEST_CELL for message in messages):
             reason = f"a text of more than {LONGEST_CELL:,} letters"
             dropped.append(Note(table.sheet, number, reason))
-            continue
-        same = tuple(fold(message["content"]) for message in found)
-        if same in first_seen:
-            dropped.append(Note(table.sheet, number, f"a copy of row {first_seen[same]}"))
         else:
-            first_seen[same] = number
-            kept.append(Pair(found, table.sheet, number))
-    return kept, dropped
+            found.append(Pair(messages, table.sheet, number))
+    kept, copies = without_copies(found)
+    return kept, dropped + copies
 
 
-def preview(text: str, width: int = 50) -> str:
-    """A text on one line, with nothing in it that could steer a terminal."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
+def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
+    first_seen: dict[tuple[str, ...], Pair] = {}
+    copies = []
+    for pair in pairs:
+        first = first_seen.setdefault(tuple(fold(one["content"]) for one in pair.messages), pair)
+        if first is not pair:
+            place = f" of {first.sheet}" if first.sheet != pair.sheet else ""
+            copies.append(Note(pair.sheet, pair.row, f"a copy of row {first.row}{place}"))
+    return list(first_seen.values()), copies
 
 
 def say_pairs(pairs: Pairs) -> None:
     table, columns = pairs.table, pairs.columns
-    place = f'{pairs.path.name}, sheet "{preview(table.sheet)}"' if table.sheet else pairs.path.name
-    rows = len(table.rows) + len(table.unread)
-    say("Data", f"{place}: {rows} rows, {len(pairs.kept)} pairs")
+    place = f'{pairs.name}, sheet "{preview(table.sheet)}"' if table.sheet else pairs.name
+    say("Data", f"{place}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
     if pairs.other_sheets:
         say("", f"not read, as good or less good: sheets {preview(', '.join(pairs.other_sheets))}")
     if columns is None:
         say("Shape", f"{pairs.shape}; every answer in it is learnt")
     else:
-        question, answer = (preview(table.header[i]) for i in columns[:2])
-        found = f'questions in "{question}", answers in "{answer}" (found {columns.reason})'
+        found = f"{columns_in_words(pairs)} (found {columns.reason})"
         say(
             "Columns", found + ('; "input" joins the question' if columns.input is not None else "")
         )
@@ -1329,15 +1872,15 @@ def say_pairs(pairs: Pairs) -> None:
 
 
 def column_names(pairs: Pairs) -> dict[str, str | None]:
-    names = [pairs.table.header[i] for i in pairs.columns[:2]] if pairs.columns else [None, None]
-    return dict(zip(("question_column", "answer_column"), names, strict=True))
+    used = dict(zip(("question_column", "answer_column"), pairs.used, strict=False))
+    return {"question_column": None, "answer_column": None} | used
 
 
 def grouped(notes: Sequence[Note]) -> list[str]:
     """One line a reason, with the rows that it concerns."""
     rows: dict[str, list[str]] = {}
     for note in notes:
-        reason = re.sub(r" of row \d+$", " of an earlier row", note.reason)
+        reason = re.sub(r" of row \d+.*$", " of an earlier row", note.reason)
         rows.setdefault(reason, []).append(str(note.row))
     return [
         f"{len(numbers)} × {reason}: row{'s' * (len(numbers) > 1)} {', '.join(numbers[:8])}"
@@ -1735,8 +2278,7 @@ def demo_folder() -> Path:
     import transformers
 
     recipe = repr((DEMO_SHAPE, DEMO_STEPS, demo_text(), transformers.__version__))
-    cache = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "finetune_colab"
-    folder = cache / f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
+    folder = cache_folder(f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}")
     if not (folder / "model.safetensors").is_file():
         say("Model", "building the demo model (once, under a minute)")
         with staged_folder(folder) as staged:
@@ -1800,7 +2342,7 @@ def prepare(cfg: Config) -> Prepared:
     say_pairs(pairs)
     if len(pairs.kept) < FEWEST_PAIRS:
         raise UserError(
-            f"{pairs.path} has {len(pairs.kept)} pairs to learn from; at least {FEWEST_PAIRS} are needed.\n"
+            f"{pairs.name} has {len(pairs.kept)} pairs to learn from; at least {FEWEST_PAIRS} are needed.\n"
             "Fill in more rows, each with a question and an answer."
         )
     if len(pairs.kept) < ENOUGH_PAIRS:
@@ -2207,12 +2749,17 @@ def series(history: Sequence[dict[str, float]], key: str) -> tuple[list[int], li
     return [step for step, _ in points], [value for _, value in points]
 
 
+def public_settings(cfg: Config) -> dict[str, Any]:
+    """The settings as they may be written down."""
+    return setting_values(cfg) | {"DATASET_PATH": without_secrets(cfg.DATASET_PATH)}
+
+
 def write_visuals(
     folder: Path, cfg: Config, device: Device, data: Prepared, trained: Trained
 ) -> None:
     folder.mkdir()
     write_json(folder / "training_metrics.json", metrics_of(data, trained))
-    write_json(folder / "training_config.json", setting_values(cfg) | {"device": device._asdict()})
+    write_json(folder / "training_config.json", public_settings(cfg) | {"device": device._asdict()})
     fields = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
     with (folder / "training_metrics.csv").open("w", newline="", encoding="utf-8") as file:
         table = csv.DictWriter(file, fields, extrasaction="ignore")
@@ -2232,18 +2779,18 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
     pairs = [pair.messages for pair in data.pairs.kept]
     packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     return {
-        "settings": setting_values(cfg),
+        "settings": public_settings(cfg),
         "prompt_format": PROMPT_FORMAT,
         "base_model": cfg.MODEL_NAME,
         "base_revision": model_revision(cfg),
         "device": device._asdict(),
         "dataset": {
-            "file": data.pairs.path.name,
+            "file": data.pairs.name,
             "sheet": data.pairs.table.sheet,
             "shape": data.pairs.shape,
             **column_names(data.pairs),
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-            "held_out_rows": [pair.row for pair in data.held_out_pairs],
+            "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
         "versions": {"python": sys.version.split()[0]}
         | {p: installed_version(p) for p in packages},
@@ -2447,6 +2994,11 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
+    run_training(cfg)
+    return 0
+
+
+def run_training(cfg: Config) -> Prepared:
     check_output_folder(cfg)
     data = prepare(cfg)
     plan = plan_run(cfg, data.train)
@@ -2461,7 +3013,7 @@ def train(cfg: Config) -> int:
     trained = train_adapter(cfg, model, data, plan, device)
     folder, archive = save_run(cfg, model, device, data, trained)
     say_result(trained, folder, archive)
-    return 0
+    return data
 
 
 def check_packages(cfg: Config, device: Device) -> None:
@@ -2492,12 +3044,7 @@ def check(cfg: Config) -> int:
 def demo(cfg: Config) -> int:
     """The whole job on the built-in model, then the questions of the workbook, before and after."""
     say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
-    train(cfg)
-    data = find_pairs(cfg)
-    held_out = set(
-        json.loads((output_folder(cfg) / "run.json").read_text())["dataset"]["held_out_rows"]
-    )
-    taught = [pair for pair in data.kept if pair.row not in held_out]
+    taught = run_training(cfg).train_pairs
     model, tokenizer = load_tuned(output_folder(cfg))
     questions = [pair.question for pair in taught]
     with model.disable_adapter():

@@ -11,7 +11,7 @@ import finetune_colab as ft
 
 
 def find(path: object = "dataset.xlsx") -> Path:
-    return ft.find_dataset(ft.Config(DATASET_PATH=str(path)))
+    return ft.find_dataset(ft.Config(DATASET_PATH=str(path))).paths[0]
 
 
 def refusal(path: object = "dataset.xlsx") -> str:
