@@ -481,11 +481,8 @@ def fetched_before(folder: Path) -> tuple[str, Path | None]:
 
 
 def keep_fetched(folder: Path, partial: Path, name: str, version: str) -> Path:
-    path = (
-        folder
-        / "file"
-        / "".join(c if c.isprintable() and c not in '/\\:*?"<>|' else "_" for c in name)
-    )
+    harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
+    path = folder / "file" / (harmless.strip(". ")[-100:] or "download")
     path.parent.mkdir(exist_ok=True)
     about = {"name": path.name, "version": version, "sha256": checksum(partial)}
     (folder / "about.json").unlink(missing_ok=True)
@@ -557,8 +554,9 @@ def fetch_link(link: str) -> Path:
             tag = response.headers.get("ETag", "")
             version = "" if tag.startswith("W/") else tag  # a weak tag is none of these very bytes
             receive(place, response, partial, start)
-        name = response.headers.get_filename() or urllib.parse.unquote(url.partition("?")[0])
-        return keep_fetched(folder, partial, re.split(r"[/\\]", name)[-1] or "download", tag)
+        path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+        name = response.headers.get_filename() or path.rpartition("/")[2]
+        return keep_fetched(folder, partial, name, tag)
 
     try:
         return persistently(place, fetch)
@@ -1320,7 +1318,8 @@ def parquet_table(path: Path, content: bytes) -> Table:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(io.BytesIO(content))
+        # without threads: pyarrow's may still be starting when a short program ends, which aborts it
+        table = pyarrow.parquet.read_table(io.BytesIO(content), use_threads=False)
         if table.num_rows <= MOST_ROWS:
             return record_table("", list(enumerate(table.to_pylist(), start=1)))
     except Exception as error:  # pyarrow checks little before it decodes
