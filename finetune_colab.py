@@ -53,6 +53,7 @@ import itertools
 import json
 import logging
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -850,6 +851,38 @@ MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
 MOST_CELLS = 20_000_000  # between the first and the last filled one; calamine keeps them all
 MOST_COLUMNS = 50  # that are weighed against each other
 LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
+# Encodings from before Unicode: whose, and letters and signs that are common in their languages.
+ENCODINGS = {
+    "cp1252": (
+        "Windows-1252 (Western Europe)",
+        "àáâãäåæçèéêëìíîïñòóôõöøùúûüßÄÅÇÉÑÖØÜœ«»¿¡°’‘“”–—…€",
+    ),
+    "cp1250": (
+        "Windows-1250 (Central Europe)",
+        "ąćęłńóśźżĄĆĘŁŃÓŚŹŻáčďéěíňřšťúůýžÁČÉÍŘŠÚŽőűöüÖÜâăîțşţđľĺŕôä„”’–…",
+    ),
+    "cp1254": ("Windows-1254 (Turkish)", "çğıöşüÇĞİÖŞÜâîû’‘“”–…"),
+    "cp1251": ("Windows-1251 (Cyrillic)", "а-яёіїєґўА-ЯЁ«»„“”’–—№…"),
+    "koi8_r": ("KOI8-R (Cyrillic)", "а-яё"),
+    "cp1253": ("Windows-1253 (Greek)", "α-ωάέήίόύώϊϋΑ-ΩΆΈΉΊΌΎΏ«»’–"),
+    "cp1255": ("Windows-1255 (Hebrew)", "א-ת"),
+    "cp1256": ("Windows-1256 (Arabic)", "ابتثجحخدذرزسشصضطظعغفقكلمنهويىةأإآءئؤ؟،پچژگ"),
+    "cp874": ("Windows-874 (Thai)", "ก-๛"),
+    "mac_roman": ("Mac OS Roman", "àâäçèéêëîïñóôöùûüßáíú’“”–—…"),
+    "gb18030": (
+        "GB 18030 (Chinese)",
+        "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出会可也你对就能下问答什么怎样如何吗请，。？、：（）",
+    ),
+    "big5": (
+        "Big5 (Chinese)",
+        "的一是在不了有和人這中大為上個國我以要他時來用們生到作地於出會可也你對就能下問答什麼怎樣如何嗎請，。？、：（）",
+    ),
+    "shift_jis": ("Shift JIS (Japanese)", "ぁ-んァ-ヶー、。？「」"),
+    "euc_jp": ("EUC-JP (Japanese)", "ぁ-んァ-ヶー、。？「」"),
+    "cp949": ("CP949 (Korean)", "가-힣"),
+}
+USUAL_SHARE = {"gb18030": 0.2, "big5": 0.2, "shift_jis": 0.5, "euc_jp": 0.5}  # of those in a text
+FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 FOREIGN_FILES = {
     rb"%PDF": "a PDF",
@@ -865,36 +898,94 @@ FOREIGN_FILES = {
 # What people call the two columns: the names that are sure, then names that count when none is.
 NAMES: dict[str, tuple[str, str]] = {
     "question": (
-        "question, questions, q, instruction, prompt, query, ask, soru, pergunta, pregunta, frage, "
-        "domanda, vraag, fråga, spørgsmål, spørsmål, kysymys, pytanie, otázka, kérdés, întrebare, "
-        "вопрос, питання, ερώτηση, 问题, 問題, 提问, 質問, 질문, سؤال, پرسش, שאלה, प्रश्न, প্রশ্ন, คำถาม, "
-        "pertanyaan, swali, câu hỏi, soalan, tanong",
-        "input, user, human, title, text",
+        "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, "
+        "user prompt, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, "
+        "domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, "
+        "küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, "
+        "въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, kérdés, kérdések, "
+        "întrebare, întrebări, pyetje, pyetja, ερώτηση, ερωτήσεις, soru, sorular, sual, savol, сұрақ, "
+        "суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
+        "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, "
+        "soalan, tanong, swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, "
+        "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의",
+        "input, user, human, title, problem, text",
     ),
     "answer": (
-        "answer, answers, a, response, output, completion, reply, cevap, yanıt, resposta, respuesta, "
-        "antwort, risposta, antwoord, réponse, svar, vastaus, odpowiedź, odpověď, válasz, răspuns, "
-        "ответ, відповідь, απάντηση, 答案, 回答, 答え, 解答, 답변, 답, جواب, إجابة, پاسخ, תשובה, उत्तर, "
-        "উত্তর, คำตอบ, jawaban, jibu, câu trả lời, trả lời, jawapan, sagot, ground truth",
-        "solution, assistant, target, body, explanation",
+        "answer, answers, a, response, responses, output, outputs, completion, completions, reply, "
+        "replies, ground truth, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
+        "antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, "
+        "réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, "
+        "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
+        "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
+        "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
+        "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
+        "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
+        "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
+        "答, 답변, 답, 정답, 응답",
+        "solution, assistant, target, chosen, body, text",
     ),
 }
 # A header with one of these words tells something about a question or an answer.
 OTHER_WORDS = set(
-    "id ids count counts number num no nr index idx url link date time score rating type category "
-    "topic tag tags length len normalized lang language source votes author name option wrong model "
-    "gpt gpt4 chatgpt llama claude gemini baseline predicted prediction generated".split()
+    "id ids uuid key count counts number num no nr index idx start end offset url link date time score "
+    "rating type category topic tag tags label intent length len normalized lang language source file "
+    "filename path votes author name option options choice choices hint context contexts passage "
+    "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
+    "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
+    "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
+    "student rag bot typ kategorie thema datum tipo categoria tema fecha catégorie kategori konu".split()
 )
+# These mark the true answers, beside which a plain "answer" may be what some system said.
+TRUE_WORDS = set(
+    "reference gold golden expected correct ideal desired best official true truth".split()
+)
+OTHER_SIGNS = "类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
 MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
 LONGEST_HEADER = 60
 CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
+CLEARLY_ASKING = 0.3  # share of cells that ask something, where no header says which column does
+SENTENCE = 4  # words, on average, from which a column without a known name may hold the answers
 HEADER_ROWS = 20  # a header stands within so many filled rows
 
-USER_ROLES = ("user", "human", "prompter", "customer", "instruction", "question")
-ANSWER_ROLES = ("assistant", "gpt", "bot", "model", "chatgpt", "ai", "response", "answer")
-SPEAKERS = r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI)\s*:\s*"
-HASH_MARKS = re.compile(r"###\s*" + SPEAKERS, re.IGNORECASE)  # "### Human:", wherever it stands
-LINE_MARKS = re.compile(r"^\s*" + SPEAKERS, re.IGNORECASE | re.MULTILINE)
+NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
+NONE_FOUND = "no column of questions with a column of answers was found."
+SEVERAL_FOUND = "more than one column may hold the questions or the answers."
+NONE_ASKS = "neither the headers nor the cells say which column asks."
+ASKING = re.compile(  # what asks without a question mark
+    r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
+    r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
+    r"|convert|classify|identify|provide|rewrite|suggest)\b"
+    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|为什么|為什麼|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
+    r"|[α-ωά-ώ];$",
+    re.IGNORECASE,
+)
+CODE = re.compile(
+    r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
+    re.IGNORECASE,
+)
+USER_ROLES = "user human prompter customer instruction question".split()
+ANSWER_ROLES = "assistant gpt bot model chatgpt chatbot ai response answer output".split()
+SYSTEM_ROLES = "system developer".split()
+TOOL_ROLES = (
+    "tool, tools, function, ipython, environment, observation, function response, function_call, "
+    "function_response, function-call, function-response, tool_call, tool_response".split(", ")
+)
+TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
+SPEAKERS = (
+    r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI|FUNCTION RESPONSE|{})\s*:\s*"
+)
+# "### Human:", wherever it stands; without the signs, only where a line begins
+HASH_MARKS = re.compile(r"###\s*" + SPEAKERS.format("System|Model|Output|Bot|GPT"), re.IGNORECASE)
+LINE_MARKS = re.compile(r"^\s*" + SPEAKERS.format("Chatbot"), re.IGNORECASE | re.MULTILINE)
+MODEL_MARKS = re.compile(
+    r"<\|im_start\|>\s*(\w+)\s*\n|<\|start_header_id\|>(\w+)<\|end_header_id\|>|<start_of_turn>(\w+)\s*\n"
+    r"|<\|(user|assistant|system)\|>|\[/?INST\]"
+)
+TALK_WORDS = set(
+    "conversation conversations dialog dialogue dialogs dialogues messages turns data".split()
+)
+ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
 LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
 LIKELY = 20  # cells at the top of a column that decide what it holds
 LONGEST_PATH = 100  # messages of a tree
@@ -911,6 +1002,7 @@ class Table(NamedTuple):
 
 
 Messages = list[dict[str, str]]
+Turn = tuple[str, str]  # who speaks, and what
 
 
 class Pair(NamedTuple):
@@ -944,7 +1036,8 @@ class Columns(NamedTuple):
     answer: int
     reason: str
     named: int  # how surely the two were known by name, see name_strength
-    input: int | None = None  # an Alpaca column whose text joins the question
+    system: int | None = None  # its text is put before the question
+    input: int | None = None  # of Alpaca: its text is put after the question
 
 
 @dataclass
@@ -962,11 +1055,10 @@ class Pairs:
 
     @property
     def used(self) -> list[str]:
-        """The names of the columns of questions and answers, and of what joins the question."""
-        indices = [self.columns.question, self.columns.answer] if self.columns else []
-        if self.columns and self.columns.input is not None:
-            indices.append(self.columns.input)
-        return [self.table.header[i] for i in indices]
+        """The names of the columns of questions and answers, then of what joins the question."""
+        columns = self.columns
+        used = (columns.question, columns.answer, columns.system, columns.input) if columns else ()
+        return [self.table.header[i] for i in used if i is not None]
 
 
 def find_pairs(cfg: Config) -> Pairs:
@@ -1165,15 +1257,45 @@ def openpyxl_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[
 
 
 def plain(cell: Any) -> Any:
-    """A cell of a workbook without the workbook's escapes, and nothing where a formula failed."""
-    if not isinstance(cell, str) or not ("_x" in cell or cell.startswith("#")):
+    """A cell of a workbook without the workbook's escapes."""
+    if not isinstance(cell, str) or "_x" not in cell:
         return cell
-    if cell in ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!"):
-        return ""
     return re.sub("_x(00[01][0-9A-Fa-f]|005[Ff])_", lambda code: chr(int(code[1], 16)), cell)
 
 
-def calamine_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
+def in_a_child(work: Callable[[], Any]) -> Any:
+    """The result of some work that may take the whole process down with it, as calamine may."""
+    if not hasattr(os, "fork"):
+        return work()
+    results, sender = multiprocessing.Pipe(duplex=False)
+
+    def report() -> None:
+        with open(os.devnull, "w") as nowhere:  # noqa: PTH123  what it says as it goes down
+            os.dup2(nowhere.fileno(), 2)
+        try:
+            sender.send((True, work()))
+        except BaseException as error:
+            sender.send((False, error if isinstance(error, UserError) else str(error)))
+
+    child = multiprocessing.get_context("fork").Process(target=report)
+    child.start()
+    sender.close()
+    try:
+        done, result = results.recv()
+    except EOFError:
+        raise ValueError("its reader gave up") from None
+    finally:
+        child.join()
+    if not done:
+        raise result if isinstance(result, UserError) else ValueError(result)
+    return result
+
+
+def calamine_grids(path: Path, content: bytes) -> list[tuple[str, list[list[str]], bool]]:
+    return in_a_child(lambda: list(grids_of_calamine(path, content)))
+
+
+def grids_of_calamine(path: Path, content: bytes) -> Iterator[tuple[str, list[list[str]], bool]]:
     import python_calamine
 
     if content.startswith(b"PK") and area(content) > MOST_CELLS:
@@ -1211,7 +1333,7 @@ def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
 
 def cell_text(cell: object) -> Any:
     """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)):
+    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or cell in FAILED_FORMULAS:
         return ""
     if isinstance(cell, (list, dict)):
         return cell
@@ -1250,8 +1372,6 @@ def decoded(path: Path, content: bytes) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError:
         pass
-    high = re.findall(rb"[\x80-\xff]+", content)
-    long = b"".join(run for run in high if len(run) > 1)  # letters of languages without any ASCII
     lines = content.split(b"\n")
     broken = sum(not is_utf8(line) for line in lines)
     if any(not line.isascii() and is_utf8(line) for line in lines):
@@ -1261,15 +1381,30 @@ def decoded(path: Path, content: bytes) -> str:
         )
         parts = (line.decode("utf-8" if is_utf8(line) else "cp1252", "replace") for line in lines)
         return "\n".join(parts).removeprefix("\ufeff")
-    name, called = "cp1252", "Windows-1252 (Western Europe)"
-    if len(long) > 0.8 * sum(map(len, high)):
-        # Chinese is mostly pairs whose first byte is A1 to D7, Russian mostly bytes from E0 on
-        if sum(0xA1 <= byte <= 0xD7 for byte in long[0::2]) > 0.7 * len(long[0::2]):
-            name, called = "gb18030", "GB 18030 (Chinese)"
-        elif sum(byte >= 0xE0 for byte in long) > 0.6 * len(long):
-            name, called = "cp1251", "Windows-1251 (Cyrillic)"
-    say("Note", f"{path.name} is not UTF-8; it was read as {called}. Check letters with accents.")
+    name = likely_encoding(content)
+    say(
+        "Note", f"{path.name} is not UTF-8; it was read as {ENCODINGS[name][0]}. Check its letters."
+    )
     return content.decode(name, errors="replace")
+
+
+def likely_encoding(content: bytes) -> str:
+    """The encoding in which most letters beyond ASCII are common ones of its languages."""
+    head = b"\n".join(
+        line for line in content[:1_000_000].split(b"\n")[:-1] or [content] if not line.isascii()
+    )
+    head = head[:50_000] or content
+
+    def share_of_common(name: str) -> float:
+        text = head.decode(name, errors="replace")
+        letters = [letter for letter in text if not letter.isascii()]
+        common = re.findall(f"[{ENCODINGS[name][1]}]", text)
+        usual = USUAL_SHARE.get(name, 1)
+        return min(1, len(common) / usual / max(1, len(letters))) - 2 * text.count("\ufffd") / len(
+            text
+        )
+
+    return max(ENCODINGS, key=share_of_common)
 
 
 def is_utf8(line: bytes) -> bool:
@@ -1290,7 +1425,11 @@ def text_grid(path: Path, text: str) -> list[list[str]]:
         nonlocal read
         for row in lines:
             read += 1
-            yield [cell_text(cell) for cell in row]
+            cells = [cell_text(cell) for cell in row]
+            if options["delimiter"] == "|" and len(cells) > 2 and not cells[0] + cells[-1]:
+                cells = cells[1:-1]  # a table in Markdown, whose rules are no row
+                cells = ["" if re.fullmatch(":?-+:?", cell) else cell for cell in cells]
+            yield cells
 
     try:
         return limited(path, rows())
@@ -1341,7 +1480,11 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
             try:
                 records.append((number, json.loads(line)))
             except (ValueError, RecursionError):
-                unread.append((number, "not valid JSON"))
+                printed = literal(line.strip())  # as Python prints it
+                if isinstance(printed, dict):
+                    records.append((number, printed))
+                else:
+                    unread.append((number, "not valid JSON"))
     if len(records) <= len(unread):
         if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
             return []
@@ -1353,7 +1496,7 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
 def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Table]:
     """The tables in a JSON value: a list of records or rows, columns, or any of these in a wrapper."""
     if isinstance(value, list):
-        if value and all(isinstance(row, list) for row in value):
+        if value and all(isinstance(row, list) and not is_conversation(row) for row in value):
             return [
                 with_header(name, [[one_text(cell) or "" for cell in row] for row in value], cfg)
             ]
@@ -1361,28 +1504,63 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
     if not isinstance(value, dict) or depth > 3:
         return []
     inner = list(value.values())
-    columns = [
-        v for v in inner if isinstance(v, list) and not any(isinstance(x, (dict, list)) for x in v)
-    ]
-    if len(columns) > 1 and len(columns) == len(inner) and len({len(v) for v in columns}) == 1:
-        rows = [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-        return [record_table(name, list(enumerate(rows, start=1)))]
-    if (
-        len(inner) > 1
-        and all(isinstance(v, dict) for v in inner)
-        and len({*map(frozenset, inner)}) == 1
-    ):
-        return [record_table(name, list(enumerate(inner, start=1)))]  # ids with their records
+    if records := column_records(value):
+        return [record_table(name, list(enumerate(records, start=1)))]
     one_record = any(map(is_conversation, inner)) or isinstance(value.get("prompt"), dict)
     nested = [
         table
         for key, part in value.items()
         if isinstance(part, (dict, list)) and not one_record
-        for table in value_tables(part, name or str(key), cfg, depth + 1)
+        for table in value_tables(part, str(key) if depth == 0 else name, cfg, depth + 1)
         if table.rows
     ]
     single = record_table(name, [(1, value)])
-    return nested or ([single] if depth == 0 or one_record else [])
+    return together(nested) or ([single] if depth == 0 or one_record else [])
+
+
+def column_records(value: dict[str, Any]) -> list[Any]:
+    """The records of an object that holds columns, or records by their ids, or answers by their questions."""
+    inner = list(value.values())
+    if len(inner) > 1 and all(isinstance(v, list) for v in inner) and len({*map(len, inner)}) == 1:
+        flat = [v for v in inner if not any(isinstance(cell, (dict, list)) for cell in v)]
+        known = any(name_strength(str(key), role) > 1 for key in value for role in NAMES)
+        if len(flat) == len(inner) or (known and len(flat) > 1):
+            return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+    if (
+        len(inner) > 1
+        and all(isinstance(v, dict) for v in inner)
+        and len({*map(frozenset, inner)}) == 1
+    ):
+        rows = list(inner[0])
+        if all(str(row).isdigit() for row in rows) and not all(str(key).isdigit() for key in value):
+            return [
+                {key: column[row] for key, column in value.items()} for row in rows
+            ]  # pandas' own
+        return inner
+    if (
+        len(inner) > 1
+        and all(isinstance(v, str) for v in inner)
+        and sum(map(asks, value)) > len(value) / 2
+    ):
+        return [{"question": key, "answer": text} for key, text in value.items()]
+    return []
+
+
+def together(tables: list[Table]) -> list[Table]:
+    """Tables of the same columns as one, as topics of a FAQ are; but of splits, the one to train on."""
+    same = len({tuple(sorted(table.header)) for table in tables}) == 1 and len(tables) > 1
+    if not same:
+        return tables
+    if train := [table for table in tables if fold(table.sheet) in ("train", "training")]:
+        return train + [table._replace(hidden=True) for table in tables if table not in train]
+    header = tables[0].header
+    rows = [
+        [row[table.header.index(name)] for name in header]
+        for table in tables
+        for _, row in table.rows
+    ]
+    unread = [reason for table in tables for _, reason in table.unread]
+    return [Table("", header, list(enumerate(rows, start=1)), [(0, reason) for reason in unread])]
 
 
 def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
@@ -1395,6 +1573,8 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
             for question in objects_in(part, "qas")
         ]
         records = list(enumerate(opened, start=1))
+    if any(is_conversation(one) for _, one in records[:LIKELY]):
+        records = [(n, {"messages": one} if is_conversation(one) else one) for n, one in records]
     header: dict[str, None] = {}
     for _, record in records:
         if isinstance(record, dict):
@@ -1435,8 +1615,10 @@ def literal(cell: Any) -> Any:
         return json.loads(cell)
     except (ValueError, RecursionError):
         pass
+    # numpy's forms: array(['a', 'b'], dtype=object), and ['a' 'b'], which Python would read as one text
+    cell = re.sub(r"\barray\((\[.*?\])(?:,\s*dtype=[^)]*)?\)", r"\1", cell, flags=re.DOTALL)
     if len(parts := re.split(r"['\"]\s+['\"]", cell)) > 1:
-        return parts  # numpy's form, without commas, which Python would read as one text
+        return parts
     try:
         return ast.literal_eval(cell)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -1447,7 +1629,11 @@ def one_text(cell: Any) -> str | None:
     """The text of a cell; of a list or an object, the only text in it; None when there is no one."""
     if isinstance(cell, list):
         if all(isinstance(part, dict) and "text" in part for part in cell):
-            cell = cell[:1]  # SQuAD: what several people answered to one question
+            right = [part for part in cell if True in part.values()]
+            marked = any(isinstance(flag, bool) for part in cell for flag in part.values())
+            cell = (
+                right if marked else cell[:1]
+            )  # of a quiz; of SQuAD, what several people answered
         return one_text(cell[0]) if len(cell) == 1 else None if cell else ""
     if isinstance(cell, dict):
         inner = [cell[key] for key in ("text", "value", "content", "answer") if key in cell]
@@ -1495,14 +1681,19 @@ def looks_like_question(text: str) -> bool:
     return text.endswith(("?", "？", "؟", "՞"))
 
 
+def asks(text: str) -> bool:
+    return looks_like_question(text) or bool(ASKING.search(text[:200]))
+
+
 def words_of(header: str) -> list[str]:
-    """The words of a header in plain letters: AnswerCount is answer and count, Réponse reponse."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", header)
+    """The words of a header in plain letters: AnswerCount is answer and count, Réponse_2 reponse."""
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d]{2})\d+|_\d+", " ", header)
     plain = unicodedata.normalize("NFKD", spaced).casefold().replace("ı", "i")
     letters = (c for c in plain if unicodedata.category(c) != "Mn")
-    return "".join(
+    words = "".join(
         c if c.isalnum() or unicodedata.category(c) == "Mc" else " " for c in letters
     ).split()
+    return [re.sub("^ال(?=..)", "", unicodedata.normalize("NFC", word)) for word in words]
 
 
 @functools.cache
@@ -1511,17 +1702,22 @@ def known_names(role: str) -> tuple[set[str], set[str]]:
     return sure, perhaps
 
 
+@functools.cache
 def name_strength(header: str, role: str) -> int:
     """How well a header says what is in its column: 3 sure, 2 by one of its words, 1 perhaps."""
     words = words_of(header)
+    name = " ".join(words)
     sure, perhaps = known_names(role)
-    if " ".join(words) in sure:
+    if name in sure:
         return 3
-    if " ".join(words) in perhaps:
+    if name in perhaps:
         return 1
-    if len(words) > MOST_HEADER_WORDS or OTHER_WORDS & set(words):
+    if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or OTHER_WORDS & set(words):
         return 0
-    return 2 if sure & {word for word in words if len(word) > 1} else 0
+    if sure & {word for word in words if len(word) > 1}:
+        return 3 if TRUE_WORDS & set(words) else 2
+    unspaced = NOT_SPACED.search(name) and not any(sign in name for sign in OTHER_SIGNS)
+    return 2 if unspaced and any(len(one) > 1 and one in name for one in sure) else 0
 
 
 def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
@@ -1536,20 +1732,22 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
         [text for _, row in table.rows if i < len(row) and (text := one_text(row[i]))]
         for i in range(len(table.header))
     ]
-    asking = [sum(map(looks_like_question, cells)) / max(1, len(cells)) for cells in columns]
-
+    asking = [sum(map(asks, cells)) / max(1, len(cells)) for cells in columns]
     options = {fold(name) for name in table.header if len(name) == 1} - {"q", "a"}
 
+    @functools.cache
     def named(column: int, role: str) -> int:
         if fixed[role] is not None:
             return 100 if fixed[role] == column else -1000
         if options and len(table.header[column]) == 1:
             return 0  # A beside B, C and D is an option, not the answer
-        return name_strength(table.header[column], role)
+        strength = name_strength(table.header[column], role)
+        links = all(cell.startswith(("http://", "https://")) for cell in columns[column])
+        return 0 if links else strength
 
     def fit(pair: tuple[int, int]) -> float:
         names = named(pair[0], "question") + named(pair[1], "answer")
-        return names + asking[pair[0]] - asking[pair[1]]
+        return names + asking[pair[0]] - asking[pair[1]] + is_chain(*(columns[i] for i in pair))
 
     usable = [
         i
@@ -1561,21 +1759,73 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
         usable.sort(key=lambda i: -max(named(i, role) for role in NAMES))
         usable = sorted(usable[:MOST_COLUMNS])
     ranked = sorted(itertools.permutations(usable, 2), key=fit, reverse=True)  # ties: left first
-    rivals = [pair for pair in ranked[1:] if fit(ranked[0]) - fit(pair) < CLEAR_LEAD]
-    if not ranked or fit(ranked[0]) < -100 or (rivals and len(usable) > 2):
-        raise UserError(columns_unclear(table, columns, bool(rivals)))
-    strengths = [named(column, role) for column, role in zip(ranked[0], NAMES, strict=True)]
+    if not ranked or fit(ranked[0]) < -100:
+        raise columns_unclear(table, NONE_FOUND)
+    best = ranked[0]
+    strengths = [named(column, role) for column, role in zip(best, NAMES, strict=True)]
+    if None in fixed.values():
+        if any(fit(best) - fit(pair) < CLEAR_LEAD for pair in ranked[1:]):
+            raise columns_unclear(table, SEVERAL_FOUND)
+        check_content(table, columns, best, strengths, fit(best))
     how = "by name" if all(strengths) else "by name and content" if any(strengths) else "by content"
     how = "as set" if None not in fixed.values() else how
-    return Columns(*ranked[0], how, sum(strengths), alpaca_input(table, ranked[0]))
+    return Columns(*best, how, sum(strengths), *columns_beside(table, best))
 
 
-def alpaca_input(table: Table, used: tuple[int, int]) -> int | None:
-    """The column whose text belongs to an instruction: `input`, beside `instruction`."""
+def check_content(
+    table: Table,
+    columns: list[list[str]],
+    best: tuple[int, int],
+    strengths: list[int],
+    fit: float,
+) -> None:
+    """Refuse a pair of columns that only seems to hold questions and their answers."""
+    question, answer = best
+    filled = [
+        i for i, _ in enumerate(table.header) if any(i < len(r) and r[i] for _, r in table.rows)
+    ]
+    if not any(strengths) and fit < CLEARLY_ASKING:
+        raise columns_unclear(table, NONE_ASKS)
+    lists = [i for i in filled if len(columns[i]) < len(table.rows) / 2 and holds_lists(table, i)]
+    for role, strength in zip(NAMES, strengths, strict=True):
+        if not strength and any(name_strength(table.header[i], role) > 1 for i in lists):
+            raise columns_unclear(table, f"the column that is named like the {role}s holds lists.")
+    words = statistics.mean(len(cell.split()) for cell in columns[answer])
+    short = words < SENTENCE and not NOT_SPACED.search("".join(columns[answer][:LIKELY]))
+    if not strengths[1] and len(filled) > 2 and short:
+        raise columns_unclear(table, NONE_FOUND)
+    if len(columns[question]) > 5 and len(set(columns[question])) < 3:
+        raise columns_unclear(table, NONE_FOUND)
+
+
+def is_chain(questions: list[str], answers: list[str]) -> bool:
+    """Whether many answers are the next row's question, as in a chat cut into pairs."""
+    followed = sum(a == q for a, q in zip(answers, questions[1:], strict=False))
+    return followed > len(answers) / 4 and questions != answers
+
+
+def is_code(cells: list[str]) -> bool:
+    """Whether cells are links, names of files, dates or keys rather than words."""
+    return sum(bool(CODE.fullmatch(cell)) for cell in cells) > len(cells) / 2
+
+
+def holds_lists(table: Table, column: int) -> bool:
+    return any(column < len(row) and isinstance(row[column], (list, dict)) for _, row in table.rows)
+
+
+def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int | None]:
+    """The columns whose text joins the question: a system prompt before it; after an instruction, its input."""
     names = [fold(header) for header in table.header]
-    if names[used[0]] == "instruction" and "input" in names and names.index("input") not in used:
-        return names.index("input")
-    return None
+
+    def position(*wanted: str) -> int | None:
+        return next(
+            (names.index(n) for n in wanted if n in names and names.index(n) not in used), None
+        )
+
+    is_instruction = names[used[0]] == "instruction"
+    return position("system", "system_prompt"), position(
+        "input", "context"
+    ) if is_instruction else None
 
 
 def column_named(table: Table, role: str, name: str) -> int | None:
@@ -1596,24 +1846,23 @@ def column_named(table: Table, role: str, name: str) -> int | None:
 
 def may_be_text(header: str, cells: list[str]) -> bool:
     """Whether a column of unknown name may hold questions or answers, rather than ids or labels."""
-    if OTHER_WORDS & set(words_of(header)):
+    if OTHER_WORDS & set(words_of(header)) or any(sign in header for sign in OTHER_SIGNS):
         return False
     wordy = sum(any(letter.isalpha() for letter in cell) for cell in cells)
-    return wordy > len(cells) / 2 and len(set(cells)) > len(cells) * 0.3
+    return wordy > len(cells) / 2 and len(set(cells)) > len(cells) * 0.3 and not is_code(cells)
 
 
-def columns_unclear(table: Table, columns: list[list[str]], several: bool) -> str:
+def columns_unclear(table: Table, found: str) -> UserError:
+    def first(i: int) -> str:
+        cell = next((row[i] for _, row in table.rows if i < len(row) and row[i]), "(empty)")
+        return "(a list)" if isinstance(cell, (list, dict)) else preview(cell)
+
     seen = [
-        f"  {preview(header) or column_letter(i)}: {preview(columns[i][0]) if columns[i] else '(empty)'}"
-        for i, header in enumerate(table.header[:12])
+        f"  {preview(name) or column_letter(i)}: {first(i)}"
+        for i, name in enumerate(table.header[:12])
     ]
-    found = (
-        "more than one column may hold the questions or the answers."
-        if several
-        else "no column of questions with a column of answers was found."
-    )
     advice = "Say which to use: --question-column NAME --answer-column NAME"
-    return "\n".join([found + " The columns, each with its first cell:", *seen, advice])
+    return UserError("\n".join([found + " The columns, each with its first cell:", *seen, advice]))
 
 
 # -- Shapes: what the rows of a table are
@@ -1624,29 +1873,99 @@ Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is n
 def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Rows]:
     """The shape of a table, its two columns where it has them, and a conversation for each row."""
     names = [fold(name) for name in table.header]
-    asked = cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN
-    if not asked and {"message_id", "parent_id", "text", "role"} <= set(names):
-        records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
-        return "message tree", None, tree_conversations(records, cfg)
-    for i, name in enumerate(() if asked else names):
-        cells = [(n, row[i] if i < len(row) else "") for n, row in table.rows]
-        top = [cell for _, cell in cells if cell][:LIKELY]
-        if top and name == "prompt" and all(isinstance(cell, dict) for cell in top):
-            return "message tree", None, nested_trees(cells, cfg)
-        for is_whole, read in ((is_conversation, turns_of), (is_marked_up, marked_turns)):
-            if sum(map(is_whole, top)) > len(top) / 2:
-                found = [(n, read(cell)) for n, cell in cells]
-                return "conversations", None, found
+    if not (cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN):
+        if {"message_id", "parent_id", "text", "role"} <= set(names):
+            records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
+            return "message tree", None, tree_conversations(records, cfg)
+        if "prompt" in names:
+            prompts = column_cells(table, names.index("prompt"))
+            top = [cell for _, cell in prompts if cell][:LIKELY]
+            if top and all(isinstance(cell, dict) for cell in top):
+                return "message tree", None, nested_trees(prompts, cfg)
+        if (chosen := conversation_column(table)) is not None:
+            return "conversations", None, whole_conversations(table, chosen)
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
     return "question and answer", columns, two_columns(table, columns)
 
 
+def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
+    return [(number, row[column] if column < len(row) else "") for number, row in table.rows]
+
+
+def conversation_column(table: Table) -> int | None:
+    """The column that holds whole conversations; none where two others are called question and answer."""
+    found = []
+    sure: dict[str, list[int]] = {role: [] for role in NAMES}
+    for i, header in enumerate(table.header):
+        top = [cell for _, cell in column_cells(table, i) if cell][:LIKELY]
+        named = bool(TALK_WORDS & set(words_of(header)))
+        whole = sum(is_whole(cell, named) for cell in top) > len(top) / 2
+        if whole and not ASIDE & set(words_of(header)):
+            found.append(i)
+        for role in NAMES:
+            if (
+                top
+                and name_strength(header, role) == 3
+                and not (whole and isinstance(top[0], list))
+            ):
+                sure[role].append(i)
+    if any(q != a for q in sure["question"] for a in sure["answer"]):
+        return None
+    for preferred in (
+        {"messages", "conversation", "conversations"},
+        {"prompt", "input"},
+        {"chosen"},
+    ):
+        found = [i for i in found if preferred & set(words_of(table.header[i]))] or found
+    if len(found) > 1:
+        names = " and ".join(f'"{preview(table.header[i])}"' for i in found)
+        raise UserError(
+            f"the columns {names} all hold conversations. Keep the one to learn from, called messages."
+        )
+    return found[0] if found else None
+
+
+def is_whole(cell: Any, named: bool = True) -> bool:
+    """Whether a cell is a conversation; texts without roles are one only under a name that says so."""
+    return is_conversation(cell) or is_marked_up(cell) or (named and is_alternating(cell))
+
+
+def whole_conversations(table: Table, column: int) -> Rows:
+    """The conversations of a column, with what stands beside: a system prompt, or the last answer."""
+    names = [" ".join(words_of(name)) for name in table.header]
+    system = next(
+        (i for i, name in enumerate(names) if name in ("system", "system prompt")), column
+    )
+    strengths = [
+        name_strength(name, "answer") * (i != column) for i, name in enumerate(table.header)
+    ]
+    answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
+    for number, row in table.rows:
+        cells = row + [""] * (len(table.header) - len(row))
+        turns = cell_turns(cells[column]) if is_whole(cells[column]) else NO_CONVERSATION
+        if isinstance(turns, str):
+            yield number, turns if any(cells) else "blank"
+            continue
+        if system != column and isinstance(cells[system], str):
+            turns.insert(0, ("system", cells[system]))
+        while turns and not turns[-1][1].strip():
+            turns.pop()
+        if turns and turns[-1][0] == "user" and len(answers) == 1:
+            last = cells[answers[0]]
+            more = (
+                cell_turns(last) if is_conversation(last) else [("assistant", one_text(last) or "")]
+            )
+            turns += more if isinstance(more, list) else []
+        yield number, dialogue(turns)
+
+
 def two_columns(table: Table, columns: Columns) -> Rows:
-    width = len(table.header)
+    width, names = len(table.header), [fold(name) for name in table.header]
     for number, row in table.rows:
         cells = row + [""] * (width - len(row))
         question, answer = (one_text(cells[i]) for i in columns[:2])
-        context = one_text(cells[columns.input]) if columns.input is not None else ""
+        before, after = (one_text(cells[i]) if i is not None else "" for i in columns[4:])
+        earlier = cells[names.index("history")] if "history" in names else []
         if not any(cells):
             yield number, "blank"
         elif not table.sheet and any(row[width:]):
@@ -1657,28 +1976,42 @@ def two_columns(table: Table, columns: Columns) -> Rows:
         elif not question or not answer:
             yield number, "no answer" if question else "no question"
         else:
-            yield (
-                number,
-                dialogue([("user", question), ("user", context or ""), ("assistant", answer)]),
-            )
+            turns = [("system", before or "")]
+            for one in earlier if isinstance(earlier, list) else []:  # LLaMA-Factory: earlier pairs
+                turns += cell_turns(one) if is_alternating(one) else []
+            turns += [("user", question), ("user", after or ""), ("assistant", answer)]
+            yield number, dialogue(turns)
 
 
-def dialogue(turns: Iterable[tuple[str, str]]) -> Messages | str:
-    """Turns in one form: the user first, the roles in alternation, an answer last; or why not."""
+def dialogue(turns: Iterable[Turn]) -> Messages | str:
+    """Turns in one form: the user first, the roles in alternation, an answer last; or why not.
+
+    A system turn has no place of its own, so it goes before the first question. From the first turn
+    of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
+    """
     messages: Messages = []
-    unasked = False
+    system, why_not = "", "no answer"
     for role, content in turns:
-        if not content.strip() or (role == "assistant" and not messages):
-            unasked = unasked or bool(content.strip())  # a greeting before any question
+        text = content.strip()
+        if role not in ("user", "assistant", "system"):
+            who = "a tool" if role == "tool" else f"the role {preview(role, 30)!r}"
+            why_not = f"{who} is used before anything is answered"
+            break
+        if role == "system":
+            system += f"{text}\n\n".lstrip()
+        elif not text or (role == "assistant" and not messages):
+            why_not = "no question" if text else why_not  # a greeting before any question
         elif messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + content.strip()
+            messages[-1]["content"] += "\n\n" + text
         else:
-            messages.append({"role": role, "content": content.strip()})
-    if not messages and unasked:
-        return "no question"
+            messages.append({"role": role, "content": text})
+            why_not = "no answer" if len(messages) == 1 and why_not == "no question" else why_not
     if messages and messages[-1]["role"] == "user":
         messages.pop()
-    return messages or "no answer"
+    if not messages:
+        return why_not
+    messages[0]["content"] = system + messages[0]["content"]
+    return messages
 
 
 def is_conversation(cell: Any) -> bool:
@@ -1689,43 +2022,62 @@ def is_conversation(cell: Any) -> bool:
     )
 
 
+def is_alternating(cell: Any) -> bool:
+    return isinstance(cell, list) and len(cell) > 1 and all(isinstance(turn, str) for turn in cell)
+
+
+def is_marked_up(cell: Any) -> bool:
+    """Whether a text is a whole conversation, as in "### Human: Why? ### Assistant: So."."""
+    if not isinstance(cell, str):
+        return False
+    text = plain_marks(cell)
+    if not (HASH_MARKS is marks_in(text) or LINE_MARKS.match(text)):
+        return False
+    roles = [known_role(mark) for mark in marks_in(text).findall(text)]
+    return [role for role in roles if role != "system"][:2] == ["user", "assistant"]
+
+
 def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
-    for role, content in (
-        ("role", "content"),
-        ("from", "value"),
-        ("role", "value"),
-        ("role", "text"),
+    for role, content in itertools.product(
+        ("role", "from"), ("content", "value", "text", "parts", "message")
     ):
         if role in turn and (content in turn or "tool_calls" in turn):
-            return str(turn[role]).casefold(), turn.get(content)
+            return known_role(turn[role]), turn.get(content)
     return None
 
 
-def turns_of(cell: Any) -> Messages | str:
-    """A list of turns with roles. From the first use of a tool on nothing is taken."""
-    if not is_conversation(cell):
-        return "not a list of turns, each with a role and a text"
-    turns: list[tuple[str, str]] = []
-    system, tool = "", False
+def known_role(name: object) -> str:
+    role = str(name).casefold()
+    known = {
+        "user": USER_ROLES,
+        "assistant": ANSWER_ROLES,
+        "system": SYSTEM_ROLES,
+        "tool": TOOL_ROLES,
+    }
+    return next((kind for kind, names in known.items() if role in names), role)
+
+
+def cell_turns(cell: Any) -> list[Turn] | str:
+    """A whole conversation as its turns, or why it cannot be learnt."""
+    if isinstance(cell, str):
+        pieces = marks_in(plain_marks(cell)).split(plain_marks(cell))
+        return [
+            (known_role(mark), text) for mark, text in zip(pieces[1::2], pieces[2::2], strict=True)
+        ]
+    if is_alternating(cell):
+        return list(zip(itertools.cycle(("user", "assistant")), cell, strict=False))
+    turns: list[Turn] = []
     for turn in cell:
         role, content = role_and_content(turn) or ("", None)
         text = content_text(content)
-        known = "assistant" if role in ANSWER_ROLES else "user" if role in USER_ROLES else role
-        tool = bool(turn.get("tool_calls") or turn.get("function_call"))
-        tool = tool or known not in ("user", "assistant", "system", "developer")
-        if tool:
-            break  # a tool's output is nobody's answer
-        if text is None:
+        if turn.get("tool_calls") or turn.get("function_call") or TOOL_CALL.search(text or ""):
+            role = "tool"
+        if role == "assistant" and turn.get("weight") == 0:
+            return "an answer is marked as not to be learnt (weight 0)"
+        if text is None and role != "tool":
             return "a turn holds something that is not text"
-        if known in ("user", "assistant"):
-            turns.append((known, text))
-        else:
-            system += f"{text.strip()}\n\n".lstrip()  # the form has no place of its own for it
-    found = dialogue(turns)
-    if isinstance(found, str):
-        return "a tool is used before anything is answered" if tool else found
-    found[0]["content"] = system + found[0]["content"]
-    return found
+        turns.append((role, text or ""))
+    return turns
 
 
 def content_text(content: Any) -> str | None:
@@ -1734,34 +2086,28 @@ def content_text(content: Any) -> str | None:
         return ""
     if isinstance(content, str):
         return content
-    if isinstance(content, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    return None
+    parts = content if isinstance(content, list) else [None]
+    texts = [
+        part["text"]
+        for part in parts
+        if isinstance(part, dict)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
+    ]
+    return "".join(texts) if len(texts) == len(parts) else None
 
 
-def marks_in(cell: Any) -> re.Pattern[str]:
-    return HASH_MARKS if HASH_MARKS.search(str(cell)[:LONGEST_PREAMBLE]) else LINE_MARKS
+def marks_in(text: str) -> re.Pattern[str]:
+    return HASH_MARKS if HASH_MARKS.search(text[:LONGEST_PREAMBLE]) else LINE_MARKS
 
 
-def is_marked_up(cell: Any) -> bool:
-    """Whether a text is a whole conversation, as in "### Human: Why? ### Assistant: So."."""
-    if not isinstance(cell, str) or not (HASH_MARKS is marks_in(cell) or LINE_MARKS.match(cell)):
-        return False
-    roles = [mark.casefold() in ANSWER_ROLES for mark in marks_in(cell).findall(cell)]
-    return roles[:2] == [False, True]
-
-
-def marked_turns(cell: Any) -> Messages | str:
-    if not is_marked_up(cell):
-        return "not a conversation with marks such as ### Human:"
-    pieces = marks_in(cell).split(cell)
-    pairs = zip(pieces[1::2], pieces[2::2], strict=True)
-    return dialogue(
-        ("assistant" if mark.casefold() in ANSWER_ROLES else "user", text) for mark, text in pairs
-    )
+def plain_marks(text: str) -> str:
+    """A conversation in the forms that models are fed with, in the form of "### User: Why?"."""
+    if not MODEL_MARKS.search(text):
+        return text
+    text = re.sub(r"\[INST\]", "\n### User: ", re.sub(r"\[/INST\]", "\n### Assistant: ", text))
+    text = MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
+    return re.sub(r"<</?SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>", "", text)
 
 
 def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
@@ -1805,14 +2151,11 @@ def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -
                 chosen = following if cfg.CONVERSATION_PATHS == "all" else following[:1]
                 paths += [[*path, reply] for reply in reversed(chosen)]
             else:
-                turns = [
-                    (message.get("role"), content_text(message.get("text")) or "")
-                    for _, message in path
-                ]
                 yield (
                     path[0][0],
                     dialogue(
-                        ("assistant" if r in ANSWER_ROLES else "user", text) for r, text in turns
+                        (known_role(message.get("role")), content_text(message.get("text")) or "")
+                        for _, message in path
                     ),
                 )
 
@@ -1856,11 +2199,9 @@ def say_pairs(pairs: Pairs) -> None:
     if columns is None:
         say("Shape", f"{pairs.shape}; every answer in it is learnt")
     else:
-        found = f"{columns_in_words(pairs)} (found {columns.reason})"
-        say(
-            "Columns", found + ('; "input" joins the question' if columns.input is not None else "")
-        )
-        used = (*columns[:2], columns.input)
+        joining = "".join(f'; "{preview(name)}" joins the question' for name in pairs.used[2:])
+        say("Columns", f"{columns_in_words(pairs)} (found {columns.reason}){joining}")
+        used = (columns.question, columns.answer, columns.system, columns.input)
         rest = [preview(name) for i, name in enumerate(table.header) if name and i not in used]
         if rest:
             say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))

@@ -745,8 +745,8 @@ TEXT_TABLES = {
     ),
     "a chat without header, as it goes round": File(
         "dialogs.txt",
-        b"hi, how are you doing?\ti'm fine. how about you?\ni'm great.\tso let's go.\n",
-        [("hi, how are you doing?", "i'm fine. how about you?"), ("i'm great.", "so let's go.")],
+        b"hi, how are you?\ti'm fine. and you?\ni'm fine. and you?\tso let's go.\n",
+        [("hi, how are you?", "i'm fine. and you?"), ("i'm fine. and you?", "so let's go.")],
         rows=[1, 2],
     ),
     "a preamble": File(
@@ -1657,7 +1657,6 @@ def test_columns_that_mislead_are_not_taken(
 
 
 AMBIGUOUS: dict[str, tuple[list[str], tuple[str, ...]]] = {
-    "chosen and rejected": (["prompt", "chosen", "rejected"], ("chosen", "rejected")),
     "answer and answers": (["question", "answer", "answers"], ("answer", "answers")),
     "two answers with numbers": (["question", "answer 1", "answer 2"], ("answer 1", "answer 2")),
     "short and long": (
