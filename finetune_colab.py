@@ -895,8 +895,8 @@ FOREIGN_FILES = {
     rb"<(\?xml|\?mso|workbook)": "XML, as old versions of Excel wrote it",
 }
 
-# What people call the two columns: the names that are sure, then names that count when none is.
-NAMES: dict[str, tuple[str, str]] = {
+# What people call the two columns: names that are sure, likely, and mere hints.
+NAMES: dict[str, tuple[str, str, str]] = {
     "question": (
         "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, "
         "user prompt, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, "
@@ -908,11 +908,12 @@ NAMES: dict[str, tuple[str, str]] = {
         "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, "
         "soalan, tanong, swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, "
         "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의",
-        "input, user, human, title, problem, text",
+        "input, user, human, problem",
+        "title, text",
     ),
     "answer": (
         "answer, answers, a, response, responses, output, outputs, completion, completions, reply, "
-        "replies, ground truth, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
+        "replies, ground truth, ground truths, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
         "antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, "
         "réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, "
         "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
@@ -922,7 +923,8 @@ NAMES: dict[str, tuple[str, str]] = {
         "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
         "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
         "答, 답변, 답, 정답, 응답",
-        "solution, assistant, target, chosen, body, text",
+        "solution, assistant, target, chosen",
+        "body, text",
     ),
 }
 # A header with one of these words tells something about a question or an answer.
@@ -960,6 +962,10 @@ ASKING = re.compile(  # what asks without a question mark
     r"|[α-ωά-ώ];$",
     re.IGNORECASE,
 )
+OPTION_WORDS = set(
+    "option options choice choices opt opts answer answers distractors opcoes opciones alternativas".split()
+)
+INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
 CODE = re.compile(
     r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
     re.IGNORECASE,
@@ -982,9 +988,10 @@ MODEL_MARKS = re.compile(
     r"<\|im_start\|>\s*(\w+)\s*\n|<\|start_header_id\|>(\w+)<\|end_header_id\|>|<start_of_turn>(\w+)\s*\n"
     r"|<\|(user|assistant|system)\|>|\[/?INST\]"
 )
-TALK_WORDS = set(
-    "conversation conversations dialog dialogue dialogs dialogues messages turns data".split()
-)
+END_MARKS = re.compile(r"<</?SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
+SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
+YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages data".split())
 ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
 LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
 LIKELY = 20  # cells at the top of a column that decide what it holds
@@ -1655,21 +1662,32 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
     start = next((i for i, (_, row) in enumerate(rows) if any(row)), len(rows))
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if name}
     top = list(enumerate(rows[start : start + HEADER_ROWS], start + 1))
-    for is_header in (lambda row: wanted and wanted <= set(map(fold, row)), names_both):
-        for i, (_, row) in top:
-            if is_header(row):
-                return Table(sheet, row, rows[i:])
     row = rows[start][1] if start < len(rows) else []
-    if any(looks_like_question(cell) or len(cell) > LONGEST_HEADER for cell in row):
+    preamble = sum(map(bool, row)) < 2
+    for is_header in (
+        lambda row: wanted and wanted <= set(map(fold, row)),
+        names_both,
+        lambda row: preamble and names_both(row, surely=False),
+    ):
+        for i, (_, candidate) in top:
+            if is_header(candidate):
+                return Table(sheet, candidate, rows[i:])
+    if any(looks_like_question(cell) or is_sentence(cell) for cell in row):
         return Table(sheet, [f"column {column_letter(i)}" for i in range(len(row))], rows[start:])
     return Table(sheet, row, rows[start + 1 :])
 
 
-def names_both(row: list[str]) -> bool:
+def is_sentence(cell: str) -> bool:
+    return len(cell) > LONGEST_HEADER or (asks(cell) and len(cell.split()) >= SENTENCE)
+
+
+def names_both(row: list[str], surely: bool = True) -> bool:
     """Whether two cells of the row name questions and answers, at least one of them surely."""
     strengths = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
+    least = 3 if surely else 2
     return any(
-        min(q[0], a[1]) > 1 and max(q[0], a[1]) > 2 for q, a in itertools.permutations(strengths, 2)
+        min(q[0], a[1]) > 1 and max(q[0], a[1]) >= least
+        for q, a in itertools.permutations(strengths, 2)
     )
 
 
@@ -1697,21 +1715,18 @@ def words_of(header: str) -> list[str]:
 
 
 @functools.cache
-def known_names(role: str) -> tuple[set[str], set[str]]:
-    sure, perhaps = ({" ".join(words_of(n)) for n in names.split(", ")} for names in NAMES[role])
-    return sure, perhaps
+def known_names(role: str) -> list[set[str]]:
+    return [{" ".join(words_of(name)) for name in names.split(", ")} for names in NAMES[role]]
 
 
 @functools.cache
 def name_strength(header: str, role: str) -> int:
-    """How well a header says what is in its column: 3 sure, 2 by one of its words, 1 perhaps."""
+    """How well a header says what is in its column: 3 sure, 2 likely, 1 a mere hint."""
     words = words_of(header)
     name = " ".join(words)
-    sure, perhaps = known_names(role)
-    if name in sure:
-        return 3
-    if name in perhaps:
-        return 1
+    sure, likely, hints = known_names(role)
+    if name in sure | likely | hints:
+        return 3 if name in sure else 2 if name in likely else 1
     if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or OTHER_WORDS & set(words):
         return 0
     if sure & {word for word in words if len(word) > 1}:
@@ -1720,97 +1735,118 @@ def name_strength(header: str, role: str) -> int:
     return 2 if unspaced and any(len(one) > 1 and one in name for one in sure) else 0
 
 
+@dataclass
+class Column:
+    """What is known of a column before two of them are chosen."""
+
+    header: str
+    cells: list[str]  # the filled ones, as texts
+    lists: bool  # most of them are lists or objects without one text
+    filled: bool
+    names: dict[str, int]  # for each role, how surely the header says it
+    asking: float  # share of the cells that ask something
+
+
+def described(table: Table, wanted: dict[str, str]) -> list[Column]:
+    columns = []
+    headers = [fold(header) for header in table.header]
+    options = {name for name in headers if len(name) == 1} - {"q", "a"}
+    fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
+    for i, header in enumerate(table.header):
+        raw = [row[i] for _, row in table.rows if i < len(row) and row[i]]
+        cells = [text for cell in raw if (text := one_text(cell))]
+        is_option = bool(options) and len(header) == 1  # A beside B, C and D is not the answer
+        joins = headers[i] == "input" and "instruction" in headers
+        links = all(cell.startswith(("http://", "https://")) for cell in cells)
+        names = {role: name_strength(header, role) for role in NAMES}
+        if is_option or joins or links:
+            names = dict.fromkeys(NAMES, 0)
+        for role, place in fixed.items():
+            if place is not None:
+                names[role] = 100 if place == i else -1000
+        asking = sum(map(asks, cells)) / max(1, len(cells))
+        columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names, asking))
+    return columns
+
+
 def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     """The columns of questions and answers: as the person said, or else by name and content.
 
     Every two columns that could be meant are rated by their names, and within equal names by how
     many cells ask something. Only a clear winner is taken; otherwise the person is asked.
     """
-    wanted = {"question": question, "answer": answer}
-    fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
-    columns = [
-        [text for _, row in table.rows if i < len(row) and (text := one_text(row[i]))]
-        for i in range(len(table.header))
-    ]
-    asking = [sum(map(asks, cells)) / max(1, len(cells)) for cells in columns]
-    options = {fold(name) for name in table.header if len(name) == 1} - {"q", "a"}
-
-    @functools.cache
-    def named(column: int, role: str) -> int:
-        if fixed[role] is not None:
-            return 100 if fixed[role] == column else -1000
-        if options and len(table.header[column]) == 1:
-            return 0  # A beside B, C and D is an option, not the answer
-        strength = name_strength(table.header[column], role)
-        links = all(cell.startswith(("http://", "https://")) for cell in columns[column])
-        return 0 if links else strength
-
-    def fit(pair: tuple[int, int]) -> float:
-        names = named(pair[0], "question") + named(pair[1], "answer")
-        return names + asking[pair[0]] - asking[pair[1]] + is_chain(*(columns[i] for i in pair))
-
+    columns = described(table, {"question": question, "answer": answer})
+    alone = sum(column.filled for column in columns) < 3  # what one is not the other is, then
     usable = [
         i
-        for i, cells in enumerate(columns)
-        if cells
-        and (any(named(i, role) > 0 for role in NAMES) or may_be_text(table.header[i], cells))
+        for i, column in enumerate(columns)
+        if column.cells and (max(column.names.values()) > 0 or may_be_text(column, alone))
     ]
     if len(usable) > MOST_COLUMNS:
-        usable.sort(key=lambda i: -max(named(i, role) for role in NAMES))
+        usable.sort(key=lambda i: -max(columns[i].names.values()))
         usable = sorted(usable[:MOST_COLUMNS])
-    ranked = sorted(itertools.permutations(usable, 2), key=fit, reverse=True)  # ties: left first
-    if not ranked or fit(ranked[0]) < -100:
+    fits = {pair: fit(*(columns[i] for i in pair)) for pair in itertools.permutations(usable, 2)}
+    if not fits or max(fits.values()) < -100:
         raise columns_unclear(table, NONE_FOUND)
-    best = ranked[0]
-    strengths = [named(column, role) for column, role in zip(best, NAMES, strict=True)]
-    if None in fixed.values():
-        if any(fit(best) - fit(pair) < CLEAR_LEAD for pair in ranked[1:]):
-            raise columns_unclear(table, SEVERAL_FOUND)
-        check_content(table, columns, best, strengths, fit(best))
-    how = "by name" if all(strengths) else "by name and content" if any(strengths) else "by content"
-    how = "as set" if None not in fixed.values() else how
-    return Columns(*best, how, sum(strengths), *columns_beside(table, best))
+    best = max(fits, key=lambda pair: fits[pair])  # of equals the leftmost
+    named = [columns[i].names[role] for i, role in zip(best, NAMES, strict=True)]
+    if not (question and answer):
+        rivals = [pair for pair in fits if pair != best and fits[best] - fits[pair] < CLEAR_LEAD]
+        found = SEVERAL_FOUND if rivals else doubt(columns, best, fits[best] - sum(named))
+        if found:
+            raise columns_unclear(table, found)
+    how = "by name" if all(named) else "by name and content" if any(named) else "by content"
+    how = "as set" if question and answer else how
+    return Columns(*best, how, sum(named), *columns_beside(table, best))
 
 
-def check_content(
-    table: Table,
-    columns: list[list[str]],
-    best: tuple[int, int],
-    strengths: list[int],
-    fit: float,
-) -> None:
-    """Refuse a pair of columns that only seems to hold questions and their answers."""
-    question, answer = best
-    filled = [
-        i for i, _ in enumerate(table.header) if any(i < len(r) and r[i] for _, r in table.rows)
-    ]
-    if not any(strengths) and fit < CLEARLY_ASKING:
-        raise columns_unclear(table, NONE_ASKS)
-    lists = [i for i in filled if len(columns[i]) < len(table.rows) / 2 and holds_lists(table, i)]
-    for role, strength in zip(NAMES, strengths, strict=True):
-        if not strength and any(name_strength(table.header[i], role) > 1 for i in lists):
-            raise columns_unclear(table, f"the column that is named like the {role}s holds lists.")
-    words = statistics.mean(len(cell.split()) for cell in columns[answer])
-    short = words < SENTENCE and not NOT_SPACED.search("".join(columns[answer][:LIKELY]))
-    if not strengths[1] and len(filled) > 2 and short:
-        raise columns_unclear(table, NONE_FOUND)
-    if len(columns[question]) > 5 and len(set(columns[question])) < 3:
-        raise columns_unclear(table, NONE_FOUND)
+def fit(question: Column, answer: Column) -> float:
+    """How well two columns go together: three for a sure name, one for asking everywhere."""
+    names = question.names["question"] + answer.names["answer"]
+    return names + question.asking - answer.asking + is_chain(question.cells, answer.cells)
+
+
+def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
+    """Why two columns may only seem to hold questions and their answers; empty when all is well."""
+    chosen = dict(zip(NAMES, (columns[i] for i in best), strict=True))
+    others = [column for i, column in enumerate(columns) if column.filled and i not in best]
+    answers = chosen["answer"].cells
+    for role, column in chosen.items():
+        if column.names[role] < 2 and any(
+            name_strength(o.header, role) > 1 for o in others if o.lists
+        ):
+            return f"the column that is named like the {role}s holds lists."
+        if column.names[role] < 3 and len(set(column.cells)) < min(3, len(column.cells) - 1):
+            return NONE_FOUND
+    if max(chosen[role].names[role] for role in NAMES) < 2 and content < CLEARLY_ASKING:
+        return NONE_ASKS
+    short = statistics.mean(len(cell.split()) for cell in answers) < SENTENCE
+    if (
+        others
+        and short
+        and not chosen["answer"].names["answer"]
+        and not NOT_SPACED.search(answers[0])
+    ):
+        return NONE_FOUND
+    options = any(OPTION_WORDS & set(words_of(column.header)) for column in others)
+    if options and sum(bool(INDEX.fullmatch(cell)) for cell in answers) > 0.9 * len(answers):
+        return (
+            f'"{preview(chosen["answer"].header)}" only says which of the options is right. Make a '
+            "column with the text of the right one."
+        )
+    return ""
 
 
 def is_chain(questions: list[str], answers: list[str]) -> bool:
     """Whether many answers are the next row's question, as in a chat cut into pairs."""
-    followed = sum(a == q for a, q in zip(answers, questions[1:], strict=False))
-    return followed > len(answers) / 4 and questions != answers
+    top = answers[: 10 * LIKELY]
+    followed = sum(a == q for a, q in zip(top, questions[1:], strict=False))
+    return followed > len(top) / 4 and questions != answers
 
 
 def is_code(cells: list[str]) -> bool:
     """Whether cells are links, names of files, dates or keys rather than words."""
     return sum(bool(CODE.fullmatch(cell)) for cell in cells) > len(cells) / 2
-
-
-def holds_lists(table: Table, column: int) -> bool:
-    return any(column < len(row) and isinstance(row[column], (list, dict)) for _, row in table.rows)
 
 
 def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int | None]:
@@ -1823,7 +1859,7 @@ def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int
         )
 
     is_instruction = names[used[0]] == "instruction"
-    return position("system", "system_prompt"), position(
+    return position("system", "system_prompt", "system prompt"), position(
         "input", "context"
     ) if is_instruction else None
 
@@ -1844,10 +1880,12 @@ def column_named(table: Table, role: str, name: str) -> int | None:
     )
 
 
-def may_be_text(header: str, cells: list[str]) -> bool:
+def may_be_text(column: Column, alone: bool) -> bool:
     """Whether a column of unknown name may hold questions or answers, rather than ids or labels."""
-    if OTHER_WORDS & set(words_of(header)) or any(sign in header for sign in OTHER_SIGNS):
+    words = OTHER_WORDS & set(words_of(column.header))
+    if not alone and (words or any(sign in column.header for sign in OTHER_SIGNS)):
         return False
+    cells = column.cells
     wordy = sum(any(letter.isalpha() for letter in cell) for cell in cells)
     return wordy > len(cells) / 2 and len(set(cells)) > len(cells) * 0.3 and not is_code(cells)
 
@@ -1883,9 +1921,39 @@ def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Ro
             if top and all(isinstance(cell, dict) for cell in top):
                 return "message tree", None, nested_trees(prompts, cfg)
         if (chosen := conversation_column(table)) is not None:
-            return "conversations", None, whole_conversations(table, chosen)
+            return "conversations", None, without_wrong(table, whole_conversations(table, chosen))
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
-    return "question and answer", columns, two_columns(table, columns)
+    return "question and answer", columns, without_wrong(table, two_columns(table, columns))
+
+
+def without_wrong(table: Table, rows: Rows) -> Rows:
+    """Leave out the answers that a column of yes and no marks as wrong.
+
+    Zeros and ones may tell anything; they do so only where a question stands with both.
+    """
+    rows = list(rows)
+    asked = {n: fold(found[-2]["content"]) for n, found in rows if not isinstance(found, str)}
+    for i, name in enumerate(table.header):
+        if " ".join(words_of(name)) not in (
+            "label",
+            "correct",
+            "is correct",
+            "accepted",
+            "is accepted",
+        ):
+            continue
+        says = {
+            n: YES_OR_NO.get(fold(str(cell))) for n, cell in column_cells(table, i) if cell != ""
+        }
+        wrong = {n for n, right in says.items() if right is False}
+        doubtful = {asked.get(n) for n in wrong} & {
+            asked.get(n) for n in says if n not in wrong
+        } - {None}
+        in_words = all(not str(cell).isdigit() for _, cell in column_cells(table, i))
+        if None not in says.values() and (in_words or doubtful):
+            reason = f'marked as wrong in "{preview(name)}"'
+            return [(n, reason if n in wrong and n in asked else found) for n, found in rows]
+    return rows
 
 
 def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
@@ -1933,9 +2001,7 @@ def is_whole(cell: Any, named: bool = True) -> bool:
 def whole_conversations(table: Table, column: int) -> Rows:
     """The conversations of a column, with what stands beside: a system prompt, or the last answer."""
     names = [" ".join(words_of(name)) for name in table.header]
-    system = next(
-        (i for i, name in enumerate(names) if name in ("system", "system prompt")), column
-    )
+    system = next((i for i, name in enumerate(names) if name in SYSTEM_COLUMNS), column)
     strengths = [
         name_strength(name, "answer") * (i != column) for i, name in enumerate(table.header)
     ]
@@ -1946,8 +2012,10 @@ def whole_conversations(table: Table, column: int) -> Rows:
         if isinstance(turns, str):
             yield number, turns if any(cells) else "blank"
             continue
-        if system != column and isinstance(cells[system], str):
-            turns.insert(0, ("system", cells[system]))
+        if system != column:
+            before = cells[system]
+            before = before.get("parts") if isinstance(before, dict) else before
+            turns.insert(0, ("system", content_text(before) or ""))
         while turns and not turns[-1][1].strip():
             turns.pop()
         if turns and turns[-1][0] == "user" and len(answers) == 1:
@@ -1978,7 +2046,9 @@ def two_columns(table: Table, columns: Columns) -> Rows:
         else:
             turns = [("system", before or "")]
             for one in earlier if isinstance(earlier, list) else []:  # LLaMA-Factory: earlier pairs
-                turns += cell_turns(one) if is_alternating(one) else []
+                turns += (
+                    zip(("user", "assistant"), one, strict=False) if is_alternating(one) else ()
+                )
             turns += [("user", question), ("user", after or ""), ("assistant", answer)]
             yield number, dialogue(turns)
 
@@ -2039,7 +2109,7 @@ def is_marked_up(cell: Any) -> bool:
 
 def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
     for role, content in itertools.product(
-        ("role", "from"), ("content", "value", "text", "parts", "message")
+        ("role", "from", "sender"), ("content", "value", "text", "parts", "message")
     ):
         if role in turn and (content in turn or "tool_calls" in turn):
             return known_role(turn[role]), turn.get(content)
@@ -2060,23 +2130,25 @@ def known_role(name: object) -> str:
 def cell_turns(cell: Any) -> list[Turn] | str:
     """A whole conversation as its turns, or why it cannot be learnt."""
     if isinstance(cell, str):
-        pieces = marks_in(plain_marks(cell)).split(plain_marks(cell))
+        whole = END_MARKS.sub("", plain_marks(cell))
+        pieces = marks_in(whole).split(whole)
         return [
-            (known_role(mark), text) for mark, text in zip(pieces[1::2], pieces[2::2], strict=True)
+            ("tool" if TOOL_CALL.search(text) else known_role(mark), text)
+            for mark, text in zip(pieces[1::2], pieces[2::2], strict=True)
         ]
     if is_alternating(cell):
         return list(zip(itertools.cycle(("user", "assistant")), cell, strict=False))
     turns: list[Turn] = []
     for turn in cell:
         role, content = role_and_content(turn) or ("", None)
-        text = content_text(content)
-        if turn.get("tool_calls") or turn.get("function_call") or TOOL_CALL.search(text or ""):
+        said = content_text(content)
+        if turn.get("tool_calls") or turn.get("function_call") or TOOL_CALL.search(said or ""):
             role = "tool"
         if role == "assistant" and turn.get("weight") == 0:
             return "an answer is marked as not to be learnt (weight 0)"
-        if text is None and role != "tool":
+        if said is None and role != "tool":
             return "a turn holds something that is not text"
-        turns.append((role, text or ""))
+        turns.append((role, said or ""))
     return turns
 
 
@@ -2087,7 +2159,7 @@ def content_text(content: Any) -> str | None:
     if isinstance(content, str):
         return content
     parts = content if isinstance(content, list) else [None]
-    texts = [
+    texts: list[str] = [
         part["text"]
         for part in parts
         if isinstance(part, dict)
@@ -2106,8 +2178,7 @@ def plain_marks(text: str) -> str:
     if not MODEL_MARKS.search(text):
         return text
     text = re.sub(r"\[INST\]", "\n### User: ", re.sub(r"\[/INST\]", "\n### Assistant: ", text))
-    text = MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
-    return re.sub(r"<</?SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>", "", text)
+    return MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
 
 
 def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
