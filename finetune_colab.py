@@ -43,6 +43,7 @@ import datetime
 import difflib
 import errno
 import functools
+import gc
 import glob
 import hashlib
 import importlib
@@ -340,7 +341,9 @@ def config_problems(cfg: Config) -> list[str]:
 
 def fold(text: str) -> str:
     """Equal for texts that differ only in spaces, letter case or look-alike code points."""
-    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
+    text = str(text)
+    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
+    return " ".join(plain.casefold().split())
 
 
 # ==================================================================================================
@@ -850,6 +853,7 @@ HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
 MOST_CELLS = 20_000_000  # between the first and the last filled one; calamine keeps them all
 MOST_COLUMNS = 50  # that are weighed against each other
+MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
 # Encodings from before Unicode: whose, and letters and signs that are common in their languages.
 ENCODINGS = {
@@ -990,7 +994,8 @@ MODEL_MARKS = re.compile(
 )
 END_MARKS = re.compile(r"<</?SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
 SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
-YES_OR_NO = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of these
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
 TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages data".split())
 ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
 LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
@@ -1072,7 +1077,8 @@ def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
     if not source.choose:
-        return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
+        with collector_paused():
+            return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
     readable = []
     for path in source.paths:
         try:
@@ -1093,6 +1099,18 @@ def find_pairs(cfg: Config) -> Pairs:
     )
     say("Chosen", f"{best.name}: {why}. Name another file with --dataset-path")
     return best
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Spare Python's search for cycles, which would go through all rows again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def pairs_of(path: Path, cfg: Config) -> Pairs:
@@ -1340,22 +1358,27 @@ def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
 
 def cell_text(cell: object) -> Any:
     """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
-    if cell is None or (isinstance(cell, float) and math.isnan(cell)) or cell in FAILED_FORMULAS:
-        return ""
-    if isinstance(cell, (list, dict)):
-        return cell
-    if isinstance(cell, bool):
-        return str(cell).upper()
-    if isinstance(cell, float):
-        return f"{cell:.15g}"  # as many digits as a spreadsheet shows
-    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
-        cell = cell.date()
-    text = str(cell)
+    if cell is None or isinstance(cell, (list, dict)):
+        return "" if cell is None else cell
+    if not isinstance(cell, str):
+        return number_text(cell)
+    text = "" if cell[:1] == "#" and cell in FAILED_FORMULAS else cell
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():  # JSON may hold half of a letter beyond 16 bits, which no file can
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.strip()
+
+
+def number_text(cell: Any) -> str:
+    """A number, a date or a truth value as a spreadsheet shows it."""
+    if isinstance(cell, bool):
+        return str(cell).upper()
+    if isinstance(cell, float):
+        return "" if math.isnan(cell) else f"{cell:.15g}"
+    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
+        cell = cell.date()
+    return str(cell)
 
 
 def utf16_name(content: bytes) -> str:
@@ -1753,7 +1776,11 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
     options = {name for name in headers if len(name) == 1} - {"q", "a"}
     fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
     for i, header in enumerate(table.header):
-        raw = [row[i] for _, row in table.rows if i < len(row) and row[i]]
+        raw = list(
+            itertools.islice(
+                (row[i] for _, row in table.rows if i < len(row) and row[i]), MOST_WEIGHED
+            )
+        )
         cells = [text for cell in raw if (text := one_text(cell))]
         is_option = bool(options) and len(header) == 1  # A beside B, C and D is not the answer
         joins = headers[i] == "input" and "instruction" in headers
@@ -1931,29 +1958,21 @@ def without_wrong(table: Table, rows: Rows) -> Rows:
 
     Zeros and ones may tell anything; they do so only where a question stands with both.
     """
-    rows = list(rows)
-    asked = {n: fold(found[-2]["content"]) for n, found in rows if not isinstance(found, str)}
-    for i, name in enumerate(table.header):
-        if " ".join(words_of(name)) not in (
-            "label",
-            "correct",
-            "is correct",
-            "accepted",
-            "is accepted",
-        ):
-            continue
-        says = {
-            n: YES_OR_NO.get(fold(str(cell))) for n, cell in column_cells(table, i) if cell != ""
-        }
-        wrong = {n for n, right in says.items() if right is False}
-        doubtful = {asked.get(n) for n in wrong} & {
-            asked.get(n) for n in says if n not in wrong
-        } - {None}
-        in_words = all(not str(cell).isdigit() for _, cell in column_cells(table, i))
-        if None not in says.values() and (in_words or doubtful):
-            reason = f'marked as wrong in "{preview(name)}"'
-            return [(n, reason if n in wrong and n in asked else found) for n, found in rows]
-    return rows
+    marks = [i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING]
+    if not marks:
+        return rows
+    found = dict(rows)
+    asked = {
+        n: fold(turns[-2]["content"]) for n, turns in found.items() if not isinstance(turns, str)
+    }
+    for i in marks:
+        cells = {n: fold(str(cell)) for n, cell in column_cells(table, i) if cell != ""}
+        right, wrong = ({n for n in asked if cells.get(n) in names} for names in (YES, NO))
+        both = {asked[n] for n in right} & {asked[n] for n in wrong}
+        if set(cells.values()) <= {*YES, *NO} and (both or not {"0", "1"} & set(cells.values())):
+            reason = f'marked as wrong in "{preview(table.header[i])}"'
+            found |= dict.fromkeys(wrong, reason)
+    return list(found.items())
 
 
 def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
@@ -2031,7 +2050,10 @@ def two_columns(table: Table, columns: Columns) -> Rows:
     width, names = len(table.header), [fold(name) for name in table.header]
     for number, row in table.rows:
         cells = row + [""] * (width - len(row))
-        question, answer = (one_text(cells[i]) for i in columns[:2])
+        question, answer = (
+            cell if isinstance(cell, str) else one_text(cell)
+            for cell in (cells[columns.question], cells[columns.answer])
+        )
         before, after = (one_text(cells[i]) if i is not None else "" for i in columns[4:])
         earlier = cells[names.index("history")] if "history" in names else []
         if not any(cells):
