@@ -112,7 +112,7 @@ class Config:
     LOAD_IN_4BIT: bool | None = None  # weights in 4 bits; None = yes on an NVIDIA GPU, else no
 
     # -- Data
-    DATASET_PATH: str = "dataset.xlsx"  # a workbook, or .csv .tsv .json .jsonl .parquet
+    DATASET_PATH: str = "dataset.xlsx"  # a workbook, .csv, .jsonl, ...; also a link, s3:// or hf:
     QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
     ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
     MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
