@@ -207,7 +207,7 @@ def show(text: str, file: TextIO | None = None) -> None:
 
 def preview(text: str, width: int = 50) -> str:
     """A text on one line, with nothing in it that could steer a terminal."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * width]).split())
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
@@ -853,6 +853,8 @@ HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
 MOST_CELLS = 20_000_000  # between the first and the last filled one; calamine keeps them all
 MOST_COLUMNS = 50  # that are weighed against each other
+MOST_NAMES = 2000  # of fields in JSON
+BESIDE_TEXT = ("answer_start", "answer_end", "@type", "type", "id")  # in an object with one text
 MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
 # Encodings from before Unicode: whose, and letters and signs that are common in their languages.
@@ -1119,10 +1121,10 @@ def pairs_of(path: Path, cfg: Config) -> Pairs:
     for table in read_tables(path, cfg):
         try:
             shape, columns, rows = conversations_of(table, cfg)
+            kept, dropped = clean(table, rows)
         except UserError as error:
             failures.append(error)
         else:
-            kept, dropped = clean(table, rows)
             size = len(table.rows) + len(table.unread)
             found.append(Pairs(path.name, table, shape, columns, kept, dropped, size))
     if not found:
@@ -1534,6 +1536,11 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
     if not isinstance(value, dict) or depth > 3:
         return []
     inner = list(value.values())
+    if isinstance(value.get("columns"), list) and isinstance(
+        value.get("data"), list
+    ):  # pandas' split
+        grid = [value["columns"], *(row for row in value["data"] if isinstance(row, list))]
+        return [with_header(name, [[one_text(cell) or "" for cell in row] for row in grid], cfg)]
     if records := column_records(value):
         return [record_table(name, list(enumerate(records, start=1)))]
     one_record = any(map(is_conversation, inner)) or isinstance(value.get("prompt"), dict)
@@ -1610,6 +1617,10 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
         if isinstance(record, dict):
             header.update(dict.fromkeys(record))
     names = list(header)
+    if len(names) > MOST_NAMES:
+        raise UserError(
+            f"its records have {len(names):,} different names of fields. Give all the same."
+        )
     rows = [
         (number, [cell_text(record.get(key)) for key in names])
         for number, record in records
@@ -1630,11 +1641,19 @@ def unpacked(table: Table) -> Table:
     """Columns of lists that were written as text, as pandas and CSV files have them, opened up."""
     for i in range(len(table.header)):
         top = [row[i] for _, row in table.rows if i < len(row) and row[i]][:LIKELY]
-        if top and all(isinstance(literal(cell), (list, dict)) for cell in top):
+        if top and all(is_spelled_out(cell) for cell in top):
             for _, row in table.rows:
                 if i < len(row):
                     row[i] = literal(row[i])
     return table
+
+
+def is_spelled_out(cell: Any) -> bool:
+    """Whether a text is a list or an object. One in JSON may be the very answer that is wanted."""
+    value = literal(cell)
+    if isinstance(value, dict) and isinstance(cell, str) and "answer_start" not in value:
+        return "'" in cell[:2] or isinstance(value.get("replies"), list)
+    return isinstance(value, (list, dict))
 
 
 def literal(cell: Any) -> Any:
@@ -1661,15 +1680,14 @@ def one_text(cell: Any) -> str | None:
         if all(isinstance(part, dict) and "text" in part for part in cell):
             right = [part for part in cell if True in part.values()]
             marked = any(isinstance(flag, bool) for part in cell for flag in part.values())
-            cell = (
-                right if marked else cell[:1]
-            )  # of a quiz; of SQuAD, what several people answered
+            cell = right if marked else cell[:1]  # in a quiz; in SQuAD several people answered
         return one_text(cell[0]) if len(cell) == 1 else None if cell else ""
     if isinstance(cell, dict):
-        inner = [cell[key] for key in ("text", "value", "content", "answer") if key in cell]
+        inner = [v for key, v in cell.items() if key not in BESIDE_TEXT and not isinstance(v, bool)]
         if len(inner) != 1:
             return None
-        return one_text(inner[0][:1] if isinstance(inner[0], list) else inner[0])
+        squad = isinstance(inner[0], list) and "answer_start" in cell
+        return one_text(inner[0][:1] if squad else inner[0])
     return str(cell_text(cell))
 
 
@@ -1728,7 +1746,7 @@ def asks(text: str) -> bool:
 
 def words_of(header: str) -> list[str]:
     """The words of a header in plain letters: AnswerCount is answer and count, Réponse_2 reponse."""
-    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d]{2})\d+|_\d+", " ", header)
+    spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d]{2})\d+|_\d+", " ", header[:200])
     plain = unicodedata.normalize("NFKD", spaced).casefold().replace("ı", "i")
     letters = (c for c in plain if unicodedata.category(c) != "Mn")
     words = "".join(
@@ -2222,9 +2240,13 @@ def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
 def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -> Rows:
     """From every first message down to an answer: along the best replies, or along all of them."""
     replies: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    there = {"", *(str(message.get("message_id")) for _, message in records)}
     for number, message in records:
-        if str(message.get("deleted", "")).casefold() != "true":
-            replies.setdefault(str(message.get("parent_id") or ""), []).append((number, message))
+        parent = str(message.get("parent_id") or "")
+        if parent not in there:
+            yield number, "the message that it answers is not in the file"
+        elif str(message.get("deleted", "")).casefold() != "true":
+            replies.setdefault(parent, []).append((number, message))
 
     def rank(reply: tuple[int, dict[str, Any]]) -> float:
         try:
@@ -2232,6 +2254,7 @@ def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -
         except (TypeError, ValueError):
             return math.inf  # nobody ranked it
 
+    visits = 0  # in trees, every message is come to once at most
     for number, root in replies.get("", []):
         if cfg.LANGUAGE and str(root.get("lang") or cfg.LANGUAGE).split("-")[0] != cfg.LANGUAGE:
             yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
@@ -2239,6 +2262,9 @@ def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -
         paths = [[(number, root)]]
         while paths:
             path = paths.pop()
+            visits += 1
+            if visits > len(records):
+                raise UserError("its messages form no trees: some name each other as parents.")
             following = sorted(replies.get(str(path[-1][1].get("message_id")), []), key=rank)
             if following and len(path) < LONGEST_PATH:
                 chosen = following if cfg.CONVERSATION_PATHS == "all" else following[:1]
