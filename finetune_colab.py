@@ -2237,9 +2237,12 @@ def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
     return tree_conversations(records, cfg)
 
 
-def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -> Rows:
+Message = tuple[int, dict[str, Any]]  # of a tree, with its row
+
+
+def tree_conversations(records: list[Message], cfg: Config) -> Rows:
     """From every first message down to an answer: along the best replies, or along all of them."""
-    replies: dict[str, list[tuple[int, dict[str, Any]]]] = {}
+    replies: dict[str, list[Message]] = {}
     there = {"", *(str(message.get("message_id")) for _, message in records)}
     for number, message in records:
         parent = str(message.get("parent_id") or "")
@@ -2247,36 +2250,41 @@ def tree_conversations(records: list[tuple[int, dict[str, Any]]], cfg: Config) -
             yield number, "the message that it answers is not in the file"
         elif str(message.get("deleted", "")).casefold() != "true":
             replies.setdefault(parent, []).append((number, message))
+    for number, root in replies.get("", []):
+        if cfg.LANGUAGE and str(root.get("lang") or cfg.LANGUAGE).split("-")[0] != cfg.LANGUAGE:
+            yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
+            continue
+        for path in tree_paths((number, root), replies, len(records), cfg):
+            yield (
+                number,
+                dialogue(
+                    (known_role(message.get("role")), content_text(message.get("text")) or "")
+                    for _, message in path
+                ),
+            )
 
-    def rank(reply: tuple[int, dict[str, Any]]) -> float:
+
+def tree_paths(
+    root: Message, replies: dict[str, list[Message]], messages: int, cfg: Config
+) -> Iterator[list[Message]]:
+    def rank(reply: Message) -> float:
         try:
             return float(reply[1].get("rank", ""))
         except (TypeError, ValueError):
             return math.inf  # nobody ranked it
 
-    visits = 0  # in trees, every message is come to once at most
-    for number, root in replies.get("", []):
-        if cfg.LANGUAGE and str(root.get("lang") or cfg.LANGUAGE).split("-")[0] != cfg.LANGUAGE:
-            yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
-            continue
-        paths = [[(number, root)]]
-        while paths:
-            path = paths.pop()
-            visits += 1
-            if visits > len(records):
-                raise UserError("its messages form no trees: some name each other as parents.")
-            following = sorted(replies.get(str(path[-1][1].get("message_id")), []), key=rank)
-            if following and len(path) < LONGEST_PATH:
-                chosen = following if cfg.CONVERSATION_PATHS == "all" else following[:1]
-                paths += [[*path, reply] for reply in reversed(chosen)]
-            else:
-                yield (
-                    path[0][0],
-                    dialogue(
-                        (known_role(message.get("role")), content_text(message.get("text")) or "")
-                        for _, message in path
-                    ),
-                )
+    paths = [[root]]
+    for _ in range(messages):  # in a tree, every message is come to once at most
+        path = paths.pop()
+        following = sorted(replies.get(str(path[-1][1].get("message_id")), []), key=rank)
+        if following and len(path) < LONGEST_PATH:
+            chosen = following if cfg.CONVERSATION_PATHS == "all" else following[:1]
+            paths += [[*path, reply] for reply in reversed(chosen)]
+        else:
+            yield path
+        if not paths:
+            return
+    raise UserError("its messages form no trees: some name each other as parents.")
 
 
 # -- Cleaning
