@@ -851,7 +851,9 @@ ENOUGH_PAIRS = 50
 LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
 HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
-MOST_CELLS = 20_000_000  # between the first and the last filled one; calamine keeps them all
+WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
+MOST_CELLS = 6_000_000  # between the first and the last filled one; calamine keeps them all
+FAR_CELL = "{} has a filled cell very far from the others. Delete it."
 MOST_COLUMNS = 50  # that are weighed against each other
 MOST_NAMES = 2000  # of fields in JSON
 BESIDE_TEXT = ("answer_start", "answer_end", "@type", "type", "id")  # in an object with one text
@@ -1326,11 +1328,15 @@ def grids_of_calamine(path: Path, content: bytes) -> Iterator[tuple[str, list[li
     import python_calamine
 
     if content.startswith(b"PK") and area(content) > MOST_CELLS:
-        raise UserError(f"{path} has a filled cell very far from the others. Delete it.")
+        raise UserError(FAR_CELL.format(path))
     book = python_calamine.CalamineWorkbook.from_filelike(io.BytesIO(content))
     for about in book.sheets_metadata:
         if about.typ == python_calamine.SheetTypeEnum.WorkSheet:
-            cells = book.get_sheet_by_name(about.name).to_python(skip_empty_area=False)
+            sheet = book.get_sheet_by_name(about.name)
+            far = sheet.total_height * sheet.total_width > MOST_CELLS
+            if far or sheet.total_width > WIDEST_SHEET:
+                raise UserError(FAR_CELL.format(path))
+            cells = sheet.to_python(skip_empty_area=False)
             rows = ([cell_text(plain(cell)) for cell in row] for row in cells)
             hidden = about.visible != python_calamine.SheetVisibleEnum.Visible
             yield about.name, limited(path, rows), hidden
