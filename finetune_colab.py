@@ -943,13 +943,15 @@ OTHER_WORDS = set(
     "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
     "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
     "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
-    "student rag bot typ kategorie thema datum tipo categoria tema fecha catégorie kategori konu".split()
+    "student rag bot aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
+    "thema datum tipo categoria tema fecha categorie kategori konu".split()
 )
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
     "reference gold golden expected correct ideal desired best official true truth".split()
 )
 OTHER_SIGNS = "类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+SQL = re.compile(r"\s*(select|with|insert|update|delete|create)\s", re.IGNORECASE)
 NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
 MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
 LONGEST_HEADER = 60
@@ -996,7 +998,9 @@ MODEL_MARKS = re.compile(
     r"<\|im_start\|>\s*(\w+)\s*\n|<\|start_header_id\|>(\w+)<\|end_header_id\|>|<start_of_turn>(\w+)\s*\n"
     r"|<\|(user|assistant|system)\|>|\[/?INST\]"
 )
-END_MARKS = re.compile(r"<</?SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
+END_MARKS = re.compile(r"<<SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
+# Where a picture or a sound stood, in texts whose files lie apart
+NOT_TEXT = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
 SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
 MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of these
 YES, NO = ("true", "yes", "1"), ("false", "no", "0")
@@ -1772,14 +1776,29 @@ def name_strength(header: str, role: str) -> int:
     words = words_of(header)
     name = " ".join(words)
     sure, likely, hints = known_names(role)
+    if header.startswith("__"):  # a tool's own
+        return 0
     if name in sure | likely | hints:
         return 3 if name in sure else 2 if name in likely else 1
-    if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or OTHER_WORDS & set(words):
+    if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or tells_other(header):
         return 0
-    if sure & {word for word in words if len(word) > 1}:
+    phrases = {
+        " ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)
+    }
+    if any(len(phrase) > 1 for phrase in sure & phrases):
         return 3 if TRUE_WORDS & set(words) else 2
-    unspaced = NOT_SPACED.search(name) and not any(sign in name for sign in OTHER_SIGNS)
+    unspaced = NOT_SPACED.search(name)
     return 2 if unspaced and any(len(one) > 1 and one in name for one in sure) else 0
+
+
+def tells_other(header: str) -> bool:
+    """Whether a header names something about a question or an answer, and neither of them."""
+    words = words_of(header)
+    return (
+        bool(OTHER_WORDS & set(words))
+        or any("gpt" in word for word in words)
+        or any(sign in header for sign in OTHER_SIGNS)
+    )
 
 
 @dataclass
@@ -1808,10 +1827,15 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
         cells = [text for cell in raw if (text := one_text(cell))]
         is_option = bool(options) and len(header) == 1  # A beside B, C and D is not the answer
         joins = headers[i] == "input" and "instruction" in headers
+        sql = bool(cells) and all(map(SQL.match, cells))
         links = all(cell.startswith(("http://", "https://")) for cell in cells)
         names = {role: name_strength(header, role) for role in NAMES}
         if is_option or joins or links:
             names = dict.fromkeys(NAMES, 0)
+        elif sql and headers[i] == "query":
+            names = {"question": 0, "answer": 2}
+        elif headers[i] == "target" and any(name_strength(h, "question") > 2 for h in table.header):
+            names["answer"] = 3  # what should have been said
         for role, place in fixed.items():
             if place is not None:
                 names[role] = 100 if place == i else -1000
@@ -1853,6 +1877,11 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
 
 def fit(question: Column, answer: Column) -> float:
     """How well two columns go together: three for a sure name, one for asking everywhere."""
+    known = answer.names["answer"] or set(ANSWER_ROLES) & set(words_of(answer.header))
+    if answer.names["question"] > max(1, answer.names["answer"]):
+        return -1000  # a second question
+    if tells_other(answer.header) and not known:
+        return -1000  # a topic, a context
     names = question.names["question"] + answer.names["answer"]
     return names + question.asking - answer.asking + is_chain(question.cells, answer.cells)
 
@@ -1863,7 +1892,7 @@ def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
     others = [column for i, column in enumerate(columns) if column.filled and i not in best]
     answers = chosen["answer"].cells
     for role, column in chosen.items():
-        if column.names[role] < 2 and any(
+        if (column.names[role] < 2 or len(set(column.cells)) == 1) and any(
             name_strength(o.header, role) > 1 for o in others if o.lists
         ):
             return f"the column that is named like the {role}s holds lists."
@@ -1871,13 +1900,11 @@ def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
             return NONE_FOUND
     if max(chosen[role].names[role] for role in NAMES) < 2 and content < CLEARLY_ASKING:
         return NONE_ASKS
+    asked = chosen["question"].cells
+    repeated = len(set(asked)) < len(asked) / 2  # as a topic is, beside what people said on it
     short = statistics.mean(len(cell.split()) for cell in answers) < SENTENCE
-    if (
-        others
-        and short
-        and not chosen["answer"].names["answer"]
-        and not NOT_SPACED.search(answers[0])
-    ):
+    terse = others and short and not NOT_SPACED.search(answers[0])
+    if not chosen["answer"].names["answer"] and (repeated or terse):
         return NONE_FOUND
     options = any(OPTION_WORDS & set(words_of(column.header)) for column in others)
     if options and sum(bool(INDEX.fullmatch(cell)) for cell in answers) > 0.9 * len(answers):
@@ -1933,8 +1960,7 @@ def column_named(table: Table, role: str, name: str) -> int | None:
 
 def may_be_text(column: Column, alone: bool) -> bool:
     """Whether a column of unknown name may hold questions or answers, rather than ids or labels."""
-    words = OTHER_WORDS & set(words_of(column.header))
-    if not alone and (words or any(sign in column.header for sign in OTHER_SIGNS)):
+    if not alone and tells_other(column.header):
         return False
     cells = column.cells
     wordy = sum(any(letter.isalpha() for letter in cell) for cell in cells)
@@ -2067,7 +2093,19 @@ def whole_conversations(table: Table, column: int) -> Rows:
                 cell_turns(last) if is_conversation(last) else [("assistant", one_text(last) or "")]
             )
             turns += more if isinstance(more, list) else []
+        elif len(answers) == 1 and turns and is_truth(table.header[answers[0]]):
+            right = one_text(cells[answers[0]]) or ""
+            if not is_code([right]) and fold(right) not in fold(turns[-1][1]):
+                yield (
+                    number,
+                    f'the last answer is not the one in "{preview(table.header[answers[0]])}"',
+                )
+                continue
         yield number, dialogue(turns)
+
+
+def is_truth(header: str) -> bool:
+    return bool(TRUE_WORDS & set(words_of(header)))
 
 
 def two_columns(table: Table, columns: Columns) -> Rows:
@@ -2192,7 +2230,7 @@ def cell_turns(cell: Any) -> list[Turn] | str:
             role = "tool"
         if role == "assistant" and turn.get("weight") == 0:
             return "an answer is marked as not to be learnt (weight 0)"
-        if said is None and role != "tool":
+        if role != "tool" and (said is None or NOT_TEXT.search(said.strip())):
             return "a turn holds something that is not text"
         turns.append((role, said or ""))
     return turns
@@ -2223,6 +2261,7 @@ def plain_marks(text: str) -> str:
     """A conversation in the forms that models are fed with, in the form of "### User: Why?"."""
     if not MODEL_MARKS.search(text):
         return text
+    text = re.sub(r"\s*<</SYS>>\s*", "\n\n", text)
     text = re.sub(r"\[INST\]", "\n### User: ", re.sub(r"\[/INST\]", "\n### Assistant: ", text))
     return MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
 
