@@ -856,7 +856,7 @@ MOST_CELLS = 6_000_000  # between the first and the last filled one; calamine ke
 FAR_CELL = "{} has a filled cell very far from the others. Delete it."
 MOST_COLUMNS = 50  # that are weighed against each other
 MOST_NAMES = 2000  # of fields in JSON
-BESIDE_TEXT = ("answer_start", "answer_end", "@type", "type", "id")  # in an object with one text
+BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
 # Encodings from before Unicode: whose, and letters and signs that are common in their languages.
@@ -1602,7 +1602,7 @@ def together(tables: list[Table]) -> list[Table]:
         return train + [table._replace(hidden=True) for table in tables if table not in train]
     header = tables[0].header
     rows = [
-        [row[table.header.index(name)] for name in header]
+        [dict(zip(table.header, row, strict=False)).get(name, "") for name in header]
         for table in tables
         for _, row in table.rows
     ]
@@ -1693,11 +1693,15 @@ def one_text(cell: Any) -> str | None:
             cell = right if marked else cell[:1]  # in a quiz; in SQuAD several people answered
         return one_text(cell[0]) if len(cell) == 1 else None if cell else ""
     if isinstance(cell, dict):
-        inner = [v for key, v in cell.items() if key not in BESIDE_TEXT and not isinstance(v, bool)]
-        if len(inner) != 1:
-            return None
-        squad = isinstance(inner[0], list) and "answer_start" in cell
-        return one_text(inner[0][:1] if squad else inner[0])
+        if turn := role_and_content(cell):
+            return one_text(turn[1])
+        text = cell.get("text", cell.get("value"))
+        besides = [
+            v for key, v in cell.items() if isinstance(v, (str, dict)) and key not in BESIDE_TEXT
+        ]
+        if text is not None and all(value is text for value in besides):
+            return one_text(text[:1] if isinstance(text, list) else text)
+        return one_text(*cell.values()) if len(cell) == 1 else None
     return str(cell_text(cell))
 
 

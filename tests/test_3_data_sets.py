@@ -314,7 +314,6 @@ DeepEval, nothing generated yet
     {"input": "{q}", "actual_output": null, "expected_output": "{a}", "source_file": "a.pdf"}
 LangSmith, in objects
     {"inputs": {"question": "{q}"}, "outputs": {"answer": "{a}"}, "id": "{n}"}
-    !!
 promptfoo
     {"question": "{q}", "__expected": "contains: {n}", "[openai:gpt-4o] {{question}}": "{x}"}
     !!
