@@ -2041,7 +2041,7 @@ DEMO_SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "partial_rotary_factor": 0.4,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 32_768,  # so that MAX_LENGTH decides, as with real models
     "resid_pdrop": 0.0,
     "bos_token_id": 0,
     "eos_token_id": 0,
@@ -2268,7 +2268,11 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=cutter, eos_token=end, bos_token=end, pad_token=end, model_max_length=2048
+        tokenizer_object=cutter,
+        eos_token=end,
+        bos_token=end,
+        pad_token=end,
+        model_max_length=DEMO_SHAPE["max_position_embeddings"],
     )
 
 
