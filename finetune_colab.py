@@ -117,6 +117,7 @@ class Config:
     LANGUAGE: str = "en"  # of message trees such as OASST1, the one language to take; empty = all
     CONVERSATION_PATHS: str = "best"  # of message trees: the best-ranked replies, or all
     VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
+    MIN_QUALITY: float = 0.85  # warn when a smaller share of the rows is fit to learn from
 
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
@@ -150,6 +151,9 @@ class Config:
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
     REPORT_TO: str = "none"  # where else the curves are sent
 
+    # -- Talking
+    YES: bool = False  # train without asking, whatever the quality of the data
+
     def __init__(self, **changes: Any) -> None:
         vars(self).update(changes)
 
@@ -160,6 +164,7 @@ MAY_BE_EMPTY = ("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "MAX_LENGTH": (16, 131_072),
     "VALIDATION_FRACTION": (0, 0.5),
+    "MIN_QUALITY": (0, 1),
     "LORA_R": (1, 1024),
     "LORA_ALPHA": (1, 4096),
     "LORA_DROPOUT": (0, 0.9),
@@ -898,6 +903,7 @@ LINE_MARKS = re.compile(r"^\s*" + SPEAKERS, re.IGNORECASE | re.MULTILINE)
 LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
 LIKELY = 20  # cells at the top of a column that decide what it holds
 LONGEST_PATH = 100  # messages of a tree
+MOST_REASONS = 6  # for leaving out rows, on the screen
 
 
 class Table(NamedTuple):
@@ -1824,9 +1830,16 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     """Pairs as they will be taught, and a reason for every row that is left out."""
     found: list[Pair] = []
     dropped = [Note(table.sheet, number, reason) for number, reason in table.unread]
+    blank = {number for number, row in table.rows if not any(row)}
     for number, messages in rows:
         if isinstance(messages, str):
-            dropped.append(Note(table.sheet, number, messages))
+            reason = "blank" if number in blank else messages
+            dropped.append(Note(table.sheet, number, reason))
+        elif unseen := [
+            one["role"] for one in messages if not any(map(is_visible, one["content"]))
+        ]:
+            reason = "no answer" if "assistant" in unseen else "no question"
+            dropped.append(Note(table.sheet, number, reason))
         elif any(len(message["content"]) > LONGEST_CELL for message in messages):
             reason = f"a text of more than {LONGEST_CELL:,} letters"
             dropped.append(Note(table.sheet, number, reason))
@@ -1834,6 +1847,12 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
             found.append(Pair(messages, table.sheet, number))
     kept, copies = without_copies(found)
     return kept, dropped + copies
+
+
+def is_visible(letter: str) -> bool:
+    """Whether there is something to see: not of blanks, accents alone or marks of width zero."""
+    seen = unicodedata.category(letter) not in ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")
+    return seen and letter not in "\u115f\u1160\u2800\u3164\uffa0"  # blanks that count as letters
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
@@ -1866,7 +1885,7 @@ def say_pairs(pairs: Pairs) -> None:
             say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
-    for line in grouped(pairs.dropped):
+    for line in shortened(grouped(pairs.dropped), MOST_REASONS, "reasons"):
         say("Left out", line)
 
 
@@ -1875,17 +1894,220 @@ def column_names(pairs: Pairs) -> dict[str, str | None]:
     return {"question_column": None, "answer_column": None} | used
 
 
-def grouped(notes: Sequence[Note]) -> list[str]:
-    """One line a reason, with the rows that it concerns."""
-    rows: dict[str, list[str]] = {}
+def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
+    """Notes of the same kind together, whatever row they point to."""
+    kinds: dict[str, list[Note]] = {}
     for note in notes:
-        reason = re.sub(r" of row \d+.*$", " of an earlier row", note.reason)
-        rows.setdefault(reason, []).append(str(note.row))
+        other = "an earlier row" if note.reason.startswith("a copy") else "another row"
+        kinds.setdefault(re.sub(r"\brow \d+.*$", other, note.reason), []).append(note)
+    return kinds
+
+
+def grouped(notes: Iterable[Note]) -> list[str]:
+    """One line a reason, with the rows that it concerns."""
     return [
-        f"{len(numbers)} × {reason}: row{'s' * (len(numbers) > 1)} {', '.join(numbers[:8])}"
-        + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-        for reason, numbers in rows.items()
+        f"{len(found)} × {kind}: row{'s' * (len(found) > 1)} "
+        + ", ".join(str(note.row) for note in found[:8])
+        + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        for kind, found in by_kind(notes).items()
     ]
+
+
+def shortened(lines: list[str], most: int, what: str) -> list[str]:
+    hidden = len(lines) - most
+    return lines if hidden < 2 else [*lines[:most], f"and {hidden} more {what}"]
+
+
+# -- Quality: what is taught, and yet looks wrong
+
+ALIKE = 0.9  # share of common words from which on two texts are nearly copies
+MOST_FLAWS = 4  # kinds, on the screen
+LONG, UNEQUAL = 1000, 50  # letters of the longer side, and how many times the other's these are
+UNCOUNTED = re.compile("blank$|the language is ")  # rows left out that say nothing of the quality
+TAIL = "[\xa0-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"  # what the later bytes of a UTF-8 letter turn into
+TAGS = (
+    "a b i u p br hr div span em strong small sub sup center font pre code ul ol li table thead "
+    "tbody tr td th img h[1-6] blockquote script style html head body"
+)
+FLAWS = {
+    "left-over HTML": re.compile(
+        rf"</?(?:{TAGS.replace(' ', '|')})(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+        r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[0-9a-f]{2,5});",
+        re.IGNORECASE,
+    ),
+    # UTF-8 read as Windows-1252 or Latin-1. A quotation mark behind a capital is no sign of it.
+    "broken letters": re.compile(
+        "[\x80-\x84\x86-\x9fÂ-ð\ufffd](?:"  # one of these comes first, which makes the search fast
+        "(?<=[\x80-\x9f\ufffd])|(?<=ï)»¿|(?<=ð)Ÿ|(?<=â)(?:€|„¢)|(?<=Â)[\xa0-\xbf]"
+        f"|(?<=[a-z0-9.,;:!?]Â)(?= |$)|(?<=Ã)(?![’”›»]){TAIL}|(?<=[a-z][Â-ÖØ-Þ]){TAIL}"
+        f"|(?<=[Ä-Þ]){TAIL}[Ä-Þ]{TAIL}|(?<=[ã-í]){TAIL}{{2}}[ã-í]{TAIL}{{2}})"
+    ),
+    "control marks of a model": re.compile(
+        r"[<[IO](?:(?<=<)(?:\|\w{1,40}\||/?s|(?:start|end)_of_turn|bos|eos|pad|unk|</?SYS>)>"
+        r"|(?<=\[)/?INST\]|(?<![^\n].)(?:nstruct|utput):)"  # the prompt's own, where a line starts
+    ),
+}
+# Letters that may each be a word: Chinese, Japanese, Korean.
+SIGNS = re.compile("[぀-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff]")
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
+PLACEHOLDER = re.compile(  # None, NA and null are not among them: they may be the answer
+    r"to[ -]?do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?.]{2,}|[-_]{2,}|test(?:ing)?|placeholder"
+    r"|lorem ipsum.*|(?:(?:your|the|an?) )?(?:question|answer|text|response) (?:goes )?here"
+    r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
+    re.DOTALL,
+)
+ADVICE = {
+    "left-over HTML": "take out tags and signs such as <br> and &nbsp;",
+    "broken letters": "open the source anew as UTF-8: Ã© is a broken é",
+    "control marks of a model": "they are taught as plain text; take them out",
+    "placeholder text": "fill in the real text",
+    "a question without a word": "write the question out",
+    "an answer of one letter": "write the answer out: what option B says",
+    "an answer that repeats its question": "write an answer",
+    "very unequal lengths": "see whether text slipped into the wrong cell",
+    "nearly a copy of another row": "keep one of them",
+    "another answer to the question of another row": "keep the right one, or join them",
+}
+
+
+class Quality(NamedTuple):
+    """How many of the filled rows are taught with nothing found in them, and what is with the others."""
+
+    counted: int
+    good: int
+    findings: list[list[str]]  # for every pair that is kept
+    flagged: list[Note]  # the same, with their rows
+    left_out: list[Note]  # filled rows that are not taught
+
+    @property
+    def score(self) -> float:
+        return self.good / self.counted if self.counted else 1.0
+
+    @property
+    def parts(self) -> dict[str, list[Note]]:
+        kinds = by_kind([*self.flagged, *self.left_out])
+        return dict(sorted(kinds.items(), key=lambda part: -len(part[1])))
+
+
+def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
+    findings = [flaws_of(pair) for pair in kept]
+    for i, first in near_copies(kept):
+        findings[i].append(f"nearly a copy of {row_in_words(kept[first], kept[i])}")
+    answers: dict[str, list[int]] = {}
+    for i, pair in enumerate(kept):
+        if len(pair.messages) == 2 and "nearly a copy" not in "".join(findings[i]):
+            answers.setdefault(fold(pair.question), []).append(i)
+    for same in answers.values():
+        for i, other in zip(same, same[1:] + same[:1], strict=True):
+            if i != other:
+                row = row_in_words(kept[other], kept[i])
+                findings[i].append(f"another answer to the question of {row}")
+    flagged = [
+        Note(pair.sheet, pair.row, finding)
+        for pair, found in zip(kept, findings, strict=True)
+        for finding in found
+    ]
+    left_out = [note for note in dropped if not UNCOUNTED.match(note.reason)]
+    good = sum(not found for found in findings)
+    return Quality(len(kept) + len(left_out), good, findings, flagged, left_out)
+
+
+def row_in_words(pair: Pair, seen_from: Pair) -> str:
+    return f"row {pair.row}" + (f" of {pair.sheet}" if pair.sheet != seen_from.sheet else "")
+
+
+def flaws_of(pair: Pair) -> list[str]:
+    """What can be seen in one pair alone."""
+    texts = [message["content"] for message in pair.messages]
+    outside = [CODE.sub("", text) if "`" in text else text for text in texts]  # of quoted code
+    found = [kind for kind, flaw in FLAWS.items() if any(map(flaw.search, outside))]
+    if "left-over HTML" in found and any(map(ABOUT_HTML.search, texts)):
+        found.remove("left-over HTML")  # it is what the pair is about
+    cores = (fold(text[:100]).strip("[]{}()<>*\"' ").rstrip("!: ") for text in texts)
+    if any(map(PLACEHOLDER.fullmatch, cores)):
+        found.append("placeholder text")
+    if is_wordless(texts[0]):
+        found.append("a question without a word")
+    letter = r"\W{,9}[^\W\d_]\W{,9}"
+    if len(texts) == 2 and re.fullmatch(letter, texts[1]) and not SIGNS.search(texts[1]):
+        found.append("an answer of one letter")
+    if any(fold(q) == fold(a) for q, a in zip(texts[::2], texts[1::2], strict=True)):
+        found.append("an answer that repeats its question")
+    sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
+    if max(sides) > LONG and max(sides) > UNEQUAL * min(sides):
+        found.append("very unequal lengths")
+    return found
+
+
+def is_wordless(text: str) -> bool:
+    """Fewer than three letters, digits or signs of arithmetic; of Chinese, one sign is enough."""
+    seen = (c for c in text if unicodedata.category(c)[0] in "LMN" or c in "+-*/=^×÷<>%")
+    return len(list(itertools.islice(seen, 3))) < 3 and not SIGNS.search(text)
+
+
+class Plain(dict[int, str]):
+    """What `str.translate` makes of each letter, to compare words: blanks of punctuation."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        tells = unicodedata.category(letter)[0] in "LMNS" and letter != "`"  # also + = € and emoji
+        shown = f" {letter} " if SIGNS.match(letter) else letter
+        self[code] = shown if tells or letter in "#%/" else " "  # C# is not C
+        return self[code]
+
+
+PLAIN = Plain()
+
+
+def words_in(pair: Pair) -> list[str]:
+    text = " ".join(message["content"] for message in pair.messages)
+    return unicodedata.normalize("NFKC", text).casefold().translate(PLAIN).split()
+
+
+def near_copies(pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
+    """Pairs that say nearly the same as another one: the same letters, or nearly the same words.
+
+    To be compared at all, two have to share the first or the second half of their words, and each
+    is compared with the first of its kind only: the time grows with the rows, not their square. They
+    are taken in the order of their texts, so that the order of the rows decides nothing. Kept are
+    hashes only; words are split anew, which takes longer than to keep them, and no memory.
+    """
+    first_with: dict[int, int] = {}
+    for i in sorted(range(len(pairs)), key=lambda i: [one["content"] for one in pairs[i].messages]):
+        words = words_in(pairs[i])
+        middle = len(words) // 2
+        halves = [hash((0, *words[:middle])), hash((1, *words[middle:]))]
+        same = first_with.setdefault(hash("".join(words)), i) if words else i
+        for first in (same, *(first_with.setdefault(half, i) for half in halves)):
+            if first != i and (first == same or are_alike(words, words_in(pairs[first]))):
+                yield i, first
+                break
+
+
+def are_alike(one: list[str], other: list[str]) -> bool:
+    a, b = set(one), set(other)
+    numbers = any(letter.isdigit() for word in a ^ b for letter in word)  # 2023 is not 2024
+    return not numbers and len(a & b) >= ALIKE * len(a | b)
+
+
+def quality_in_words(quality: Quality) -> str:
+    return f"{quality.good * 100 // max(1, quality.counted) / 100:.2f}"  # 0.999 is not yet 1.00
+
+
+def say_quality(quality: Quality, minimum: float) -> None:
+    """What share of the rows is fit to learn from, what looks wrong with the others, and what to do."""
+    if not quality.counted:
+        return
+    share = f"{quality.good} of {quality.counted} filled rows are taught and look right"
+    say("Quality", f"{quality_in_words(quality)}: {share}")
+    flagged = sorted(grouped(quality.flagged), key=lambda line: -int(line.split()[0]))
+    for line in shortened(flagged, MOST_FLAWS, "kinds of flaws"):
+        say("", line)
+    if quality.score < minimum:
+        say("Warning", f"the quality is below {minimum} (MIN_QUALITY). First of all:")
+        for kind, notes in list(quality.parts.items())[:3]:
+            say("", f"{len(notes)} × {kind}" + (f": {ADVICE[kind]}" if kind in ADVICE else ""))
 
 
 # ==================================================================================================
@@ -2320,6 +2542,7 @@ class Prepared:
 
     tokenizer: PreTrainedTokenizerBase
     pairs: Pairs
+    quality: Quality
     train_pairs: list[Pair]
     held_out_pairs: list[Pair]
     train: list[Example]
@@ -2332,7 +2555,8 @@ def prepare(cfg: Config) -> Prepared:
     tokenizer = load_tokenizer(cfg)
     examples = [encode(tokenizer, pair.messages) for pair in pairs.kept]
     longest = min(cfg.MAX_LENGTH, tokenizer.model_max_length)
-    fits = [len(example["labels"]) <= longest for example in examples]
+    lengths = [len(example["labels"]) for example in examples]
+    fits = [length <= longest for length in lengths]
     limit = f"MAX_LENGTH, {longest} tokens (raise it or shorten the row)"
     if longest < cfg.MAX_LENGTH:
         limit = f"the {longest} tokens that {cfg.MODEL_NAME} can take"
@@ -2342,7 +2566,23 @@ def prepare(cfg: Config) -> Prepared:
     ]
     examples = list(itertools.compress(examples, fits))
     pairs.kept = list(itertools.compress(pairs.kept, fits))
+    quality = quality_of(pairs.kept, pairs.dropped)
     say_pairs(pairs)
+    say_quality(quality, cfg.MIN_QUALITY)
+    away = held_out(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    here = [not one for one in away]
+    return Prepared(
+        tokenizer,
+        pairs,
+        quality,
+        train_pairs=list(itertools.compress(pairs.kept, here)),
+        held_out_pairs=list(itertools.compress(pairs.kept, away)),
+        train=list(itertools.compress(examples, here)),
+        held_out=list(itertools.compress(examples, away)),
+    )
+
+
+def refuse_few(pairs: Pairs) -> None:
     if len(pairs.kept) < FEWEST_PAIRS:
         raise UserError(
             f"{pairs.name} has {len(pairs.kept)} pairs to learn from; at least {FEWEST_PAIRS} are needed.\n"
@@ -2353,16 +2593,6 @@ def prepare(cfg: Config) -> Prepared:
             "Warning",
             f"{len(pairs.kept)} pairs are few: from {ENOUGH_PAIRS} on, answers get reliable.",
         )
-    away = held_out(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
-    here = [not one for one in away]
-    return Prepared(
-        tokenizer,
-        pairs,
-        train_pairs=list(itertools.compress(pairs.kept, here)),
-        held_out_pairs=list(itertools.compress(pairs.kept, away)),
-        train=list(itertools.compress(examples, here)),
-        held_out=list(itertools.compress(examples, away)),
-    )
 
 
 def flatten(examples: Sequence[Example]) -> dict[str, Any]:
@@ -2792,12 +3022,29 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sheet": data.pairs.table.sheet,
             "shape": data.pairs.shape,
             **column_names(data.pairs),
+            "quality": quality_record(data.quality),
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
         "versions": {"python": sys.version.split()[0]}
         | {p: installed_version(p) for p in packages},
         "results": metrics_of(data, trained),
+    }
+
+
+def quality_record(quality: Quality) -> dict[str, Any]:
+    return {
+        "score": round(quality.score, 4) if quality.counted else None,
+        "rows_counted": quality.counted,
+        "rows_good": quality.good,
+        "parts": {
+            kind: {
+                "rows": len(notes),
+                "share": round(len(notes) / quality.counted, 4),
+                "places": [[note.sheet, note.row] for note in notes],
+            }
+            for kind, notes in quality.parts.items()
+        },
     }
 
 
@@ -3004,8 +3251,10 @@ def train(cfg: Config) -> int:
 def run_training(cfg: Config) -> Prepared:
     check_output_folder(cfg)
     data = prepare(cfg)
+    refuse_few(data.pairs)
     plan = plan_run(cfg, data.train)
     say_plan(cfg, data, plan)
+    ask_about_quality(cfg, data.quality)
     device = pick_device(cfg)
     check_packages(cfg, device)
     base = load_base(cfg, device)
@@ -3028,11 +3277,28 @@ def check_packages(cfg: Config, device: Device) -> None:
         raise UserError(f"REPORT_TO {cfg.REPORT_TO} is not installed. pip install {cfg.REPORT_TO}")
 
 
+def ask_about_quality(cfg: Config, quality: Quality) -> None:
+    """Bad data is trained when the person wants it; where nobody can be asked, the warning is enough."""
+    asking = sys.stdin is not None and sys.stdin.isatty()
+    if cfg.YES or quality.score >= cfg.MIN_QUALITY or not asking:
+        return
+    try:
+        reply = input("Train anyway? [y/N] ")
+    except EOFError:
+        reply = ""
+    if reply.strip().casefold() not in ("y", "yes"):
+        raise UserError(
+            "Stopped as you wished. Nothing was changed. Mend the rows named above (the command check "
+            "lists them all), or add --yes to train without this question."
+        )
+
+
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
     try:
         check_output_folder(cfg)
         data = prepare(cfg)
+        refuse_few(data.pairs)
     except UserError as error:
         say("Problem", str(error))
         return 1
@@ -3201,7 +3467,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     cfg = Config(**demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
     if problems := config_problems(cfg):
         raise UserError("\n".join(problems))
-    return command, Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+    cfg = Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+    return command, cfg
 
 
 def command_line() -> list[str]:
