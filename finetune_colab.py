@@ -10,6 +10,8 @@ What a run leaves behind
     model/training_visuals/             pictures and figures of the training
     fine_tuned_model.zip                all of model/ in one file to download
     checkpoints/                        the state of the training, every SAVE_STEPS steps
+and what check leaves
+    dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens    7 training     10 commands
@@ -69,7 +71,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -153,6 +155,7 @@ class Config:
 
     # -- Talking
     YES: bool = False  # train without asking, whatever the quality of the data
+    JSON: bool = False  # check: the findings as one JSON object, for programs
 
     def __init__(self, **changes: Any) -> None:
         vars(self).update(changes)
@@ -2140,7 +2143,7 @@ def turns(messages: Sequence[dict[str, str]]) -> Iterator[tuple[str, bool]]:
             yield before + message["content"] + after, False
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
+def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """Ids and labels, made together: the answers are learnt, each with its end of turn.
 
     Every piece is cut into tokens by itself, exactly as when the model is asked, and as plain
@@ -2155,6 +2158,29 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
         input_ids += ids
         labels += ids if learnt else [IGNORE] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
+
+
+class EstimatedTokenizer:
+    """Stands in for a tokenizer that is not on this computer: the right number of tokens, about.
+
+    The shares are fitted to GPT-2's tokenizer, which is phi-2's but for indentation.
+    """
+
+    eos_token_id = pad_token_id = 0
+    model_max_length = 2**31
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        words = re.findall("[A-Za-zÀ-ɏ]+", text)
+        accents = sum(not letter.isascii() for word in words for letter in word)
+        further = 0.45 if accents > 0.005 * sum(map(len, words)) else 0.06  # GPT-2 knows English
+        count = accents / 4 + sum(1 + further * max(0, len(word) - 3) for word in words)
+        count += sum(math.ceil(len(digits) / 3) for digits in re.findall(r"\d+", text))
+        count += sum(math.ceil(len(marks) / 2) for marks in re.findall(r"[!-/:-@[-`{-~]+", text))
+        count += len(re.findall(r"[ \t]{2,}|\n+", text))
+        for letters, tokens in (("Ͱ-߿", 1.26), ("、-ヿ", 1.15), ("㐀-鿿", 2.25)):
+            count += tokens * len(re.findall(f"[{letters}]", text))
+        count += 2 * len(re.findall("[^\0-߿、-ヿ㐀-鿿]", text))
+        return {"input_ids": [0] * max(1, round(count))}
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -2246,6 +2272,7 @@ def plan_run(cfg: Config, examples: Sequence[Example]) -> Plan:
 
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
+TOKENIZER_FILE = "tokenizer_config.json"  # by which a tokenizer is known to have been downloaded
 # These warn of what is done here in another way: kernels, the best adapter, the age of checkpoints.
 NOISY = (
     "bitsandbytes.backends.cpu.ops",
@@ -2303,6 +2330,22 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
     return tokenizer
+
+
+def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
+    """For `check`: also where the Hub cannot be asked for the tokenizer."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    name, revision = cfg.MODEL_NAME, model_revision(cfg)
+    local = name == DEMO_MODEL or local_path(name).exists()
+    try:
+        if not local and not try_to_load_from_cache(name, TOKENIZER_FILE, revision=revision):
+            HfApi().model_info(name, timeout=10)
+    except (errors.HfHubHTTPError, ValueError):
+        pass  # the Hub has answered, or the name is none: what is wrong is said below
+    except Exception:  # of the network, each library has its own
+        return EstimatedTokenizer()
+    return load_tokenizer(cfg)
 
 
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
@@ -2540,19 +2583,21 @@ def train_demo_model() -> PreTrainedModel:
 class Prepared:
     """Everything that training needs of the data; made without a GPU and without the weights."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # the model's; for `check` without internet, an estimate
     pairs: Pairs
     quality: Quality
+    tokens: list[int]  # of each pair that is kept
+    overlong: list[int]  # tokens of those that are left out for their length
     train_pairs: list[Pair]
     held_out_pairs: list[Pair]
     train: list[Example]
     held_out: list[Example]
 
 
-def prepare(cfg: Config) -> Prepared:
+def prepare(cfg: Config, may_estimate: bool = False) -> Prepared:
     """From the data file to tokens, saying what was found. The same for `check` and for training."""
     pairs = find_pairs(cfg)
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = tokenizer_or_estimate(cfg) if may_estimate else load_tokenizer(cfg)
     examples = [encode(tokenizer, pair.messages) for pair in pairs.kept]
     longest = min(cfg.MAX_LENGTH, tokenizer.model_max_length)
     lengths = [len(example["labels"]) for example in examples]
@@ -2575,6 +2620,8 @@ def prepare(cfg: Config) -> Prepared:
         tokenizer,
         pairs,
         quality,
+        tokens=list(itertools.compress(lengths, fits)),
+        overlong=[length for length in lengths if length > longest],
         train_pairs=list(itertools.compress(pairs.kept, here)),
         held_out_pairs=list(itertools.compress(pairs.kept, away)),
         train=list(itertools.compress(examples, here)),
@@ -3182,6 +3229,198 @@ def save_run(
     return final, write_zip(final)
 
 
+# -- The report of check on the data
+
+REPORT_MARK = "finetune_colab.py check"  # by which a report is known as ours, to be replaced
+MOST_REPORT_ROWS = 20_000
+LONGEST_REPORT_CELL = 32_767  # what a workbook allows, counted in UTF-16
+NOT_IN_A_WORKBOOK = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
+def write_report(cfg: Config, data: Prepared) -> Path | None:
+    """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
+    path = None
+    try:
+        wanted = report_path(local_path(cfg.DATASET_PATH))
+        with staged_file(wanted) as staged:
+            write_report_book(staged, cfg, data)
+        path = wanted
+        with staged_file(wanted.with_suffix(".png")) as staged:
+            picture = draw_lengths(cfg, data)
+            picture.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
+    except Exception as error:  # a report must not cost anybody the check
+        say("Warning", f"the report could not be written ({type(error).__name__}: {error})")
+    return path
+
+
+def report_path(source: Path) -> Path:
+    """A name for the report that is free, or an earlier report's: nothing else is replaced."""
+    endings = itertools.chain([""], map("-{}".format, itertools.count(2)))
+    paths = (Path.cwd() / f"{REPORT_NAME}{ending}.xlsx" for ending in endings)
+    return next(
+        path
+        for path in paths
+        if may_be_replaced(path)
+        and may_be_replaced(path.with_suffix(".png"))
+        and path.resolve() != source.resolve()
+    )
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether there is nothing under this name, or a report that nobody has changed."""
+    try:
+        if path.suffix == ".png":
+            return REPORT_MARK.encode() in path.read_bytes()[:1000]
+        with zipfile.ZipFile(path) as archive:
+            about = archive.read("docProps/core.xml")
+        return f">{REPORT_MARK}<".encode() in about and b"lastModifiedBy" not in about
+    except FileNotFoundError:
+        return True
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return False
+
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A file to write, which takes its final name only when it is complete."""
+    staged = final.with_name(f"{final.name}.{os.getpid()}.partial")
+    try:
+        yield staged
+        staged.replace(final)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def token_figures(data: Prepared | None) -> dict[str, int | bool]:
+    """How long the pairs are that are kept."""
+    ordered = sorted(data.tokens if data else []) or [0]
+    return {
+        "min": ordered[0],
+        "median": round(statistics.median(ordered)),
+        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        "max": ordered[-1],
+        "sum": sum(ordered),
+        "estimated": data is not None and isinstance(data.tokenizer, EstimatedTokenizer),
+    }
+
+
+def write_report_book(path: Path, cfg: Config, data: Prepared) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook(write_only=True)
+    book.properties.creator = REPORT_MARK
+    for name, widths, rows in report_sheets(cfg, data):
+        sheet = book.create_sheet(name)
+        sheet.freeze_panes = "A2"
+        for i, width in enumerate(widths.values()):
+            sheet.column_dimensions[column_letter(i)].width = width
+        sheet.append([report_cell(sheet, title, bold=True) for title in widths])
+        for row in itertools.islice(rows, MOST_REPORT_ROWS):
+            sheet.append([report_cell(sheet, value) for value in row])
+        if more := sum(1 for _ in rows):
+            sheet.append([report_cell(sheet, f"and {more:,} more rows")])
+    content = io.BytesIO()  # of a full disk openpyxl would complain once more for each sheet
+    book.save(content)
+    path.write_bytes(content.getvalue())
+
+
+def report_sheets(
+    cfg: Config, data: Prepared
+) -> Iterator[tuple[str, dict[str, int], Iterator[Sequence[Any]]]]:
+    """Name, columns with their widths, and rows of every sheet."""
+    settings = ((name, as_text(value)) for name, value in public_settings(cfg).items())
+    place, texts = {"sheet": 12, "row": 8}, {"question": 50, "answer": 70}
+    findings = {"tokens": 9, "held out": 9, "findings": 40}
+    yield "Summary", {"what": 44, "value": 50, "share": 9, "rows": 60}, summary_rows(data)
+    yield "Kept", place | texts | findings, kept_rows(data)
+    yield "Dropped", place | {"reason": 80}, iter(data.pairs.dropped)
+    yield "Settings", {"name": 32, "value": 50}, settings
+
+
+def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
+    away, findings = set(map(id, data.held_out_pairs)), data.quality.findings
+    for pair, tokens, found in zip(data.pairs.kept, data.tokens, findings, strict=True):
+        question = pair.question
+        if len(pair.messages) > 2:
+            turns_before = (f"{one['role']}: {one['content']}" for one in pair.messages[:-1])
+            question = "\n\n".join(turns_before)
+        measured = "yes" if id(pair) in away else "no"
+        yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
+
+
+def report_cell(sheet: Any, value: Any, bold: bool = False) -> Any:
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.styles import Alignment, Font
+
+    is_text = isinstance(value, str)
+    cell = WriteOnlyCell(sheet, report_text(value) if is_text else value)
+    cell.data_type = "s" if is_text else cell.data_type  # or else "#N/A" would be an error
+    cell.alignment = Alignment(wrap_text=True, vertical="top")
+    cell.font = Font(bold=bold)
+    return cell
+
+
+def report_text(text: str) -> str:
+    """A text as a cell can hold it, and which no program takes for a formula."""
+    text = NOT_IN_A_WORKBOOK.sub("", text)
+    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        text = f"'{text}"
+    units = text.encode("utf-16-le")
+    if len(units) <= 2 * LONGEST_REPORT_CELL:
+        return text
+    return units[: 2 * (LONGEST_REPORT_CELL - 1)].decode("utf-16-le", "ignore") + "…"
+
+
+def summary_rows(data: Prepared) -> Iterator[list[Any]]:
+    pairs, quality = data.pairs, data.quality
+    yield ["file", pairs.name]
+    yield ["sheet", pairs.table.sheet]
+    yield ["shape", pairs.shape]
+    yield ["columns", ", ".join(pairs.used)]
+    yield ["rows read", pairs.rows_read]
+    yield ["pairs kept", len(pairs.kept)]
+    yield ["left out", len(pairs.dropped)]
+    yield ["held out to measure", len(data.held_out_pairs)]
+    for name, figure in token_figures(data).items():
+        yield [f"tokens in a pair, {name}", figure]
+    yield ["quality, from 0 to 1", round(quality.score, 4) if quality.counted else ""]
+    for kind, notes in quality.parts.items():
+        rows = ", ".join(str(note.row) for note in notes[:50]) + (", …" if notes[50:] else "")
+        yield [kind, len(notes), round(len(notes) / quality.counted, 4), rows]
+
+
+def draw_lengths(cfg: Config, data: Prepared) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    limit = min(cfg.MAX_LENGTH, data.tokenizer.model_max_length)
+    top = max(min(max([*data.tokens, *data.overlong], default=1), 3 * limit), 20)
+    step = math.ceil(top / 60)
+    bins = list(range(limit % step + 1 - step, top + 2 * step, step))  # none across the limit
+    beyond = f"{len(data.overlong)} too long, left out"
+    if max(data.overlong, default=0) > top:
+        beyond += f" (the longest has {max(data.overlong):,})"
+    axes.hist(data.tokens, bins, color=BLUE, label=f"{len(data.tokens)} pairs kept")
+    if data.overlong:
+        shown = [min(length, top) for length in data.overlong]
+        axes.hist(shown, bins, color=ORANGE, label=beyond)
+    if limit <= bins[-1]:
+        axes.axvline(limit, color=GREY, linestyle="--", label=f"the limit, {limit} (MAX_LENGTH)")
+    about = "estimated tokens" if isinstance(data.tokenizer, EstimatedTokenizer) else "tokens"
+    axes.set(
+        title="How long the pairs are",
+        xlabel=f"{about} of a question with its answer (a token is about ¾ of an English word)",
+        ylabel="pairs",
+    )
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
 # ==================================================================================================
 # 9  Answering
 # ==================================================================================================
@@ -3295,19 +3534,73 @@ def ask_about_quality(cfg: Config, quality: Quality) -> None:
 
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
-    try:
-        check_output_folder(cfg)
-        data = prepare(cfg)
-        refuse_few(data.pairs)
-    except UserError as error:
-        say("Problem", str(error))
-        return 1
-    say_plan(cfg, data, plan_run(cfg, data.train))
-    example = min(data.train, key=lambda one: len(one["input_ids"]))
-    say("Example", "what the model reads, with what it learns between [[ and ]]:")
-    show(textwrap.indent(marked(data.tokenizer, example), " " * 11))
-    say("Ready", "training would go ahead. Start it with the same command without the word check.")
-    return 0
+    with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
+        data, problem, place = None, "", ""
+        try:
+            place = without_secrets(cfg.DATASET_PATH)
+            check_output_folder(cfg)
+            data = prepare(cfg, may_estimate=True)
+            refuse_few(data.pairs)
+        except UserError as error:
+            problem = str(error)
+            say("Problem", problem)
+        if data and not problem:
+            say_plan(cfg, data, plan_run(cfg, data.train))
+        report = say_report(cfg, data) if data else None
+        if not problem:
+            say(
+                "Ready",
+                "training would go ahead. Start it with the same command without the word check.",
+            )
+    if cfg.JSON:
+        show(json.dumps(check_record(place, data, problem, report)))
+    return 1 if problem else 0
+
+
+def say_report(cfg: Config, data: Prepared) -> Path | None:
+    """Where the report lies, what the lengths are, and one pair as it is taught."""
+    figures = token_figures(data)
+    if data.tokens:
+        say("Tokens", "{min} to {max} in a pair, half of them up to {median}".format(**figures))
+    if figures["estimated"]:
+        about = f"the tokenizer of {cfg.MODEL_NAME} is not on this computer"
+        say("Note", f"token counts are estimates: {about}")
+    elif data.train:
+        example = min(data.train, key=lambda one: len(one["input_ids"]))
+        say("Example", "what the model reads, with what it learns between [[ and ]]:")
+        show(textwrap.indent(marked(data.tokenizer, example), " " * 11))
+    path = write_report(cfg, data)
+    if path:
+        say("Report", f"every row in {near(path)}, the lengths in {near(path.with_suffix('.png'))}")
+    return path
+
+
+def check_record(
+    place: str, data: Prepared | None, problem: str, report: Path | None
+) -> dict[str, Any]:
+    """What `check --json` prints; every name is there, whatever was found."""
+    pairs = data.pairs if data else None
+    quality = data.quality if data else quality_of([], [])
+    record = quality_record(quality)
+    near_copies = sum(note.reason.startswith("nearly a copy") for note in quality.flagged)
+    kept = len(pairs.kept) if pairs else 0
+    return {
+        "ready": not problem,
+        "file": pairs.name if pairs else place,
+        "shape": pairs.shape if pairs else None,
+        "sheet": (pairs.table.sheet or None) if pairs else None,
+        **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
+        "rows_read": pairs.rows_read if pairs else 0,
+        "pairs_kept": kept,
+        "pairs_unique": kept - near_copies,
+        "pairs_held_out": len(data.held_out_pairs) if data else 0,
+        "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
+        "quality": record["score"],
+        "quality_parts": record["parts"],
+        "problems": [problem] * bool(problem) + grouped(quality.flagged),
+        "tokens": token_figures(data),
+        "report": str(report) if report else None,
+    }
 
 
 def demo(cfg: Config) -> int:
@@ -3468,6 +3761,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     if problems := config_problems(cfg):
         raise UserError("\n".join(problems))
     cfg = Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+    if cfg.JSON and command != "check":
+        raise UserError(f"JSON (--json) goes with the command check, not with {command}.")
     return command, cfg
 
 
