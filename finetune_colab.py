@@ -10,6 +10,8 @@ What a run leaves behind
     model/training_visuals/             pictures and figures of the training
     fine_tuned_model.zip                all of model/ in one file to download
     checkpoints/                        the state of the training, every SAVE_STEPS steps
+and what check leaves
+    dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens    7 training     10 commands
@@ -71,7 +73,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -119,6 +121,7 @@ class Config:
     LANGUAGE: str = "en"  # of message trees such as OASST1, the one language to take; empty = all
     CONVERSATION_PATHS: str = "best"  # of message trees: the best-ranked replies, or all
     VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
+    MIN_QUALITY: float = 0.85  # warn when a smaller share of the rows is fit to learn from
 
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
@@ -152,6 +155,10 @@ class Config:
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
     REPORT_TO: str = "none"  # where else the curves are sent
 
+    # -- Talking
+    YES: bool = False  # train without asking, whatever the quality of the data
+    JSON: bool = False  # check: the findings as one JSON object, for programs
+
     def __init__(self, **changes: Any) -> None:
         vars(self).update(changes)
 
@@ -162,6 +169,7 @@ MAY_BE_EMPTY = ("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "MAX_LENGTH": (16, 131_072),
     "VALIDATION_FRACTION": (0, 0.5),
+    "MIN_QUALITY": (0, 1),
     "LORA_R": (1, 1024),
     "LORA_ALPHA": (1, 4096),
     "LORA_DROPOUT": (0, 0.9),
@@ -1009,6 +1017,7 @@ ASIDE = set("rejected history context contexts trace examples shots demonstratio
 LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
 LIKELY = 20  # cells at the top of a column that decide what it holds
 LONGEST_PATH = 100  # messages of a tree
+MOST_REASONS = 6  # for leaving out rows, on the screen
 
 
 class Table(NamedTuple):
@@ -2343,9 +2352,16 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     """Pairs as they will be taught, and a reason for every row that is left out."""
     found: list[Pair] = []
     dropped = [Note(table.sheet, number, reason) for number, reason in table.unread]
+    blank = {number for number, row in table.rows if not any(row)}
     for number, messages in rows:
         if isinstance(messages, str):
-            dropped.append(Note(table.sheet, number, messages))
+            reason = "blank" if number in blank else messages
+            dropped.append(Note(table.sheet, number, reason))
+        elif unseen := [
+            one["role"] for one in messages if not any(map(is_visible, one["content"]))
+        ]:
+            reason = "no answer" if "assistant" in unseen else "no question"
+            dropped.append(Note(table.sheet, number, reason))
         elif any(len(message["content"]) > LONGEST_CELL for message in messages):
             reason = f"a text of more than {LONGEST_CELL:,} letters"
             dropped.append(Note(table.sheet, number, reason))
@@ -2353,6 +2369,12 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
             found.append(Pair(messages, table.sheet, number))
     kept, copies = without_copies(found)
     return kept, dropped + copies
+
+
+def is_visible(letter: str) -> bool:
+    """Whether there is something to see: not of blanks, accents alone or marks of width zero."""
+    seen = unicodedata.category(letter) not in ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")
+    return seen and letter not in "\u115f\u1160\u2800\u3164\uffa0"  # blanks that count as letters
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
@@ -2383,7 +2405,7 @@ def say_pairs(pairs: Pairs) -> None:
             say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
-    for line in grouped(pairs.dropped):
+    for line in shortened(grouped(pairs.dropped), MOST_REASONS, "reasons"):
         say("Left out", line)
 
 
@@ -2392,17 +2414,220 @@ def column_names(pairs: Pairs) -> dict[str, str | None]:
     return {"question_column": None, "answer_column": None} | used
 
 
-def grouped(notes: Sequence[Note]) -> list[str]:
-    """One line a reason, with the rows that it concerns."""
-    rows: dict[str, list[str]] = {}
+def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
+    """Notes of the same kind together, whatever row they point to."""
+    kinds: dict[str, list[Note]] = {}
     for note in notes:
-        reason = re.sub(r" of row \d+.*$", " of an earlier row", note.reason)
-        rows.setdefault(reason, []).append(str(note.row))
+        other = "an earlier row" if note.reason.startswith("a copy") else "another row"
+        kinds.setdefault(re.sub(r"\brow \d+.*$", other, note.reason), []).append(note)
+    return kinds
+
+
+def grouped(notes: Iterable[Note]) -> list[str]:
+    """One line a reason, with the rows that it concerns."""
     return [
-        f"{len(numbers)} × {reason}: row{'s' * (len(numbers) > 1)} {', '.join(numbers[:8])}"
-        + (f" and {len(numbers) - 8} more" if len(numbers) > 8 else "")
-        for reason, numbers in rows.items()
+        f"{len(found)} × {kind}: row{'s' * (len(found) > 1)} "
+        + ", ".join(str(note.row) for note in found[:8])
+        + (f" and {len(found) - 8} more" if len(found) > 8 else "")
+        for kind, found in by_kind(notes).items()
     ]
+
+
+def shortened(lines: list[str], most: int, what: str) -> list[str]:
+    hidden = len(lines) - most
+    return lines if hidden < 2 else [*lines[:most], f"and {hidden} more {what}"]
+
+
+# -- Quality: what is taught, and yet looks wrong
+
+ALIKE = 0.9  # share of common words from which on two texts are nearly copies
+MOST_FLAWS = 4  # kinds, on the screen
+LONG, UNEQUAL = 1000, 50  # letters of the longer side, and how many times the other's these are
+UNCOUNTED = re.compile("blank$|the language is ")  # rows left out that say nothing of the quality
+TAIL = "[\xa0-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"  # what the later bytes of a UTF-8 letter turn into
+TAGS = (
+    "a b i u p br hr div span em strong small sub sup center font pre code ul ol li table thead "
+    "tbody tr td th img h[1-6] blockquote script style html head body"
+)
+FLAWS = {
+    "left-over HTML": re.compile(
+        rf"</?(?:{TAGS.replace(' ', '|')})(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+        r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[0-9a-f]{2,5});",
+        re.IGNORECASE,
+    ),
+    # UTF-8 read as Windows-1252 or Latin-1. A quotation mark behind a capital is no sign of it.
+    "broken letters": re.compile(
+        "[\x80-\x84\x86-\x9fÂ-ð\ufffd](?:"  # one of these comes first, which makes the search fast
+        "(?<=[\x80-\x9f\ufffd])|(?<=ï)»¿|(?<=ð)Ÿ|(?<=â)(?:€|„¢)|(?<=Â)[\xa0-\xbf]"
+        f"|(?<=[a-z0-9.,;:!?]Â)(?= |$)|(?<=Ã)(?![’”›»]){TAIL}|(?<=[a-z][Â-ÖØ-Þ]){TAIL}"
+        f"|(?<=[Ä-Þ]){TAIL}[Ä-Þ]{TAIL}|(?<=[ã-í]){TAIL}{{2}}[ã-í]{TAIL}{{2}})"
+    ),
+    "control marks of a model": re.compile(
+        r"[<[IO](?:(?<=<)(?:\|\w{1,40}\||/?s|(?:start|end)_of_turn|bos|eos|pad|unk|</?SYS>)>"
+        r"|(?<=\[)/?INST\]|(?<![^\n].)(?:nstruct|utput):)"  # the prompt's own, where a line starts
+    ),
+}
+# Letters that may each be a word: Chinese, Japanese, Korean.
+SIGNS = re.compile("[぀-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff]")
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
+PLACEHOLDER = re.compile(  # None, NA and null are not among them: they may be the answer
+    r"to[ -]?do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?.]{2,}|[-_]{2,}|test(?:ing)?|placeholder"
+    r"|lorem ipsum.*|(?:(?:your|the|an?) )?(?:question|answer|text|response) (?:goes )?here"
+    r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
+    re.DOTALL,
+)
+ADVICE = {
+    "left-over HTML": "take out tags and signs such as <br> and &nbsp;",
+    "broken letters": "open the source anew as UTF-8: Ã© is a broken é",
+    "control marks of a model": "they are taught as plain text; take them out",
+    "placeholder text": "fill in the real text",
+    "a question without a word": "write the question out",
+    "an answer of one letter": "write the answer out: what option B says",
+    "an answer that repeats its question": "write an answer",
+    "very unequal lengths": "see whether text slipped into the wrong cell",
+    "nearly a copy of another row": "keep one of them",
+    "another answer to the question of another row": "keep the right one, or join them",
+}
+
+
+class Quality(NamedTuple):
+    """How many of the filled rows are taught with nothing found in them, and what is with the others."""
+
+    counted: int
+    good: int
+    findings: list[list[str]]  # for every pair that is kept
+    flagged: list[Note]  # the same, with their rows
+    left_out: list[Note]  # filled rows that are not taught
+
+    @property
+    def score(self) -> float:
+        return self.good / self.counted if self.counted else 1.0
+
+    @property
+    def parts(self) -> dict[str, list[Note]]:
+        kinds = by_kind([*self.flagged, *self.left_out])
+        return dict(sorted(kinds.items(), key=lambda part: -len(part[1])))
+
+
+def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
+    findings = [flaws_of(pair) for pair in kept]
+    for i, first in near_copies(kept):
+        findings[i].append(f"nearly a copy of {row_in_words(kept[first], kept[i])}")
+    answers: dict[str, list[int]] = {}
+    for i, pair in enumerate(kept):
+        if len(pair.messages) == 2 and "nearly a copy" not in "".join(findings[i]):
+            answers.setdefault(fold(pair.question), []).append(i)
+    for same in answers.values():
+        for i, other in zip(same, same[1:] + same[:1], strict=True):
+            if i != other:
+                row = row_in_words(kept[other], kept[i])
+                findings[i].append(f"another answer to the question of {row}")
+    flagged = [
+        Note(pair.sheet, pair.row, finding)
+        for pair, found in zip(kept, findings, strict=True)
+        for finding in found
+    ]
+    left_out = [note for note in dropped if not UNCOUNTED.match(note.reason)]
+    good = sum(not found for found in findings)
+    return Quality(len(kept) + len(left_out), good, findings, flagged, left_out)
+
+
+def row_in_words(pair: Pair, seen_from: Pair) -> str:
+    return f"row {pair.row}" + (f" of {pair.sheet}" if pair.sheet != seen_from.sheet else "")
+
+
+def flaws_of(pair: Pair) -> list[str]:
+    """What can be seen in one pair alone."""
+    texts = [message["content"] for message in pair.messages]
+    outside = [CODE.sub("", text) if "`" in text else text for text in texts]  # of quoted code
+    found = [kind for kind, flaw in FLAWS.items() if any(map(flaw.search, outside))]
+    if "left-over HTML" in found and any(map(ABOUT_HTML.search, texts)):
+        found.remove("left-over HTML")  # it is what the pair is about
+    cores = (fold(text[:100]).strip("[]{}()<>*\"' ").rstrip("!: ") for text in texts)
+    if any(map(PLACEHOLDER.fullmatch, cores)):
+        found.append("placeholder text")
+    if is_wordless(texts[0]):
+        found.append("a question without a word")
+    letter = r"\W{,9}[^\W\d_]\W{,9}"
+    if len(texts) == 2 and re.fullmatch(letter, texts[1]) and not SIGNS.search(texts[1]):
+        found.append("an answer of one letter")
+    if any(fold(q) == fold(a) for q, a in zip(texts[::2], texts[1::2], strict=True)):
+        found.append("an answer that repeats its question")
+    sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
+    if max(sides) > LONG and max(sides) > UNEQUAL * min(sides):
+        found.append("very unequal lengths")
+    return found
+
+
+def is_wordless(text: str) -> bool:
+    """Fewer than three letters, digits or signs of arithmetic; of Chinese, one sign is enough."""
+    seen = (c for c in text if unicodedata.category(c)[0] in "LMN" or c in "+-*/=^×÷<>%")
+    return len(list(itertools.islice(seen, 3))) < 3 and not SIGNS.search(text)
+
+
+class Plain(dict[int, str]):
+    """What `str.translate` makes of each letter, to compare words: blanks of punctuation."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
+        tells = unicodedata.category(letter)[0] in "LMNS" and letter != "`"  # also + = € and emoji
+        shown = f" {letter} " if SIGNS.match(letter) else letter
+        self[code] = shown if tells or letter in "#%/" else " "  # C# is not C
+        return self[code]
+
+
+PLAIN = Plain()
+
+
+def words_in(pair: Pair) -> list[str]:
+    text = " ".join(message["content"] for message in pair.messages)
+    return unicodedata.normalize("NFKC", text).casefold().translate(PLAIN).split()
+
+
+def near_copies(pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
+    """Pairs that say nearly the same as another one: the same letters, or nearly the same words.
+
+    To be compared at all, two have to share the first or the second half of their words, and each
+    is compared with the first of its kind only: the time grows with the rows, not their square. They
+    are taken in the order of their texts, so that the order of the rows decides nothing. Kept are
+    hashes only; words are split anew, which takes longer than to keep them, and no memory.
+    """
+    first_with: dict[int, int] = {}
+    for i in sorted(range(len(pairs)), key=lambda i: [one["content"] for one in pairs[i].messages]):
+        words = words_in(pairs[i])
+        middle = len(words) // 2
+        halves = [hash((0, *words[:middle])), hash((1, *words[middle:]))]
+        same = first_with.setdefault(hash("".join(words)), i) if words else i
+        for first in (same, *(first_with.setdefault(half, i) for half in halves)):
+            if first != i and (first == same or are_alike(words, words_in(pairs[first]))):
+                yield i, first
+                break
+
+
+def are_alike(one: list[str], other: list[str]) -> bool:
+    a, b = set(one), set(other)
+    numbers = any(letter.isdigit() for word in a ^ b for letter in word)  # 2023 is not 2024
+    return not numbers and len(a & b) >= ALIKE * len(a | b)
+
+
+def quality_in_words(quality: Quality) -> str:
+    return f"{quality.good * 100 // max(1, quality.counted) / 100:.2f}"  # 0.999 is not yet 1.00
+
+
+def say_quality(quality: Quality, minimum: float) -> None:
+    """What share of the rows is fit to learn from, what looks wrong with the others, and what to do."""
+    if not quality.counted:
+        return
+    share = f"{quality.good} of {quality.counted} filled rows are taught and look right"
+    say("Quality", f"{quality_in_words(quality)}: {share}")
+    flagged = sorted(grouped(quality.flagged), key=lambda line: -int(line.split()[0]))
+    for line in shortened(flagged, MOST_FLAWS, "kinds of flaws"):
+        say("", line)
+    if quality.score < minimum:
+        say("Warning", f"the quality is below {minimum} (MIN_QUALITY). First of all:")
+        for kind, notes in list(quality.parts.items())[:3]:
+            say("", f"{len(notes)} × {kind}" + (f": {ADVICE[kind]}" if kind in ADVICE else ""))
 
 
 # ==================================================================================================
@@ -2435,7 +2660,7 @@ def turns(messages: Sequence[dict[str, str]]) -> Iterator[tuple[str, bool]]:
             yield before + message["content"] + after, False
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]) -> Example:
+def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """Ids and labels, made together: the answers are learnt, each with its end of turn.
 
     Every piece is cut into tokens by itself, exactly as when the model is asked, and as plain
@@ -2450,6 +2675,29 @@ def encode(tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]
         input_ids += ids
         labels += ids if learnt else [IGNORE] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
+
+
+class EstimatedTokenizer:
+    """Stands in for a tokenizer that is not on this computer: the right number of tokens, about.
+
+    The shares are fitted to GPT-2's tokenizer, which is phi-2's but for indentation.
+    """
+
+    eos_token_id = pad_token_id = 0
+    model_max_length = 2**31
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        words = re.findall("[A-Za-zÀ-ɏ]+", text)
+        accents = sum(not letter.isascii() for word in words for letter in word)
+        further = 0.45 if accents > 0.005 * sum(map(len, words)) else 0.06  # GPT-2 knows English
+        count = accents / 4 + sum(1 + further * max(0, len(word) - 3) for word in words)
+        count += sum(math.ceil(len(digits) / 3) for digits in re.findall(r"\d+", text))
+        count += sum(math.ceil(len(marks) / 2) for marks in re.findall(r"[!-/:-@[-`{-~]+", text))
+        count += len(re.findall(r"[ \t]{2,}|\n+", text))
+        for letters, tokens in (("Ͱ-߿", 1.26), ("、-ヿ", 1.15), ("㐀-鿿", 2.25)):
+            count += tokens * len(re.findall(f"[{letters}]", text))
+        count += 2 * len(re.findall("[^\0-߿、-ヿ㐀-鿿]", text))
+        return {"input_ids": [0] * max(1, round(count))}
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -2541,6 +2789,7 @@ def plan_run(cfg: Config, examples: Sequence[Example]) -> Plan:
 
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
+TOKENIZER_FILE = "tokenizer_config.json"  # by which a tokenizer is known to have been downloaded
 # These warn of what is done here in another way: kernels, the best adapter, the age of checkpoints.
 NOISY = (
     "bitsandbytes.backends.cpu.ops",
@@ -2558,7 +2807,7 @@ DEMO_SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "partial_rotary_factor": 0.4,
-    "max_position_embeddings": 2048,
+    "max_position_embeddings": 32_768,  # so that MAX_LENGTH decides, as with real models
     "resid_pdrop": 0.0,
     "bos_token_id": 0,
     "eos_token_id": 0,
@@ -2598,6 +2847,22 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
     return tokenizer
+
+
+def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
+    """For `check`: also where the Hub cannot be asked for the tokenizer."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    name, revision = cfg.MODEL_NAME, model_revision(cfg)
+    local = name == DEMO_MODEL or local_path(name).exists()
+    try:
+        if not local and not try_to_load_from_cache(name, TOKENIZER_FILE, revision=revision):
+            HfApi().model_info(name, timeout=10)
+    except (errors.HfHubHTTPError, ValueError):
+        pass  # the Hub has answered, or the name is none: what is wrong is said below
+    except Exception:  # of the network, each library has its own
+        return EstimatedTokenizer()
+    return load_tokenizer(cfg)
 
 
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
@@ -2785,7 +3050,11 @@ def demo_tokenizer() -> PreTrainedTokenizerBase:
         ),
     )
     return PreTrainedTokenizerFast(
-        tokenizer_object=cutter, eos_token=end, bos_token=end, pad_token=end, model_max_length=2048
+        tokenizer_object=cutter,
+        eos_token=end,
+        bos_token=end,
+        pad_token=end,
+        model_max_length=DEMO_SHAPE["max_position_embeddings"],
     )
 
 
@@ -2831,21 +3100,25 @@ def train_demo_model() -> PreTrainedModel:
 class Prepared:
     """Everything that training needs of the data; made without a GPU and without the weights."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Any  # the model's; for `check` without internet, an estimate
     pairs: Pairs
+    quality: Quality
+    tokens: list[int]  # of each pair that is kept
+    overlong: list[int]  # tokens of those that are left out for their length
     train_pairs: list[Pair]
     held_out_pairs: list[Pair]
     train: list[Example]
     held_out: list[Example]
 
 
-def prepare(cfg: Config) -> Prepared:
+def prepare(cfg: Config, may_estimate: bool = False) -> Prepared:
     """From the data file to tokens, saying what was found. The same for `check` and for training."""
     pairs = find_pairs(cfg)
-    tokenizer = load_tokenizer(cfg)
+    tokenizer = tokenizer_or_estimate(cfg) if may_estimate else load_tokenizer(cfg)
     examples = [encode(tokenizer, pair.messages) for pair in pairs.kept]
     longest = min(cfg.MAX_LENGTH, tokenizer.model_max_length)
-    fits = [len(example["labels"]) <= longest for example in examples]
+    lengths = [len(example["labels"]) for example in examples]
+    fits = [length <= longest for length in lengths]
     limit = f"MAX_LENGTH, {longest} tokens (raise it or shorten the row)"
     if longest < cfg.MAX_LENGTH:
         limit = f"the {longest} tokens that {cfg.MODEL_NAME} can take"
@@ -2855,7 +3128,25 @@ def prepare(cfg: Config) -> Prepared:
     ]
     examples = list(itertools.compress(examples, fits))
     pairs.kept = list(itertools.compress(pairs.kept, fits))
+    quality = quality_of(pairs.kept, pairs.dropped)
     say_pairs(pairs)
+    say_quality(quality, cfg.MIN_QUALITY)
+    away = held_out(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    here = [not one for one in away]
+    return Prepared(
+        tokenizer,
+        pairs,
+        quality,
+        tokens=list(itertools.compress(lengths, fits)),
+        overlong=[length for length in lengths if length > longest],
+        train_pairs=list(itertools.compress(pairs.kept, here)),
+        held_out_pairs=list(itertools.compress(pairs.kept, away)),
+        train=list(itertools.compress(examples, here)),
+        held_out=list(itertools.compress(examples, away)),
+    )
+
+
+def refuse_few(pairs: Pairs) -> None:
     if len(pairs.kept) < FEWEST_PAIRS:
         raise UserError(
             f"{pairs.name} has {len(pairs.kept)} pairs to learn from; at least {FEWEST_PAIRS} are needed.\n"
@@ -2866,16 +3157,6 @@ def prepare(cfg: Config) -> Prepared:
             "Warning",
             f"{len(pairs.kept)} pairs are few: from {ENOUGH_PAIRS} on, answers get reliable.",
         )
-    away = held_out(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
-    here = [not one for one in away]
-    return Prepared(
-        tokenizer,
-        pairs,
-        train_pairs=list(itertools.compress(pairs.kept, here)),
-        held_out_pairs=list(itertools.compress(pairs.kept, away)),
-        train=list(itertools.compress(examples, here)),
-        held_out=list(itertools.compress(examples, away)),
-    )
 
 
 def flatten(examples: Sequence[Example]) -> dict[str, Any]:
@@ -3305,12 +3586,29 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sheet": data.pairs.table.sheet,
             "shape": data.pairs.shape,
             **column_names(data.pairs),
+            "quality": quality_record(data.quality),
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
         "versions": {"python": sys.version.split()[0]}
         | {p: installed_version(p) for p in packages},
         "results": metrics_of(data, trained),
+    }
+
+
+def quality_record(quality: Quality) -> dict[str, Any]:
+    return {
+        "score": round(quality.score, 4) if quality.counted else None,
+        "rows_counted": quality.counted,
+        "rows_good": quality.good,
+        "parts": {
+            kind: {
+                "rows": len(notes),
+                "share": round(len(notes) / quality.counted, 4),
+                "places": [[note.sheet, note.row] for note in notes],
+            }
+            for kind, notes in quality.parts.items()
+        },
     }
 
 
@@ -3448,6 +3746,198 @@ def save_run(
     return final, write_zip(final)
 
 
+# -- The report of check on the data
+
+REPORT_MARK = "finetune_colab.py check"  # by which a report is known as ours, to be replaced
+MOST_REPORT_ROWS = 20_000
+LONGEST_REPORT_CELL = 32_767  # what a workbook allows, counted in UTF-16
+NOT_IN_A_WORKBOOK = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+
+
+def write_report(cfg: Config, data: Prepared) -> Path | None:
+    """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
+    path = None
+    try:
+        wanted = report_path(local_path(cfg.DATASET_PATH))
+        with staged_file(wanted) as staged:
+            write_report_book(staged, cfg, data)
+        path = wanted
+        with staged_file(wanted.with_suffix(".png")) as staged:
+            picture = draw_lengths(cfg, data)
+            picture.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
+    except Exception as error:  # a report must not cost anybody the check
+        say("Warning", f"the report could not be written ({type(error).__name__}: {error})")
+    return path
+
+
+def report_path(source: Path) -> Path:
+    """A name for the report that is free, or an earlier report's: nothing else is replaced."""
+    endings = itertools.chain([""], map("-{}".format, itertools.count(2)))
+    paths = (Path.cwd() / f"{REPORT_NAME}{ending}.xlsx" for ending in endings)
+    return next(
+        path
+        for path in paths
+        if may_be_replaced(path)
+        and may_be_replaced(path.with_suffix(".png"))
+        and path.resolve() != source.resolve()
+    )
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether there is nothing under this name, or a report that nobody has changed."""
+    try:
+        if path.suffix == ".png":
+            return REPORT_MARK.encode() in path.read_bytes()[:1000]
+        with zipfile.ZipFile(path) as archive:
+            about = archive.read("docProps/core.xml")
+        return f">{REPORT_MARK}<".encode() in about and b"lastModifiedBy" not in about
+    except FileNotFoundError:
+        return True
+    except (OSError, KeyError, zipfile.BadZipFile):
+        return False
+
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A file to write, which takes its final name only when it is complete."""
+    staged = final.with_name(f"{final.name}.{os.getpid()}.partial")
+    try:
+        yield staged
+        staged.replace(final)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+def token_figures(data: Prepared | None) -> dict[str, int | bool]:
+    """How long the pairs are that are kept."""
+    ordered = sorted(data.tokens if data else []) or [0]
+    return {
+        "min": ordered[0],
+        "median": round(statistics.median(ordered)),
+        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        "max": ordered[-1],
+        "sum": sum(ordered),
+        "estimated": data is not None and isinstance(data.tokenizer, EstimatedTokenizer),
+    }
+
+
+def write_report_book(path: Path, cfg: Config, data: Prepared) -> None:
+    import openpyxl
+
+    book = openpyxl.Workbook(write_only=True)
+    book.properties.creator = REPORT_MARK
+    for name, widths, rows in report_sheets(cfg, data):
+        sheet = book.create_sheet(name)
+        sheet.freeze_panes = "A2"
+        for i, width in enumerate(widths.values()):
+            sheet.column_dimensions[column_letter(i)].width = width
+        sheet.append([report_cell(sheet, title, bold=True) for title in widths])
+        for row in itertools.islice(rows, MOST_REPORT_ROWS):
+            sheet.append([report_cell(sheet, value) for value in row])
+        if more := sum(1 for _ in rows):
+            sheet.append([report_cell(sheet, f"and {more:,} more rows")])
+    content = io.BytesIO()  # of a full disk openpyxl would complain once more for each sheet
+    book.save(content)
+    path.write_bytes(content.getvalue())
+
+
+def report_sheets(
+    cfg: Config, data: Prepared
+) -> Iterator[tuple[str, dict[str, int], Iterator[Sequence[Any]]]]:
+    """Name, columns with their widths, and rows of every sheet."""
+    settings = ((name, as_text(value)) for name, value in public_settings(cfg).items())
+    place, texts = {"sheet": 12, "row": 8}, {"question": 50, "answer": 70}
+    findings = {"tokens": 9, "held out": 9, "findings": 40}
+    yield "Summary", {"what": 44, "value": 50, "share": 9, "rows": 60}, summary_rows(data)
+    yield "Kept", place | texts | findings, kept_rows(data)
+    yield "Dropped", place | {"reason": 80}, iter(data.pairs.dropped)
+    yield "Settings", {"name": 32, "value": 50}, settings
+
+
+def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
+    away, findings = set(map(id, data.held_out_pairs)), data.quality.findings
+    for pair, tokens, found in zip(data.pairs.kept, data.tokens, findings, strict=True):
+        question = pair.question
+        if len(pair.messages) > 2:
+            turns_before = (f"{one['role']}: {one['content']}" for one in pair.messages[:-1])
+            question = "\n\n".join(turns_before)
+        measured = "yes" if id(pair) in away else "no"
+        yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
+
+
+def report_cell(sheet: Any, value: Any, bold: bool = False) -> Any:
+    from openpyxl.cell import WriteOnlyCell
+    from openpyxl.styles import Alignment, Font
+
+    is_text = isinstance(value, str)
+    cell = WriteOnlyCell(sheet, report_text(value) if is_text else value)
+    cell.data_type = "s" if is_text else cell.data_type  # or else "#N/A" would be an error
+    cell.alignment = Alignment(wrap_text=True, vertical="top")
+    cell.font = Font(bold=bold)
+    return cell
+
+
+def report_text(text: str) -> str:
+    """A text as a cell can hold it, and which no program takes for a formula."""
+    text = NOT_IN_A_WORKBOOK.sub("", text)
+    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+        text = f"'{text}"
+    units = text.encode("utf-16-le")
+    if len(units) <= 2 * LONGEST_REPORT_CELL:
+        return text
+    return units[: 2 * (LONGEST_REPORT_CELL - 1)].decode("utf-16-le", "ignore") + "…"
+
+
+def summary_rows(data: Prepared) -> Iterator[list[Any]]:
+    pairs, quality = data.pairs, data.quality
+    yield ["file", pairs.name]
+    yield ["sheet", pairs.table.sheet]
+    yield ["shape", pairs.shape]
+    yield ["columns", ", ".join(pairs.used)]
+    yield ["rows read", pairs.rows_read]
+    yield ["pairs kept", len(pairs.kept)]
+    yield ["left out", len(pairs.dropped)]
+    yield ["held out to measure", len(data.held_out_pairs)]
+    for name, figure in token_figures(data).items():
+        yield [f"tokens in a pair, {name}", figure]
+    yield ["quality, from 0 to 1", round(quality.score, 4) if quality.counted else ""]
+    for kind, notes in quality.parts.items():
+        rows = ", ".join(str(note.row) for note in notes[:50]) + (", …" if notes[50:] else "")
+        yield [kind, len(notes), round(len(notes) / quality.counted, 4), rows]
+
+
+def draw_lengths(cfg: Config, data: Prepared) -> Figure:
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    limit = min(cfg.MAX_LENGTH, data.tokenizer.model_max_length)
+    top = max(min(max([*data.tokens, *data.overlong], default=1), 3 * limit), 20)
+    step = math.ceil(top / 60)
+    bins = list(range(limit % step + 1 - step, top + 2 * step, step))  # none across the limit
+    beyond = f"{len(data.overlong)} too long, left out"
+    if max(data.overlong, default=0) > top:
+        beyond += f" (the longest has {max(data.overlong):,})"
+    axes.hist(data.tokens, bins, color=BLUE, label=f"{len(data.tokens)} pairs kept")
+    if data.overlong:
+        shown = [min(length, top) for length in data.overlong]
+        axes.hist(shown, bins, color=ORANGE, label=beyond)
+    if limit <= bins[-1]:
+        axes.axvline(limit, color=GREY, linestyle="--", label=f"the limit, {limit} (MAX_LENGTH)")
+    about = "estimated tokens" if isinstance(data.tokenizer, EstimatedTokenizer) else "tokens"
+    axes.set(
+        title="How long the pairs are",
+        xlabel=f"{about} of a question with its answer (a token is about ¾ of an English word)",
+        ylabel="pairs",
+    )
+    axes.set_xlim(left=0)
+    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(axis="y", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=3)
+    return figure
+
+
 # ==================================================================================================
 # 9  Answering
 # ==================================================================================================
@@ -3517,8 +4007,10 @@ def train(cfg: Config) -> int:
 def run_training(cfg: Config) -> Prepared:
     check_output_folder(cfg)
     data = prepare(cfg)
+    refuse_few(data.pairs)
     plan = plan_run(cfg, data.train)
     say_plan(cfg, data, plan)
+    ask_about_quality(cfg, data.quality)
     device = pick_device(cfg)
     check_packages(cfg, device)
     base = load_base(cfg, device)
@@ -3541,20 +4033,91 @@ def check_packages(cfg: Config, device: Device) -> None:
         raise UserError(f"REPORT_TO {cfg.REPORT_TO} is not installed. pip install {cfg.REPORT_TO}")
 
 
+def ask_about_quality(cfg: Config, quality: Quality) -> None:
+    """Bad data is trained when the person wants it; where nobody can be asked, the warning is enough."""
+    asking = sys.stdin is not None and sys.stdin.isatty()
+    if cfg.YES or quality.score >= cfg.MIN_QUALITY or not asking:
+        return
+    try:
+        reply = input("Train anyway? [y/N] ")
+    except EOFError:
+        reply = ""
+    if reply.strip().casefold() not in ("y", "yes"):
+        raise UserError(
+            "Stopped as you wished. Nothing was changed. Mend the rows named above (the command check "
+            "lists them all), or add --yes to train without this question."
+        )
+
+
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
-    try:
-        check_output_folder(cfg)
-        data = prepare(cfg)
-    except UserError as error:
-        say("Problem", str(error))
-        return 1
-    say_plan(cfg, data, plan_run(cfg, data.train))
-    example = min(data.train, key=lambda one: len(one["input_ids"]))
-    say("Example", "what the model reads, with what it learns between [[ and ]]:")
-    show(textwrap.indent(marked(data.tokenizer, example), " " * 11))
-    say("Ready", "training would go ahead. Start it with the same command without the word check.")
-    return 0
+    with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
+        data, problem, place = None, "", ""
+        try:
+            place = without_secrets(cfg.DATASET_PATH)
+            check_output_folder(cfg)
+            data = prepare(cfg, may_estimate=True)
+            refuse_few(data.pairs)
+        except UserError as error:
+            problem = str(error)
+            say("Problem", problem)
+        if data and not problem:
+            say_plan(cfg, data, plan_run(cfg, data.train))
+        report = say_report(cfg, data) if data else None
+        if not problem:
+            say(
+                "Ready",
+                "training would go ahead. Start it with the same command without the word check.",
+            )
+    if cfg.JSON:
+        show(json.dumps(check_record(place, data, problem, report)))
+    return 1 if problem else 0
+
+
+def say_report(cfg: Config, data: Prepared) -> Path | None:
+    """Where the report lies, what the lengths are, and one pair as it is taught."""
+    figures = token_figures(data)
+    if data.tokens:
+        say("Tokens", "{min} to {max} in a pair, half of them up to {median}".format(**figures))
+    if figures["estimated"]:
+        about = f"the tokenizer of {cfg.MODEL_NAME} is not on this computer"
+        say("Note", f"token counts are estimates: {about}")
+    elif data.train:
+        example = min(data.train, key=lambda one: len(one["input_ids"]))
+        say("Example", "what the model reads, with what it learns between [[ and ]]:")
+        show(textwrap.indent(marked(data.tokenizer, example), " " * 11))
+    path = write_report(cfg, data)
+    if path:
+        say("Report", f"every row in {near(path)}, the lengths in {near(path.with_suffix('.png'))}")
+    return path
+
+
+def check_record(
+    place: str, data: Prepared | None, problem: str, report: Path | None
+) -> dict[str, Any]:
+    """What `check --json` prints; every name is there, whatever was found."""
+    pairs = data.pairs if data else None
+    quality = data.quality if data else quality_of([], [])
+    record = quality_record(quality)
+    near_copies = sum(note.reason.startswith("nearly a copy") for note in quality.flagged)
+    kept = len(pairs.kept) if pairs else 0
+    return {
+        "ready": not problem,
+        "file": pairs.name if pairs else place,
+        "shape": pairs.shape if pairs else None,
+        "sheet": (pairs.table.sheet or None) if pairs else None,
+        **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
+        "rows_read": pairs.rows_read if pairs else 0,
+        "pairs_kept": kept,
+        "pairs_unique": kept - near_copies,
+        "pairs_held_out": len(data.held_out_pairs) if data else 0,
+        "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
+        "quality": record["score"],
+        "quality_parts": record["parts"],
+        "problems": [problem] * bool(problem) + grouped(quality.flagged),
+        "tokens": token_figures(data),
+        "report": str(report) if report else None,
+    }
 
 
 def demo(cfg: Config) -> int:
@@ -3714,7 +4277,10 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     cfg = Config(**demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
     if problems := config_problems(cfg):
         raise UserError("\n".join(problems))
-    return command, Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+    cfg = Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+    if cfg.JSON and command != "check":
+        raise UserError(f"JSON (--json) goes with the command check, not with {command}.")
+    return command, cfg
 
 
 def command_line() -> list[str]:

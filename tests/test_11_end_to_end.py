@@ -136,7 +136,8 @@ def test_check_shows_one_example_and_trains_nothing(
     assert code == 0
     assert re.search(r"Output:\[\[ .*<\|endoftext\|>\]\]", printed)
     assert "Ready" in printed
-    assert sorted(path.name for path in workbook.parent.iterdir()) == ["dataset.xlsx"]
+    left = sorted(path.name for path in workbook.parent.iterdir())
+    assert left == ["dataset.xlsx", "dataset_report.png", "dataset_report.xlsx"]
 
 
 def test_check_says_why_training_would_refuse(phi_folder: Path, folder: Path, run: Any) -> None:
