@@ -984,7 +984,7 @@ OPTION_WORDS = set(
     "option options choice choices opt opts answer answers distractors opcoes opciones alternativas".split()
 )
 INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
-CODE = re.compile(
+NO_WORDS = re.compile(
     r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
     re.IGNORECASE,
 )
@@ -1937,7 +1937,7 @@ def is_chain(questions: list[str], answers: list[str]) -> bool:
 
 def is_code(cells: list[str]) -> bool:
     """Whether cells are links, names of files, dates or keys rather than words."""
-    return sum(bool(CODE.fullmatch(cell)) for cell in cells) > len(cells) / 2
+    return sum(bool(NO_WORDS.fullmatch(cell)) for cell in cells) > len(cells) / 2
 
 
 def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int | None]:
@@ -2442,7 +2442,11 @@ def shortened(lines: list[str], most: int, what: str) -> list[str]:
 
 ALIKE = 0.9  # share of common words from which on two texts are nearly copies
 MOST_FLAWS = 4  # kinds, on the screen
-LONG, UNEQUAL = 1000, 50  # letters of the longer side, and how many times the other's these are
+LONG, SHORT, UNEQUAL = (
+    1000,
+    40,
+    50,
+)  # letters of the longer side, and how many times the other's these are
 UNCOUNTED = re.compile("blank$|the language is ")  # rows left out that say nothing of the quality
 TAIL = "[\xa0-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"  # what the later bytes of a UTF-8 letter turn into
 TAGS = (
@@ -2555,7 +2559,7 @@ def flaws_of(pair: Pair) -> list[str]:
     if any(fold(q) == fold(a) for q, a in zip(texts[::2], texts[1::2], strict=True)):
         found.append("an answer that repeats its question")
     sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
-    if max(sides) > LONG and max(sides) > UNEQUAL * min(sides):
+    if max(sides) > LONG and max(sides) > UNEQUAL * max(SHORT, min(sides)):
         found.append("very unequal lengths")
     return found
 
@@ -4099,7 +4103,6 @@ def check_record(
     pairs = data.pairs if data else None
     quality = data.quality if data else quality_of([], [])
     record = quality_record(quality)
-    near_copies = sum(note.reason.startswith("nearly a copy") for note in quality.flagged)
     kept = len(pairs.kept) if pairs else 0
     return {
         "ready": not problem,
@@ -4109,7 +4112,7 @@ def check_record(
         **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
         "rows_read": pairs.rows_read if pairs else 0,
         "pairs_kept": kept,
-        "pairs_unique": kept - near_copies,
+        "pairs_unique": kept,  # exact copies are never kept
         "pairs_held_out": len(data.held_out_pairs) if data else 0,
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
         "quality": record["score"],
