@@ -73,7 +73,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -2442,13 +2442,9 @@ def shortened(lines: list[str], most: int, what: str) -> list[str]:
 
 ALIKE = 0.9  # share of common words from which on two texts are nearly copies
 MOST_FLAWS = 4  # kinds, on the screen
-LONG, SHORT, UNEQUAL = (
-    1000,
-    40,
-    50,
-)  # letters of the longer side, and how many times the other's these are
+LONG, SHORT = 1000, 40  # letters of the longer side at least, and of the shorter one
+UNEQUAL = 50  # times the shorter one
 UNCOUNTED = re.compile("blank$|the language is ")  # rows left out that say nothing of the quality
-TAIL = "[\xa0-\xbf€‚ƒ„…†‡ˆ‰Š‹ŒŽ‘’“”•–—˜™š›œžŸ]"  # what the later bytes of a UTF-8 letter turn into
 TAGS = (
     "a b i u p br hr div span em strong small sub sup center font pre code ul ol li table thead "
     "tbody tr td th img h[1-6] blockquote script style html head body"
@@ -2459,16 +2455,10 @@ FLAWS = {
         r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[0-9a-f]{2,5});",
         re.IGNORECASE,
     ),
-    # UTF-8 read as Windows-1252 or Latin-1. A quotation mark behind a capital is no sign of it.
-    "broken letters": re.compile(
-        "[\x80-\x84\x86-\x9fÂ-ð\ufffd](?:"  # one of these comes first, which makes the search fast
-        "(?<=[\x80-\x9f\ufffd])|(?<=ï)»¿|(?<=ð)Ÿ|(?<=â)(?:€|„¢)|(?<=Â)[\xa0-\xbf]"
-        f"|(?<=[a-z0-9.,;:!?]Â)(?= |$)|(?<=Ã)(?![’”›»]){TAIL}|(?<=[a-z][Â-ÖØ-Þ]){TAIL}"
-        f"|(?<=[Ä-Þ]){TAIL}[Ä-Þ]{TAIL}|(?<=[ã-í]){TAIL}{{2}}[ã-í]{TAIL}{{2}})"
-    ),
     "control marks of a model": re.compile(
-        r"[<[IO](?:(?<=<)(?:\|\w{1,40}\||/?s|(?:start|end)_of_turn|bos|eos|pad|unk|</?SYS>)>"
-        r"|(?<=\[)/?INST\]|(?<![^\n].)(?:nstruct|utput):)"  # the prompt's own, where a line starts
+        r"<\|\w{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<</?SYS>>|\[/?INST\]"
+        r"|^(?:Instruct|Output):",  # the prompt's own
+        re.MULTILINE,
     ),
 }
 # Letters that may each be a word: Chinese, Japanese, Korean.
@@ -2548,6 +2538,8 @@ def flaws_of(pair: Pair) -> list[str]:
     found = [kind for kind, flaw in FLAWS.items() if any(map(flaw.search, outside))]
     if "left-over HTML" in found and any(map(ABOUT_HTML.search, texts)):
         found.remove("left-over HTML")  # it is what the pair is about
+    if any(map(is_broken, texts)):
+        found.append("broken letters")
     cores = (fold(text[:100]).strip("[]{}()<>*\"' ").rstrip("!: ") for text in texts)
     if any(map(PLACEHOLDER.fullmatch, cores)):
         found.append("placeholder text")
@@ -2562,6 +2554,18 @@ def flaws_of(pair: Pair) -> list[str]:
     if max(sides) > LONG and max(sides) > UNEQUAL * max(SHORT, min(sides)):
         found.append("very unequal lengths")
     return found
+
+
+def is_broken(text: str) -> bool:
+    """Whether UTF-8 was read as Windows-1252 or Latin-1: undone, it gives letters again."""
+    if re.search("[\x80-\x84\x86-\x9f\ufffd]", text):
+        return True
+    for run in re.findall("[^\0-\x7f]{2,}", re.sub("\xa0»|«\xa0", " ", text)):
+        with suppress(UnicodeError):
+            letters = run.encode("cp1252").decode("utf-8")
+            if len(letters) > 1 or run[1] not in "“”‘’…":  # a letter and a closing mark are no sign
+                return True
+    return False
 
 
 def is_wordless(text: str) -> bool:

@@ -54,7 +54,6 @@ FLAWED = {
         ("What is it?", "Itâ€™s a trap"),
         ("What is it?", "It\u00e2\u0080\u0099s a trap"),
         ("What is it?", "10Â\xa0kg"),
-        ("What is it?", "10Â kg"),
         ("What is it?", "caf\ufffd"),
         ("ï»¿What is it?", "A mark of the byte order."),
         ("Что это?".encode().decode("cp1252", "replace").replace("\ufffd", ""), "A word"),
@@ -110,8 +109,8 @@ FLAWED = {
         ("Hello there", "Well", "What is up", "what is up"),
     ],
     "very unequal lengths": [
-        ("What is it?", "word " * 201),
-        ("word " * 300, "Yes, it is."),
+        ("What is it?", "word " * 401),
+        ("word " * 500, "Yes, it is."),
     ],
 }
 
@@ -132,8 +131,8 @@ FINE = [
     ("Which type is it?", "A List<String> or a vector<T>; T&C apply; AT&T; R&D;"),
     # letters that are right
     ("Où est le café «À»?", "Là, dit-elle : « voilà\xa0»… été…”"),
-    ("Was heißt „Spaß“ auf Englisch?", "„Fun“, nicht „Äpfel“ oder „Ä“."),
-    ("Quanto é NÃO e SÃO?", "“MAÇÔ, “AMANHÔ: Â é uma letra; câmara às 10."),
+    ("Was heißt „Spaß“ auf Englisch?", "„Fun“, nicht „Äpfel“."),
+    ("Quanto é NÃO e SÃO?", "“MAÇÃ”, “Amanhã”: Â é uma letra; câmara às 10."),
     ("Что такое ВВП и ПИБ?", "Это валовой внутренний продукт."),
     ("Τι είναι αυτό;", "Είναι μια ερώτηση."),
     ("Ano â Ấn Độ có gì?", "HÂN HOAN, VÂN VÂN"),
