@@ -867,24 +867,31 @@ MOST_NAMES = 2000  # of fields in JSON
 BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
-# Encodings from before Unicode: whose, and letters and signs that are common in their languages.
+# Encodings from before Unicode: whose, and for each of their languages the letters that tell it: of
+# an alphabet of its own the frequent ones, beside ASCII all others.
 ENCODINGS = {
     "cp1252": (
         "Windows-1252 (Western Europe)",
-        "àáâãäåæçèéêëìíîïñòóôõöøùúûüßÄÅÇÉÑÖØÜœ«»¿¡°’‘“”–—…€",
+        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž",
     ),
     "cp1250": (
         "Windows-1250 (Central Europe)",
-        "ąćęłńóśźżĄĆĘŁŃÓŚŹŻáčďéěíňřšťúůýžÁČÉÍŘŠÚŽőűöüÖÜâăîțşţđľĺŕôä„”’–…",
+        "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž",
     ),
-    "cp1254": ("Windows-1254 (Turkish)", "çğıöşüÇĞİÖŞÜâîû’‘“”–…"),
-    "cp1251": ("Windows-1251 (Cyrillic)", "а-яёіїєґўА-ЯЁ«»„“”’–—№…"),
-    "koi8_r": ("KOI8-R (Cyrillic)", "а-яё"),
-    "cp1253": ("Windows-1253 (Greek)", "α-ωάέήίόύώϊϋΑ-ΩΆΈΉΊΌΎΏ«»’–"),
-    "cp1255": ("Windows-1255 (Hebrew)", "א-ת"),
-    "cp1256": ("Windows-1256 (Arabic)", "ابتثجحخدذرزسشصضطظعغفقكلمنهويىةأإآءئؤ؟،پچژگ"),
-    "cp874": ("Windows-874 (Thai)", "ก-๛"),
-    "mac_roman": ("Mac OS Roman", "àâäçèéêëîïñóôöùûüßáíú’“”–—…"),
+    "cp1254": ("Windows-1254 (Turkish)", "çğıöşüâîûİ"),
+    "cp1251": (
+        "Windows-1251 (Cyrillic)",
+        "оеаинтсрвл оанивіртеск аоиетнрсвл аоиенрстјв аноіерсткл",
+    ),
+    "koi8_r": ("KOI8-R (Cyrillic)", "оеаинтсрвл"),
+    "cp1253": ("Windows-1253 (Greek)", "αοιετσνηυρπκςάίόέή"),
+    "cp1255": ("Windows-1255 (Hebrew)", "יוהלארתבמש"),
+    "cp1256": ("Windows-1256 (Arabic)", "اليمونرتبعةه"),
+    "cp874": ("Windows-874 (Thai)", "านรอกเงมยลวดทสตะปบ่้ัีิ"),
+    "mac_roman": (
+        "Mac OS Roman",
+        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ ãáéíóúçâêôõà àèéìòù åäöé æøåéòóô",
+    ),
     "gb18030": (
         "GB 18030 (Chinese)",
         "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出会可也你对就能下问答什么怎样如何吗请，。？、：（）",
@@ -895,9 +902,13 @@ ENCODINGS = {
     ),
     "shift_jis": ("Shift JIS (Japanese)", "ぁ-んァ-ヶー、。？「」"),
     "euc_jp": ("EUC-JP (Japanese)", "ぁ-んァ-ヶー、。？「」"),
-    "cp949": ("CP949 (Korean)", "가-힣"),
+    "cp949": ("CP949 (Korean)", "이다는에의을가고하지로도은를사기리시어자해나니요수있습주"),
 }
-USUAL_SHARE = {"gb18030": 0.2, "big5": 0.2, "shift_jis": 0.5, "euc_jp": 0.5}  # of those in a text
+ALPHABETS = ("cp1251", "koi8_r", "cp1253", "cp1255", "cp1256", "cp874")  # not Latin
+# How many of a text's letters are among those
+USUAL_SHARE = dict.fromkeys(ALPHABETS, 0.6) | {"cp1253": 0.8, "gb18030": 0.2, "big5": 0.2}
+USUAL_SHARE |= {"shift_jis": 0.5, "euc_jp": 0.5, "cp949": 0.3}
+MARKS = "«»„“”‚‘’–—…°§©®™•№€\u00a0"  # that say nothing of the language
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 FOREIGN_FILES = {
@@ -905,6 +916,7 @@ FOREIGN_FILES = {
     rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "compressed; unpack it first",
     rb"SQLite format 3": "a database",
+    rb"insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql)": "a dump of a database (SQL)",
     rb"\{\\rtf": "a text document (RTF)",
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
     rb"<(!doctype html|html|head|body|table|meta|style|div)": "a web page (HTML), whatever its name says",
@@ -923,7 +935,19 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
         "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, "
         "soalan, tanong, swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, "
-        "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의",
+        "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, "
+        "vrae, fraach, fro, froen, פֿראַגע, פֿראַגעס, spørsmålet, spørsmåla, spørgsmålet, "
+        "spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, "
+        "vprašanja, питања, прашања, въпроси, пытанні, întrebarea, pyetjet, preguntes, questões, "
+        "galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, "
+        "goulennoù, demandoj, suallar, sorag, soraglar, savollar, савол, сұрақтар, суроолор, сорау, "
+        "сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, "
+        "pirs, pirsên, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्नों, प्रश्‍न, प्रश्नहरू, "
+        "প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, "
+        "ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, คำถามที่พบบ่อย, မေးခွန်းများ, དྲི་བ, "
+        "འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, "
+        "ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, "
+        "mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
         "input, user, human, problem",
         "title, text",
     ),
@@ -938,7 +962,18 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
         "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
         "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
-        "答, 답변, 답, 정답, 응답",
+        "答, 답변, 답, 정답, 응답, "
+        "antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, "
+        "svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, одговори, отговори, "
+        "адказы, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, "
+        "tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, "
+        "respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, жавоб, жауаптар, жооптор, "
+        "җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, "
+        "bersiv, bersivên, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तरों, उत्तरहरू, উত্তরসমূহ, "
+        "উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, "
+        "ഉത്തരങ്ങൾ, පිළිතුර, အဖြေများ, ལན, đáp, wangsulan, waleran, tubag, valiny, whakautu, መልሶች, "
+        "መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, "
+        "iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
         "solution, assistant, target, chosen",
         "body, text",
     ),
@@ -1440,7 +1475,7 @@ def decoded(path: Path, content: bytes) -> str:
 
 
 def likely_encoding(content: bytes) -> str:
-    """The encoding in which most letters beyond ASCII are common ones of its languages."""
+    """The encoding in which the letters beyond ASCII are those that one of its languages has most."""
     head = b"\n".join(
         line for line in content[:1_000_000].split(b"\n")[:-1] or [content] if not line.isascii()
     )
@@ -1448,12 +1483,14 @@ def likely_encoding(content: bytes) -> str:
 
     def share_of_common(name: str) -> float:
         text = head.decode(name, errors="replace")
-        letters = [letter for letter in text if not letter.isascii()]
-        common = re.findall(f"[{ENCODINGS[name][1]}]", text)
-        usual = USUAL_SHARE.get(name, 1)
-        return min(1, len(common) / usual / max(1, len(letters))) - 2 * text.count("\ufffd") / len(
-            text
-        )
+        beyond = re.sub(f"[\x00-\x7f{MARKS}]+", "", text)
+        if not beyond:
+            return 1
+        languages = (f"[{letters}{letters.upper()}]" for letters in ENCODINGS[name][1].split())
+        common = max(len(re.findall(letters, beyond)) for letters in languages)
+        mixed = len(re.findall(r"[a-zA-Z](?=[^\W\x00-\x7f])", text)) if name in ALPHABETS else 0
+        share = min(1, common / USUAL_SHARE.get(name, 1) / len(beyond))
+        return share - mixed / len(beyond) - 2 * text.count("\ufffd") / len(text)
 
     return max(ENCODINGS, key=share_of_common)
 
@@ -1540,6 +1577,8 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
         if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
             return []
         raise UserError(f"{path} is not valid JSON: {reason}. Have it written anew.")
+    if not unread and all(isinstance(one, list) and not is_conversation(one) for _, one in records):
+        return value_tables([one for _, one in records], "", cfg)
     table = record_table("", records)
     return [table._replace(unread=sorted(table.unread + unread))]
 
@@ -1829,7 +1868,7 @@ class Column:
 def described(table: Table, wanted: dict[str, str]) -> list[Column]:
     columns = []
     headers = [fold(header) for header in table.header]
-    options = {name for name in headers if len(name) == 1} - {"q", "a"}
+    options = {h for h in headers if len(h) == 1 and not NOT_SPACED.match(h)} - {"q", "a"}
     fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
     for i, header in enumerate(table.header):
         raw = list(

@@ -82,7 +82,7 @@ def test_findings_are_told_in_plain_words(flawed: Path, run: Run) -> None:
 
 
 def test_many_reasons_are_cut_short(folder: Path, run: Run) -> None:
-    texts = [*("cafÃ©", "TODO", "<br> and", "</s> and"), *("B", "word " * 250)]
+    texts = [*("cafÃ©", "TODO", "<br> and", "</s> and"), *("B", "word " * 500)]
     rows = [(f"What is number {i}?", text) for i, text in enumerate(texts)]
     write_workbook(folder / "dataset.xlsx", [HEADER, *PAIRS, *rows])
     _, text = run("check", *DEMO, "--max-length", 4000)
