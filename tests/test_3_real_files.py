@@ -2392,7 +2392,7 @@ CELL = (
         max_size=12,
     )
     .map(str.strip)
-    .filter(lambda text: text and not re.search(r"_x[0-9A-Fa-f]{4}_|^[\[{]", text))
+    .filter(lambda text: text and not re.search(r"_x[0-9A-Fa-f]{4}_|^[\[{]|^#[A-Z]", text))
 )
 TABLE = st.lists(
     st.tuples(CELL, CELL), min_size=1, max_size=4, unique_by=lambda row: tuple(map(ft.fold, row))
