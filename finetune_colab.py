@@ -948,7 +948,8 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, "
         "ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, "
         "mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
-        "input, user, human, problem",
+        "input, user, human, problem, user message, customer message, human message, inputs, "
+        "inputs pretokenized",
         "title, text",
     ),
     "answer": (
@@ -974,7 +975,8 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "ഉത്തരങ്ങൾ, පිළිතුර, အဖြေများ, ལན, đáp, wangsulan, waleran, tubag, valiny, whakautu, መልሶች, "
         "መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, "
         "iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
-        "solution, assistant, target, chosen",
+        "solution, assistant, target, chosen, bot response, bot reply, ai response, ai message, agent message, targets, "
+        "targets pretokenized",
         "body, text",
     ),
 }
@@ -994,7 +996,10 @@ TRUE_WORDS = set(
     "reference gold golden expected correct ideal desired best official true truth".split()
 )
 OTHER_SIGNS = "类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
-SQL = re.compile(r"\s*(select|with|insert|update|delete|create)\s", re.IGNORECASE)
+SQL = re.compile(
+    r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from|create table)\b",
+    re.IGNORECASE | re.DOTALL,
+)
 NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
 MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
 LONGEST_HEADER = 60
@@ -1710,7 +1715,12 @@ def is_spelled_out(cell: Any) -> bool:
     """Whether a text is a list or an object. One in JSON may be the very answer that is wanted."""
     value = literal(cell)
     if isinstance(value, dict) and isinstance(cell, str) and "answer_start" not in value:
-        return "'" in cell[:2] or isinstance(value.get("replies"), list)
+        named = [key for key in value if any(name_strength(key, role) > 1 for role in NAMES)]
+        return (
+            "'" in cell[:2]
+            or len(value) == len(named) == 1
+            or isinstance(value.get("replies"), list)
+        )
     return isinstance(value, (list, dict))
 
 
@@ -1843,6 +1853,7 @@ def name_strength(header: str, role: str) -> int:
     return 2 if unspaced and any(len(one) > 1 and one in name for one in sure) else 0
 
 
+@functools.cache
 def tells_other(header: str) -> bool:
     """Whether a header names something about a question or an answer, and neither of them."""
     words = words_of(header)
@@ -1879,7 +1890,7 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
         cells = [text for cell in raw if (text := one_text(cell))]
         is_option = bool(options) and len(header) == 1  # A beside B, C and D is not the answer
         joins = headers[i] == "input" and "instruction" in headers
-        sql = bool(cells) and all(map(SQL.match, cells))
+        sql = sum(bool(SQL.match(cell)) for cell in cells) > len(cells) / 2
         links = all(cell.startswith(("http://", "https://")) for cell in cells)
         names = {role: name_strength(header, role) for role in NAMES}
         if is_option or joins or links:
@@ -1930,10 +1941,13 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
 def fit(question: Column, answer: Column) -> float:
     """How well two columns go together: three for a sure name, one for asking everywhere."""
     known = answer.names["answer"] or set(ANSWER_ROLES) & set(words_of(answer.header))
-    if answer.names["question"] > max(1, answer.names["answer"]):
-        return -1000  # a second question
-    if tells_other(answer.header) and not known:
-        return -1000  # a topic, a context
+    if (
+        answer.names["question"] > max(1, answer.names["answer"])  # two questions
+        or question.names["answer"] > max(1, question.names["question"])
+        or (tells_other(answer.header) and not known)  # a topic, a context
+        or (question.names["question"] < 100 and holds_answers(question.cells, answer.cells))
+    ):
+        return -1000
     names = question.names["question"] + answer.names["answer"]
     return names + question.asking - answer.asking + is_chain(question.cells, answer.cells)
 
@@ -1965,6 +1979,12 @@ def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
             "column with the text of the right one."
         )
     return ""
+
+
+def holds_answers(questions: list[str], answers: list[str]) -> bool:
+    """Whether questions end with their answers, as a filled template does that is learnt as a whole."""
+    top = list(zip(questions[:LIKELY], answers, strict=False))
+    return sum(len(q) > len(a) > 20 and q.endswith(a) for q, a in top) > len(top) / 2
 
 
 def is_chain(questions: list[str], answers: list[str]) -> bool:

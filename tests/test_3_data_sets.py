@@ -60,7 +60,7 @@ LLaMA-Factory with a system prompt and history: {"instruction": "{q}", "input": 
     -> ["Be kind.\n\nFirst {n}?", "Yes {n}.", "{q}", "{a}"]
 Firefly: {"kind": "NER", "input": "{q}", "target": "{a}"}
 FLAN: {"inputs": "{q}", "targets": "{a}", "task": "cot_gsm8k"}
-P3: {"inputs_pretokenized": "{q}", "targets_pretokenized": "{a}", "inputs": [1], "targets": [2]}
+P3: {"inputs_pretokenized": "{q}", "targets_pretokenized": "{a}", "inputs": [1, 2], "targets": [3, 4]}
 self-instruct: {"id": "t{n}", "instruction": "{q}", "instances": [{"input": "", "output": "{a}"}]}
     !!
 unnatural instructions: {"instruction": "{q}", "instances": [{"input": "i", "output": "{a}", "constraints": ""}]}
@@ -450,6 +450,24 @@ def test_a_schema_gives_its_pairs_in_any_order_of_columns(case: list[str], folde
         else:
             talk = json.loads(outcome[3:])
             assert texts(read(name)) == [tuple(filled(talk, n)) for n in range(len(QA))]
+
+
+@each_of(SCHEMAS)
+def test_answers_that_ask_are_never_taken_for_questions(
+    case: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line, outcome = [*case, '-> ["{q}", "{a}"]'][:2]
+    if outcome.startswith("!!") or line.startswith(("message_1", "anchor")):
+        return  # such names tell nothing, and then what asks is the question
+    asking = [(f"Number {n} is off", f"Have you tried to turn number {n} on?") for n in range(4)]
+    monkeypatch.setitem(globals(), "QA", asking)
+    rows = [filled(json.loads(line[line.index(": {") + 2 :]), n) for n in range(len(QA))]
+    (folder / "data.jsonl").write_bytes(jsonl(*rows))
+    try:
+        found = texts(read("data.jsonl"))
+    except ft.UserError:
+        return
+    assert found == [tuple(filled(json.loads(outcome[3:]), n)) for n in range(len(QA))]
 
 
 # A name and a file, its content, and what comes of it; then "--" and why which rows are left out.
