@@ -861,6 +861,7 @@ HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
 WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
 MOST_CELLS = 6_000_000  # between the first and the last filled one; calamine keeps them all
+CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
 FAR_CELL = "{} has a filled cell very far from the others. Delete it."
 MOST_COLUMNS = 50  # that are weighed against each other
 MOST_NAMES = 2000  # of fields in JSON
@@ -1345,7 +1346,7 @@ def plain(cell: Any) -> Any:
     return re.sub("_x(00[01][0-9A-Fa-f]|005[Ff])_", lambda code: chr(int(code[1], 16)), cell)
 
 
-def in_a_child(work: Callable[[], Any]) -> Any:
+def in_a_child(work: Callable[[], Any], memory_mb: float) -> Any:
     """The result of some work that may take the whole process down with it, as calamine may."""
     if not hasattr(os, "fork"):
         return work()
@@ -1354,6 +1355,7 @@ def in_a_child(work: Callable[[], Any]) -> Any:
     def report() -> None:
         with open(os.devnull, "w") as nowhere:  # noqa: PTH123  what it says as it goes down
             os.dup2(nowhere.fileno(), 2)
+        limit_memory(memory_mb)
         try:
             sender.send((True, work()))
         except BaseException as error:
@@ -1373,8 +1375,19 @@ def in_a_child(work: Callable[[], Any]) -> Any:
     return result
 
 
+def limit_memory(more_mb: float) -> None:
+    """Let this process take no more than that beyond what it has, where the system can see to it."""
+    with suppress(ImportError, OSError, ValueError):
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        largest = pages * resource.getpagesize() + int(more_mb * 1e6)
+        resource.setrlimit(resource.RLIMIT_AS, (largest, largest))
+
+
 def calamine_grids(path: Path, content: bytes) -> list[tuple[str, list[list[str]], bool]]:
-    return in_a_child(lambda: list(grids_of_calamine(path, content)))
+    enough_mb = CALAMINE_MB + CALAMINE_TIMES * len(content) / 1e6
+    return in_a_child(lambda: list(grids_of_calamine(path, content)), enough_mb)
 
 
 def grids_of_calamine(path: Path, content: bytes) -> Iterator[tuple[str, list[list[str]], bool]]:
