@@ -856,209 +856,6 @@ def hub_file(place: str, name: str, file: str, revision: str) -> Path:
 
 FEWEST_PAIRS = 2
 ENOUGH_PAIRS = 50
-LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
-HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
-MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
-WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
-MOST_CELLS = 6_000_000  # between the first and the last filled one; calamine keeps them all
-CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
-FAR_CELL = "{} has a filled cell very far from the others. Delete it."
-MOST_COLUMNS = 50  # that are weighed against each other
-MOST_NAMES = 2000  # of fields in JSON
-BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
-MOST_WEIGHED = 2000  # cells of a column that decide what it holds
-LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
-# Encodings from before Unicode: whose, and for each of their languages the letters that tell it: of
-# an alphabet of its own the frequent ones, beside ASCII all others.
-ENCODINGS = {
-    "cp1252": (
-        "Windows-1252 (Western Europe)",
-        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž",
-    ),
-    "cp1250": (
-        "Windows-1250 (Central Europe)",
-        "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž",
-    ),
-    "cp1254": ("Windows-1254 (Turkish)", "çğıöşüâîûİ"),
-    "cp1251": (
-        "Windows-1251 (Cyrillic)",
-        "оеаинтсрвл оанивіртеск аоиетнрсвл аоиенрстјв аноіерсткл",
-    ),
-    "koi8_r": ("KOI8-R (Cyrillic)", "оеаинтсрвл"),
-    "cp1253": ("Windows-1253 (Greek)", "αοιετσνηυρπκςάίόέή"),
-    "cp1255": ("Windows-1255 (Hebrew)", "יוהלארתבמש"),
-    "cp1256": ("Windows-1256 (Arabic)", "اليمونرتبعةه"),
-    "cp874": ("Windows-874 (Thai)", "านรอกเงมยลวดทสตะปบ่้ัีิ"),
-    "mac_roman": (
-        "Mac OS Roman",
-        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ ãáéíóúçâêôõà àèéìòù åäöé æøåéòóô",
-    ),
-    "gb18030": (
-        "GB 18030 (Chinese)",
-        "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出会可也你对就能下问答什么怎样如何吗请，。？、：（）",
-    ),
-    "big5": (
-        "Big5 (Chinese)",
-        "的一是在不了有和人這中大為上個國我以要他時來用們生到作地於出會可也你對就能下問答什麼怎樣如何嗎請，。？、：（）",
-    ),
-    "shift_jis": ("Shift JIS (Japanese)", "ぁ-んァ-ヶー、。？「」"),
-    "euc_jp": ("EUC-JP (Japanese)", "ぁ-んァ-ヶー、。？「」"),
-    "cp949": ("CP949 (Korean)", "이다는에의을가고하지로도은를사기리시어자해나니요수있습주"),
-}
-ALPHABETS = ("cp1251", "koi8_r", "cp1253", "cp1255", "cp1256", "cp874")  # not Latin
-# How many of a text's letters are among those
-USUAL_SHARE = dict.fromkeys(ALPHABETS, 0.6) | {"cp1253": 0.8, "gb18030": 0.2, "big5": 0.2}
-USUAL_SHARE |= {"shift_jis": 0.5, "euc_jp": 0.5, "cp949": 0.3}
-MARKS = "«»„“”‚‘’–—…°§©®™•№€\u00a0"  # that say nothing of the language
-FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-FOREIGN_FILES = {
-    rb"%PDF": "a PDF",
-    rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
-    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "compressed; unpack it first",
-    rb"SQLite format 3": "a database",
-    rb"insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql)": "a dump of a database (SQL)",
-    rb"\{\\rtf": "a text document (RTF)",
-    rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
-    rb"<(!doctype html|html|head|body|table|meta|style|div)": "a web page (HTML), whatever its name says",
-    rb"<(\?xml|\?mso|workbook)": "XML, as old versions of Excel wrote it",
-}
-
-# What people call the two columns: names that are sure, likely, and mere hints.
-NAMES: dict[str, tuple[str, str, str]] = {
-    "question": (
-        "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, "
-        "user prompt, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, "
-        "domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, "
-        "küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, "
-        "въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, kérdés, kérdések, "
-        "întrebare, întrebări, pyetje, pyetja, ερώτηση, ερωτήσεις, soru, sorular, sual, savol, сұрақ, "
-        "суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
-        "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, "
-        "soalan, tanong, swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, "
-        "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, "
-        "vrae, fraach, fro, froen, פֿראַגע, פֿראַגעס, spørsmålet, spørsmåla, spørgsmålet, "
-        "spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, "
-        "vprašanja, питања, прашања, въпроси, пытанні, întrebarea, pyetjet, preguntes, questões, "
-        "galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, "
-        "goulennoù, demandoj, suallar, sorag, soraglar, savollar, савол, сұрақтар, суроолор, сорау, "
-        "сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, "
-        "pirs, pirsên, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्नों, प्रश्‍न, प्रश्नहरू, "
-        "প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, "
-        "ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, คำถามที่พบบ่อย, မေးခွန်းများ, དྲི་བ, "
-        "འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, "
-        "ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, "
-        "mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
-        "input, user, human, problem, user message, customer message, human message, inputs, "
-        "inputs pretokenized",
-        "title, text",
-    ),
-    "answer": (
-        "answer, answers, a, response, responses, output, outputs, completion, completions, reply, "
-        "replies, ground truth, ground truths, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
-        "antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, "
-        "réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, "
-        "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
-        "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
-        "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
-        "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
-        "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
-        "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
-        "答, 답변, 답, 정답, 응답, "
-        "antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, "
-        "svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, одговори, отговори, "
-        "адказы, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, "
-        "tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, "
-        "respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, жавоб, жауаптар, жооптор, "
-        "җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, "
-        "bersiv, bersivên, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तरों, उत्तरहरू, উত্তরসমূহ, "
-        "উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, "
-        "ഉത്തരങ്ങൾ, පිළිතුර, အဖြေများ, ལན, đáp, wangsulan, waleran, tubag, valiny, whakautu, መልሶች, "
-        "መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, "
-        "iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
-        "solution, assistant, target, chosen, bot response, bot reply, ai response, ai message, agent message, targets, "
-        "targets pretokenized",
-        "body, text",
-    ),
-}
-# A header with one of these words tells something about a question or an answer.
-OTHER_WORDS = set(
-    "id ids uuid key count counts number num no nr index idx start end offset url link date time score "
-    "rating type category topic tag tags label intent length len normalized lang language source file "
-    "filename path votes author name option options choice choices hint context contexts passage "
-    "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
-    "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
-    "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
-    "student rag bot aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
-    "thema datum tipo categoria tema fecha categorie kategori konu".split()
-)
-# These mark the true answers, beside which a plain "answer" may be what some system said.
-TRUE_WORDS = set(
-    "reference gold golden expected correct ideal desired best official true truth".split()
-)
-OTHER_SIGNS = "类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
-SQL = re.compile(
-    r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from|create table)\b",
-    re.IGNORECASE | re.DOTALL,
-)
-NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
-MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
-LONGEST_HEADER = 60
-CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
-CLEARLY_ASKING = 0.3  # share of cells that ask something, where no header says which column does
-SENTENCE = 4  # words, on average, from which a column without a known name may hold the answers
-HEADER_ROWS = 20  # a header stands within so many filled rows
-
-NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
-NONE_FOUND = "no column of questions with a column of answers was found."
-SEVERAL_FOUND = "more than one column may hold the questions or the answers."
-NONE_ASKS = "neither the headers nor the cells say which column asks."
-ASKING = re.compile(  # what asks without a question mark
-    r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
-    r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
-    r"|convert|classify|identify|provide|rewrite|suggest)\b"
-    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|为什么|為什麼|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
-    r"|[α-ωά-ώ];$",
-    re.IGNORECASE,
-)
-OPTION_WORDS = set(
-    "option options choice choices opt opts answer answers distractors opcoes opciones alternativas".split()
-)
-INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
-NO_WORDS = re.compile(
-    r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
-    re.IGNORECASE,
-)
-USER_ROLES = "user human prompter customer instruction question".split()
-ANSWER_ROLES = "assistant gpt bot model chatgpt chatbot ai response answer output".split()
-SYSTEM_ROLES = "system developer".split()
-TOOL_ROLES = (
-    "tool, tools, function, ipython, environment, observation, function response, function_call, "
-    "function_response, function-call, function-response, tool_call, tool_response".split(", ")
-)
-TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
-SPEAKERS = (
-    r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI|FUNCTION RESPONSE|{})\s*:\s*"
-)
-# "### Human:", wherever it stands; without the signs, only where a line begins
-HASH_MARKS = re.compile(r"###\s*" + SPEAKERS.format("System|Model|Output|Bot|GPT"), re.IGNORECASE)
-LINE_MARKS = re.compile(r"^\s*" + SPEAKERS.format("Chatbot"), re.IGNORECASE | re.MULTILINE)
-MODEL_MARKS = re.compile(
-    r"<\|im_start\|>\s*(\w+)\s*\n|<\|start_header_id\|>(\w+)<\|end_header_id\|>|<start_of_turn>(\w+)\s*\n"
-    r"|<\|(user|assistant|system)\|>|\[/?INST\]"
-)
-END_MARKS = re.compile(r"<<SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
-# Where a picture or a sound stood, in texts whose files lie apart
-NOT_TEXT = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
-SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
-MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of these
-YES, NO = ("true", "yes", "1"), ("false", "no", "0")
-TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages data".split())
-ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
-LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
-LIKELY = 20  # cells at the top of a column that decide what it holds
-LONGEST_PATH = 100  # messages of a tree
-MOST_REASONS = 6  # for leaving out rows, on the screen
 
 
 class Table(NamedTuple):
@@ -1225,6 +1022,72 @@ def columns_in_words(pairs: Pairs) -> str:
 
 
 # -- Files to tables
+
+LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
+HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
+MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
+WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
+MOST_CELLS = 6_000_000  # between the first and the last filled one; calamine keeps them all
+FAR_CELL = "{} has a filled cell very far from the others. Delete it."
+CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
+MOST_NAMES = 2000  # of fields in JSON
+BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
+LIKELY = 20  # cells at the top of a column that decide what it holds
+FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+FOREIGN_FILES = {
+    rb"%PDF": "a PDF",
+    rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "compressed; unpack it first",
+    rb"SQLite format 3": "a database",
+    rb"insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql)": "a dump of a database (SQL)",
+    rb"\{\\rtf": "a text document (RTF)",
+    rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
+    rb"<(!doctype html|html|head|body|table|meta|style|div)": "a web page (HTML), whatever its name says",
+    rb"<(\?xml|\?mso|workbook)": "XML, as old versions of Excel wrote it",
+}
+# Encodings from before Unicode: whose, and for each of their languages the letters that tell it: of
+# an alphabet of its own the frequent ones, beside ASCII all others.
+ENCODINGS = {
+    "cp1252": (
+        "Windows-1252 (Western Europe)",
+        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž",
+    ),
+    "cp1250": (
+        "Windows-1250 (Central Europe)",
+        "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž",
+    ),
+    "cp1254": ("Windows-1254 (Turkish)", "çğıöşüâîûİ"),
+    "cp1251": (
+        "Windows-1251 (Cyrillic)",
+        "оеаинтсрвл оанивіртеск аоиетнрсвл аоиенрстјв аноіерсткл",
+    ),
+    "koi8_r": ("KOI8-R (Cyrillic)", "оеаинтсрвл"),
+    "cp1253": ("Windows-1253 (Greek)", "αοιετσνηυρπκςάίόέή"),
+    "cp1255": ("Windows-1255 (Hebrew)", "יוהלארתבמש"),
+    "cp1256": ("Windows-1256 (Arabic)", "اليمونرتبعةه"),
+    "cp874": ("Windows-874 (Thai)", "านรอกเงมยลวดทสตะปบ่้ัีิ"),
+    "mac_roman": (
+        "Mac OS Roman",
+        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ ãáéíóúçâêôõà àèéìòù åäöé æøåéòóô",
+    ),
+    "gb18030": (
+        "GB 18030 (Chinese)",
+        "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出会可也你对就能下问答什么怎样如何吗请，。？、：（）",
+    ),
+    "big5": (
+        "Big5 (Chinese)",
+        "的一是在不了有和人這中大為上個國我以要他時來用們生到作地於出會可也你對就能下問答什麼怎樣如何嗎請，。？、：（）",
+    ),
+    "shift_jis": ("Shift JIS (Japanese)", "ぁ-んァ-ヶー、。？「」"),
+    "euc_jp": ("EUC-JP (Japanese)", "ぁ-んァ-ヶー、。？「」"),
+    "cp949": ("CP949 (Korean)", "이다는에의을가고하지로도은를사기리시어자해나니요수있습주"),
+}
+ALPHABETS = ("cp1251", "koi8_r", "cp1253", "cp1255", "cp1256", "cp874")  # not Latin
+# How many of a text's letters are among those
+USUAL_SHARE = dict.fromkeys(ALPHABETS, 0.6) | {"cp1253": 0.8, "gb18030": 0.2, "big5": 0.2}
+USUAL_SHARE |= {"shift_jis": 0.5, "euc_jp": 0.5, "cp949": 0.3}
+MARKS = "«»„“”‚‘’–—…°§©®™•№€\u00a0"  # that say nothing of the language
 
 
 def read_tables(path: Path, cfg: Config) -> list[Table]:
@@ -1778,6 +1641,112 @@ def one_text(cell: Any) -> str | None:
 
 # -- Headers and columns
 
+# What people call the two columns: names that are sure, likely, and mere hints.
+NAMES: dict[str, tuple[str, str, str]] = {
+    "question": (
+        "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, "
+        "user prompt, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, "
+        "domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, "
+        "küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, "
+        "въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, kérdés, kérdések, "
+        "întrebare, întrebări, pyetje, pyetja, ερώτηση, ερωτήσεις, soru, sorular, sual, savol, сұрақ, "
+        "суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
+        "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, "
+        "soalan, tanong, swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, "
+        "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, "
+        "vrae, fraach, fro, froen, פֿראַגע, פֿראַגעס, spørsmålet, spørsmåla, spørgsmålet, "
+        "spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, "
+        "vprašanja, питања, прашања, въпроси, пытанні, întrebarea, pyetjet, preguntes, questões, "
+        "galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, "
+        "goulennoù, demandoj, suallar, sorag, soraglar, savollar, савол, сұрақтар, суроолор, сорау, "
+        "сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, "
+        "pirs, pirsên, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्नों, प्रश्‍न, प्रश्नहरू, "
+        "প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, "
+        "ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, คำถามที่พบบ่อย, မေးခွန်းများ, དྲི་བ, "
+        "འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, "
+        "ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, "
+        "mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
+        "input, user, human, problem, user message, customer message, human message, inputs, "
+        "inputs pretokenized",
+        "title, text",
+    ),
+    "answer": (
+        "answer, answers, a, response, responses, output, outputs, completion, completions, reply, "
+        "replies, ground truth, ground truths, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
+        "antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, "
+        "réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, "
+        "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
+        "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
+        "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
+        "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
+        "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
+        "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
+        "答, 답변, 답, 정답, 응답, "
+        "antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, "
+        "svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, одговори, отговори, "
+        "адказы, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, "
+        "tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, "
+        "respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, жавоб, жауаптар, жооптор, "
+        "җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, "
+        "bersiv, bersivên, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तरों, उत्तरहरू, উত্তরসমূহ, "
+        "উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, "
+        "ഉത്തരങ്ങൾ, පිළිතුර, အဖြေများ, ལན, đáp, wangsulan, waleran, tubag, valiny, whakautu, መልሶች, "
+        "መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, "
+        "iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
+        "solution, assistant, target, chosen, bot response, bot reply, ai response, ai message, agent message, targets, "
+        "targets pretokenized",
+        "body, text",
+    ),
+}
+# A header with one of these words tells something about a question or an answer.
+OTHER_WORDS = set(
+    "id ids uuid key count counts number num no nr index idx start end offset url link date time score "
+    "rating type category topic tag tags label intent length len normalized lang language source file "
+    "filename path votes author name option options choice choices hint context contexts passage "
+    "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
+    "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
+    "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
+    "student rag bot aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
+    "thema datum tipo categoria tema fecha categorie kategori konu".split()
+)
+# These mark the true answers, beside which a plain "answer" may be what some system said.
+TRUE_WORDS = set(
+    "reference gold golden expected correct ideal desired best official true truth".split()
+)
+OTHER_SIGNS = "类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
+SQL = re.compile(
+    r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from|create table)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
+LONGEST_HEADER = 60
+HEADER_ROWS = 20  # a header stands within so many filled rows
+MOST_COLUMNS = 50  # that are weighed against each other
+MOST_WEIGHED = 2000  # cells of a column that decide what it holds
+CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
+CLEARLY_ASKING = 0.3  # share of cells that ask something, where no header says which column does
+SENTENCE = 4  # words, on average, from which a column without a known name may hold the answers
+NONE_FOUND = "no column of questions with a column of answers was found."
+SEVERAL_FOUND = "more than one column may hold the questions or the answers."
+NONE_ASKS = "neither the headers nor the cells say which column asks."
+ASKING = re.compile(  # what asks without a question mark
+    r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
+    r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
+    r"|convert|classify|identify|provide|rewrite|suggest)\b"
+    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|为什么|為什麼|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
+    r"|[α-ωά-ώ];$",
+    re.IGNORECASE,
+)
+OPTION_WORDS = set(
+    "option options choice choices opt opts answer answers distractors opcoes opciones alternativas".split()
+)
+INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
+NO_WORDS = re.compile(
+    r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
+    re.IGNORECASE,
+)
+
 
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
     """Find the row of headers: the first that names both columns, or else the first that is filled.
@@ -2066,6 +2035,36 @@ def columns_unclear(table: Table, found: str) -> UserError:
 
 
 # -- Shapes: what the rows of a table are
+
+NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
+USER_ROLES = "user human prompter customer instruction question".split()
+ANSWER_ROLES = "assistant gpt bot model chatgpt chatbot ai response answer output".split()
+SYSTEM_ROLES = "system developer".split()
+TOOL_ROLES = (
+    "tool, tools, function, ipython, environment, observation, function response, function_call, "
+    "function_response, function-call, function-response, tool_call, tool_response".split(", ")
+)
+TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
+SPEAKERS = (
+    r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI|FUNCTION RESPONSE|{})\s*:\s*"
+)
+# "### Human:", wherever it stands; without the signs, only where a line begins
+HASH_MARKS = re.compile(r"###\s*" + SPEAKERS.format("System|Model|Output|Bot|GPT"), re.IGNORECASE)
+LINE_MARKS = re.compile(r"^\s*" + SPEAKERS.format("Chatbot"), re.IGNORECASE | re.MULTILINE)
+MODEL_MARKS = re.compile(
+    r"<\|im_start\|>\s*(\w+)\s*\n|<\|start_header_id\|>(\w+)<\|end_header_id\|>|<start_of_turn>(\w+)\s*\n"
+    r"|<\|(user|assistant|system)\|>|\[/?INST\]"
+)
+END_MARKS = re.compile(r"<<SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
+# Where a picture or a sound stood, in texts whose files lie apart
+NOT_TEXT = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
+SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
+MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of these
+YES, NO = ("true", "yes", "1"), ("false", "no", "0")
+TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages data".split())
+ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
+LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
+LONGEST_PATH = 100  # messages of a tree
 
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
 
@@ -2418,6 +2417,9 @@ def tree_paths(
 
 
 # -- Cleaning
+
+LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
+MOST_REASONS = 6  # for leaving out rows, on the screen
 
 
 def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
