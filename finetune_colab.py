@@ -364,13 +364,14 @@ TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parqu
 LARGEST_FILE_MB = 500
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 MOST_CANDIDATES = 20  # files in one folder of a bucket
+LONGEST_DOWNLOAD = 1800  # seconds
 LONGEST_LISTING = 10_000  # objects of a bucket that are looked at by name
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": "https://docs.google.com/spreadsheets/d/e/{}/pub?output=xlsx",
-    r"https://docs\.google\.com/spreadsheets/d/([\w-]+).*?[#&?]gid=(\d+).*": "https://docs.google.com/spreadsheets/d/{}/export?format=csv&gid={}",
-    r"https://docs\.google\.com/spreadsheets/d/([\w-]+).*": "https://docs.google.com/spreadsheets/d/{}/export?format=xlsx",
-    r"https://drive\.google\.com/file/d/([\w-]+).*": "https://drive.google.com/uc?export=download&id={}",
+    r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+).*?[#&?]gid=(\d+).*": "https://docs.google.com/spreadsheets/d/{}/export?format=csv&gid={}",
+    r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+)(?!.*/gviz/).*": "https://docs.google.com/spreadsheets/d/{}/export?format=xlsx",
+    r"https://drive\.google\.com/(?:file/d/|open\?id=)([\w-]+).*": "https://drive.google.com/uc?export=download&id={}",
     r"https://github\.com/([^/]+/[^/]+)/blob/(.+)": "https://raw.githubusercontent.com/{}/{}",
     r"(https://huggingface\.co/.+)/blob/(.+)": "{}/resolve/{}",
     r"(https://www\.dropbox\.com/.+)dl=0(.*)": "{}dl=1{}",
@@ -391,28 +392,37 @@ def find_dataset(cfg: Config) -> Source:
     if re.match("https?://", place, re.IGNORECASE):
         path = fetch_link(place)
         return Source(path.name, [path])
-    if place.startswith("s3://"):
+    if place[:5].lower() == "s3://":
         return fetch_from_bucket(place)
-    if place.startswith("hf:"):
+    if place[:3].lower() == "hf:":
         return fetch_from_hub(place)
-    path = local_path(place)
-    if glob.has_magic(place) and not path.exists():
-        paths = [
-            Path(name)
-            for name in sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207  may be absolute
-            if Path(name).is_file() and not Path(name).name.startswith(("~$", REPORT_NAME))
-        ]
-        if not paths:
-            raise UserError(f"No file matches {place} (DATASET_PATH).")
-        return Source(f"{place} ({len(paths)} files)" if paths[1:] else paths[0].name, paths)
-    path = local_file(path)
+    try:
+        path = local_path(place)
+        if glob.has_magic(place) and not path.exists():
+            return matching_files(place)
+        path = local_file(path)
+    except OSError as error:
+        raise UserError(f"{preview(place)} cannot be read: {error.strerror}.") from None
     return Source(path.name, [path])
+
+
+def matching_files(pattern: str) -> Source:
+    names = sorted(glob.glob(str(local_path(pattern)), recursive=True))  # noqa: PTH207  may be absolute
+    paths = [Path(name) for name in names if Path(name).is_file() and not is_ours(Path(name).name)]
+    if not paths:
+        raise UserError(f"No file matches {pattern} (DATASET_PATH).")
+    return Source(f"{pattern} ({len(paths)} files)" if paths[1:] else paths[0].name, paths)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a file is a lock, or a report of check, rather than data."""
+    return bool(re.fullmatch(rf"(~\$|\.~lock\.).*|{REPORT_NAME}(-\d+)?\.(xlsx|png)", name))
 
 
 def local_file(path: Path) -> Path:
     """The file of this name, or a message that says what is there instead."""
-    if path.name.startswith("~$"):
-        name = path.name.removeprefix("~$")
+    if lock := re.fullmatch(r"~\$(.+)|\.~lock\.(.+)#", path.name):
+        name = lock[1] or lock[2]
         raise UserError(f"{path} only marks that {name} is open. Close it and name {name}")
     if path.is_file():
         return path
@@ -424,6 +434,8 @@ def local_file(path: Path) -> Path:
             f"DATASET_PATH is {path}, a folder. Name the file in it with the rows,\n"
             f"or several at once, such as {path / '*.csv'}"
         )
+    if path.exists() or path.is_symlink():
+        raise UserError(f"{path} is no ordinary file, or a link that leads nowhere.")
     folder = path.parent
     others = sorted(
         other.name
@@ -447,7 +459,7 @@ def local_file(path: Path) -> Path:
 
 def without_secrets(place: str) -> str:
     """An address as it may be shown and written down: keys stand in its query or before an @."""
-    if not re.match("https?://", place.strip(), re.IGNORECASE):
+    if not re.match("(https?|s3)://", place.strip(), re.IGNORECASE):
         return place
     try:
         parts = urllib.parse.urlsplit(place.strip())
@@ -469,38 +481,29 @@ def cache_folder(*names: str) -> Path:
     )
 
 
-def cache_of(place: str) -> Path:
-    folder = cache_folder("data", hashlib.sha256(place.encode()).hexdigest()[:16])
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def checksum(path: Path, kind: str = "sha256") -> str:
+def checksum(path: Path, kind: str) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def fetched_before(folder: Path) -> tuple[str, Path | None]:
-    """The version and the file that an earlier run put here, if it is still whole."""
+def fetched_before(place: str, version: str) -> tuple[Path, Path | None]:
+    """The folder of the cache for one version of a file, and the file when it is there already."""
+    folder = cache_folder("data", hashlib.sha256(f"{place} {version}".encode()).hexdigest()[:16])
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        path = folder / "file" / about["name"]
-        if checksum(path) == about["sha256"]:
-            return about["version"], path
-    except (OSError, ValueError, KeyError):
-        pass
-    return "", None
+        folder.mkdir(parents=True, exist_ok=True)
+        files = [path for path in folder.iterdir() if path.suffix != ".partial"]
+    except OSError as error:
+        raise UserError(f"{folder} cannot be used as a cache: {error.strerror}.") from None
+    return folder, files[0] if files and version else None
 
 
-def keep_fetched(folder: Path, partial: Path, name: str, version: str) -> Path:
+def keep_fetched(partial: Path, name: str) -> Path:
     harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
-    path = folder / "file" / (harmless.strip(". ")[-100:] or "download")
-    path.parent.mkdir(exist_ok=True)
-    about = {"name": path.name, "version": version, "sha256": checksum(partial)}
-    (folder / "about.json").unlink(missing_ok=True)
-    partial.replace(path)
-    (folder / "about.json").write_text(json.dumps(about), encoding="utf-8")
-    return path
+    path = partial.with_name(harmless.strip(". ")[-100:] or "download")
+    for earlier in partial.parent.iterdir():
+        if earlier.suffix != ".partial":
+            earlier.unlink()
+    return partial.replace(path)
 
 
 def refuse_large(place: str, size: int) -> None:
@@ -519,7 +522,9 @@ def persistently(place: str, fetch: Callable[[], Fetched]) -> Fetched:
         except (UserError, ImportError, FileNotFoundError):
             raise
         except Exception as error:  # every library has its own for a network that fails
-            reason = f"{type(error).__name__}: {preview(re.sub(r'https?://[^ ]+', '…', str(error)), 100)}"
+            reason = type(error).__name__  # what it says more may hold a key
+            if isinstance(error, OSError):
+                reason += f": {preview(re.sub(r'https?://[^ ]+', '…', str(error)), 100)}"
             if getattr(error, "errno", None) in (
                 errno.ENOSPC,
                 errno.EDQUOT,
@@ -539,54 +544,44 @@ def persistently(place: str, fetch: Callable[[], Fetched]) -> Fetched:
 
 
 def fetch_link(link: str) -> Path:
-    """The file behind a link. What an earlier run fetched is used while the server calls it current."""
+    """The file behind a link; what an earlier run fetched, when the server still has that version."""
     place = without_secrets(link)
     if urllib.parse.urlsplit(link).username:
         raise UserError(
             f"The link to {place} holds a password. Download the file and name it instead."
         )
     url = direct_link(link)
-    folder = cache_of(url)
-    partial = folder / f"{os.getpid()}.partial"
-    version = ""  # of the first half of the file, once a try has brought it
+    say("Download", place)
 
     def fetch() -> Path:
-        nonlocal version
-        known, earlier = fetched_before(folder)
-        start = partial.stat().st_size if version and partial.exists() else 0
-        headers = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
-        if start:
-            headers |= {"Range": f"bytes={start}-", "If-Range": version}
-        elif known and earlier:
-            headers["If-None-Match"] = known
-        response = open_link(place, urllib.request.Request(url, headers=headers))
-        if response is None and earlier:
-            return earlier
-        with response:
-            tag = response.headers.get("ETag", "")
-            version = "" if tag.startswith("W/") else tag  # a weak tag is none of these very bytes
-            receive(place, response, partial, start)
-        path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
-        name = response.headers.get_filename() or path.rpartition("/")[2]
-        return keep_fetched(folder, partial, name, tag)
+        with open_link(place, url) as response:
+            tag, size = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
+            folder, earlier = fetched_before(url, tag)
+            if earlier and size in ("", str(earlier.stat().st_size)):
+                return earlier
+            partial = folder / f"{os.getpid()}.partial"
+            try:
+                receive(place, response, partial)
+                path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+                return keep_fetched(
+                    partial, response.headers.get_filename() or path.rpartition("/")[2]
+                )
+            finally:
+                partial.unlink(missing_ok=True)
 
+    return persistently(place, fetch)
+
+
+def open_link(place: str, url: str) -> Any:
+    advice = "Open the link in a private window of your browser: it should download the file."
+    headers = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
     try:
-        return persistently(place, fetch)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def open_link(place: str, request: urllib.request.Request) -> Any:
-    """The server's answer, or None where it says that nothing has changed."""
-    advice = "Open the link in a private window of your browser: it has to bring the file itself."
-    try:
-        response = urllib.request.urlopen(request, timeout=60)
+        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
     except urllib.error.HTTPError as error:
-        if error.code == 304:
-            return None
-        if error.code in (408, 416, 425, 429) or error.code >= 500:
+        if error.code in (408, 425, 429) or error.code >= 500:
             raise
-        raise UserError(f"{place} answers {error.code} ({error.reason}).\n{advice}") from None
+        reason = preview(str(error.reason))
+        raise UserError(f"{place} answers {error.code} ({reason}).\n{advice}") from None
     if response.headers.get_content_type() == "text/html":
         response.close()
         raise UserError(
@@ -596,28 +591,29 @@ def open_link(place: str, request: urllib.request.Request) -> Any:
     return response
 
 
-def receive(place: str, response: Any, partial: Path, start: int) -> None:
-    """Write what comes behind the first `start` bytes, and count and check the whole."""
+def receive(place: str, response: Any, partial: Path) -> None:
+    """Write the body, and compare it with the size and the checksum that the server states."""
     headers = response.headers
-    resumed = response.status == 206 and headers.get("Content-Range", "").startswith(
-        f"bytes {start}-"
-    )
-    start = start if resumed else 0
-    expected = start + int(headers.get("Content-Length") or 0)
-    refuse_large(place, expected)
-    with partial.open("ab" if resumed else "wb") as file:
-        while piece := response.read(1 << 20):
+    if response.status != 200:
+        raise ConnectionError(f"the server answers {response.status}")
+    expected = headers.get("Content-Length")
+    refuse_large(place, int(expected or 0))
+    deadline = time.monotonic() + LONGEST_DOWNLOAD
+    with partial.open("wb") as file:
+        while piece := response.read1(1 << 20):
             file.write(piece)
             refuse_large(place, file.tell())
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{place} is too slow: {file.tell():,} bytes in {LONGEST_DOWNLOAD} s."
+                )
     size = partial.stat().st_size
-    if "Content-Length" in headers and size != expected:
-        raise ConnectionError(f"{size:,} of {expected:,} bytes came")
-    md5 = headers.get("Content-MD5") or re.search("md5=([^, ]+)", headers.get("x-goog-hash", ""))
-    if md5 and not resumed:
-        promised = base64.b64decode(md5 if isinstance(md5, str) else md5[1]).hex()
-        if checksum(partial, "md5") != promised:
-            partial.unlink()
-            raise ConnectionError("the checksum does not match")
+    if expected and size != int(expected):
+        raise ConnectionError(f"{size:,} of {expected} bytes came")
+    stated = re.search("md5=([^, ]+)", headers.get("x-goog-hash", ""))
+    md5 = headers.get("Content-MD5") or (stated[1] if stated else "")
+    if md5 and checksum(partial, "md5") != base64.b64decode(md5).hex():
+        raise ConnectionError("the checksum does not match")
 
 
 # -- Buckets
@@ -637,9 +633,11 @@ def environment() -> dict[str, str]:
     except (OSError, UnicodeError):
         lines = []
     pairs = (
-        re.fullmatch(r"""\s*(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2\s*""", line) for line in lines
+        re.fullmatch(r"""\s*(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2(?:\s+#.*)?\s*""", line)
+        for line in lines
     )
-    return {**{pair[1]: pair[3] for pair in pairs if pair}, **os.environ}
+    values = {**{pair[1]: pair[3] for pair in pairs if pair}, **os.environ}
+    return {name: value.strip() for name, value in values.items()}
 
 
 def bucket_client() -> Any:
@@ -700,7 +698,7 @@ def fetch_from_bucket(place: str) -> Source:
     client = bucket_client()
     if key and not key.endswith("/"):
         try:
-            path = fetch_object(client, bucket, key)
+            path = fetch_object(client, bucket, key, key.rpartition("/")[2])
             return Source(path.name, [path])
         except FileNotFoundError:
             key += "/"  # perhaps a folder, named without its last stroke
@@ -717,9 +715,13 @@ def fetch_from_bucket(place: str) -> Source:
         found = persistently(folder, listing)
     except FileNotFoundError:
         found = []
-    keys = sorted(
-        one["Key"] for one in found if one["Key"].lower().endswith(TABLE_ENDINGS) and one["Size"]
-    )
+    tables = [one for one in found if one["Key"].lower().endswith(TABLE_ENDINGS) and one["Size"]]
+    keys = sorted(one["Key"] for one in tables if one["Size"] <= LARGEST_FILE_MB * 1e6)
+    if len(keys) < len(tables):
+        say(
+            "Candidate",
+            f"{len(tables) - len(keys)} tables larger than {LARGEST_FILE_MB} MB are left out",
+        )
     if not keys:
         raise UserError(
             f"There is no {place}, and no table in {folder}. Check the name and the endpoint."
@@ -727,38 +729,39 @@ def fetch_from_bucket(place: str) -> Source:
     if len(keys) > MOST_CANDIDATES:
         listed = ", ".join(keys[:5])
         raise UserError(f"{folder} holds {len(keys)} tables: {listed}, … Name one of them.")
-    return Source(folder, [fetch_object(client, bucket, one) for one in keys], choose=True)
+    paths = [fetch_object(client, bucket, one, one.removeprefix(key)) for one in keys]
+    return Source(folder, paths, choose=True)
 
 
-def fetch_object(client: Any, bucket: str, key: str) -> Path:
+def fetch_object(client: Any, bucket: str, key: str, name: str) -> Path:
     place = f"s3://{bucket}/{key}"
-    folder = cache_of(f"{client.meta.endpoint_url} {place}")
-    partial = folder / f"{os.getpid()}.partial"
 
     def fetch() -> Path:
         with explained_bucket_errors(place):
             head = client.head_object(Bucket=bucket, Key=key)
             version, size = head["ETag"].strip('"'), head["ContentLength"]
-            known, earlier = fetched_before(folder)
-            if known == version and earlier:
-                return earlier
             refuse_large(place, size)
-            with partial.open("wb") as file:
-                client.download_fileobj(bucket, key, file)
-        if partial.stat().st_size != size:
-            raise ConnectionError(f"{partial.stat().st_size:,} of {size:,} bytes came")
-        encrypted = head.get("ServerSideEncryption", "AES256") != "AES256" or head.get(
-            "SSECustomerAlgorithm"
-        )
-        is_md5 = re.fullmatch("[0-9a-f]{32}", version) and not encrypted  # of uploads in one part
-        if is_md5 and checksum(partial, "md5") != version:
-            raise ConnectionError("the checksum does not match")
-        return keep_fetched(folder, partial, key.rpartition("/")[2], version)
+            folder, earlier = fetched_before(f"{client.meta.endpoint_url} {place}", version)
+            if earlier and earlier.stat().st_size == size:
+                return earlier
+            partial = folder / f"{os.getpid()}.partial"
+            try:
+                with partial.open("wb") as file:
+                    client.download_fileobj(bucket, key, file)
+                if partial.stat().st_size != size:
+                    raise ConnectionError(f"{partial.stat().st_size:,} of {size:,} bytes came")
+                # of uploads in one part, the version is the checksum, unless the server encrypts
+                plain = head.get("ServerSideEncryption", "AES256") == "AES256"
+                is_md5 = (
+                    re.fullmatch("[0-9a-f]{32}", version) and "SSECustomerAlgorithm" not in head
+                )
+                if plain and is_md5 and checksum(partial, "md5") != version:
+                    raise ConnectionError("the checksum does not match")
+                return keep_fetched(partial, name)
+            finally:
+                partial.unlink(missing_ok=True)
 
-    try:
-        return persistently(place, fetch)
-    finally:
-        partial.unlink(missing_ok=True)
+    return persistently(place, fetch)
 
 
 # -- The Hugging Face Hub
@@ -842,7 +845,10 @@ def hub_file(place: str, name: str, file: str, revision: str) -> Path:
         with explained_hub_errors(place):
             path = Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
         content = path.resolve()  # of a large file, the Hub's cache calls it by its checksum
-        if re.fullmatch("[0-9a-f]{64}", content.name) and checksum(content) != content.name:
+        if (
+            re.fullmatch("[0-9a-f]{64}", content.name)
+            and checksum(content, "sha256") != content.name
+        ):
             content.unlink()
             raise ConnectionError("the checksum does not match")
         return path
