@@ -440,7 +440,7 @@ def local_file(path: Path) -> Path:
     others = sorted(
         other.name
         for other in (folder.iterdir() if folder.is_dir() else ())
-        if other.suffix.lower() in TABLE_ENDINGS and not other.name.startswith(("~$", REPORT_NAME))
+        if other.suffix.lower() in TABLE_ENDINGS and not is_ours(other.name)
     )
     if EXAMPLE_DATASET in others:
         advice = (
@@ -981,6 +981,7 @@ def pairs_of(path: Path, cfg: Config) -> Pairs:
         try:
             shape, columns, rows = conversations_of(table, cfg)
             kept, dropped = clean(table, rows)
+            refuse_ragged(table, dropped)
         except UserError as error:
             failures.append(error)
         else:
@@ -991,6 +992,16 @@ def pairs_of(path: Path, cfg: Config) -> Pairs:
     best = max(found, key=certainty)  # the first of equals
     best.other_sheets = [pairs.table.sheet for pairs in found if pairs is not best]
     return best
+
+
+def refuse_ragged(table: Table, dropped: list[Note]) -> None:
+    """Refuse a text whose lines only happen to hold commas, such as prose or a program."""
+    ragged = sum(note.reason == MORE_CELLS for note in dropped)
+    if ragged > max(2, len(table.rows) / 2):
+        raise UserError(
+            f"{ragged} of {len(table.rows)} rows have more cells than the first. If this is a table, put "
+            "texts with the separator in them in quotes."
+        )
 
 
 def joined(name: str, parts: list[Pairs]) -> Pairs:
@@ -1033,12 +1044,14 @@ LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size,
 HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
 WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
-MOST_CELLS = 6_000_000  # between the first and the last filled one; calamine keeps them all
+MOST_LETTERS = 200_000_000
+MOST_CELLS = 4_000_000  # between the first and the last filled one; calamine keeps them all
 FAR_CELL = "{} has a filled cell very far from the others. Delete it."
 CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
 MOST_NAMES = 2000  # of fields in JSON
 BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 LIKELY = 20  # cells at the top of a column that decide what it holds
+NUMPY_ARRAY = re.compile(r"""\barray\((\[(?:'[^']*'|"[^"]*"|[^\[\]'"])*\])(?:,\s*dtype=\w+)?\)""")
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 FOREIGN_FILES = {
@@ -1049,7 +1062,10 @@ FOREIGN_FILES = {
     rb"insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql)": "a dump of a database (SQL)",
     rb"\{\\rtf": "a text document (RTF)",
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
-    rb"<(!doctype html|html|head|body|table|meta|style|div)": "a web page (HTML), whatever its name says",
+    rb"<(!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:": "a web page (HTML), whatever its name says",
+    rb"/annex/objects/": "a git-annex pointer and not the file itself; run: git annex get",
+    rb"ARROW1|FEA1": "an Arrow or Feather file",
+    rb"ORC|Obj\x01|\x93NUMPY|\x80[\x02-\x05]": "a binary data file that this script does not read",
     rb"<(\?xml|\?mso|workbook)": "XML, as old versions of Excel wrote it",
 }
 # Encodings from before Unicode: whose, and for each of their languages the letters that tell it: of
@@ -1109,7 +1125,10 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
         tables = [parquet_table(path, content)]
     elif kind == "text":
         text = decoded(path, content)
-        tables = json_tables(path, text, cfg) if text.lstrip()[:1] in ("{", "[") else []
+        try:
+            tables = json_tables(path, text, cfg) if text.lstrip()[:1] in ("{", "[") else []
+        except UserError as error:
+            raise UserError(f"In {path}: {error}") from None
         tables = tables or [with_header("", text_grid(path, text), cfg)]
     else:
         tables = workbook_tables(path, content, kind, cfg)
@@ -1122,6 +1141,8 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
 def file_kind(path: Path, content: bytes) -> str:
     """What a file is; its ending may say anything."""
     start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
+    if name := utf16_name(content):
+        start = content[:2048].decode(name, errors="replace").lstrip("\ufeff \n").encode()
     for mark, name in FOREIGN_FILES.items():
         if re.match(mark, start, re.IGNORECASE | re.DOTALL):
             raise UserError(f"{path} is {name}.\nPut the rows into .xlsx, .csv or .jsonl")
@@ -1130,17 +1151,19 @@ def file_kind(path: Path, content: bytes) -> str:
     if content.startswith(b"\xd0\xcf\x11\xe0"):
         if "EncryptedPackage".encode("utf-16-le") in content:
             raise UserError(f"{path} is protected by a password. Save a copy without one.")
+        if "WordDocument".encode("utf-16-le") in content:
+            raise UserError(f"{path} is a Word document. Name a file with the rows in a table.")
         return "xls"
     if content.startswith(b"PAR1"):
         return "parquet"
-    if b"\0" in content[:4096] and not utf16_name(content):
+    if b"\0" in content and not utf16_name(content):
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     return "text"
 
 
 def zip_kind(path: Path, content: bytes) -> str:
     """Which workbook a zip file is. What it unpacks to is counted before anything reads it."""
-    inflated = rows = 0
+    inflated = rows = cells = 0
     allowed = min(max(LARGEST_INFLATION * len(content), HARMLESS_MB * 1e6), LARGEST_FILE_MB * 2e6)
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -1149,7 +1172,10 @@ def zip_kind(path: Path, content: bytes) -> str:
                 with archive.open(name) as member:
                     while inflated <= allowed and (piece := member.read(1 << 20)):
                         inflated += len(piece)
-                        rows += piece.count(b"<row ") if "/worksheets/" in name else 0
+                        rows += piece.count(b"<row") if "/worksheets/" in name else 0
+                        cells += piece.count(b"<c") if "/worksheets/" in name else 0
+                        if re.search(rb'text:c="\d{6}', piece):
+                            raise zipfile.BadZipFile("blanks without end")
     except Exception as error:  # a dozen kinds for damaged archives
         raise damaged(path, error) from None
     if inflated > allowed:
@@ -1157,8 +1183,11 @@ def zip_kind(path: Path, content: bytes) -> str:
             f"{path} unpacks to more than {allowed / 1e6:.0f} MB, which looks like a zip bomb or a "
             "sheet of formatted blank rows.\nCopy the filled rows into a new workbook."
         )
-    if rows > MOST_ROWS:
-        raise UserError(f"{path} has more than {MOST_ROWS:,} rows, filled or formatted. Split it.")
+    if rows > MOST_ROWS or cells > MOST_CELLS:
+        most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells"
+        raise UserError(f"{path} has more than {most}, filled or formatted. Split it.")
+    if "encrypted-package" in names:
+        raise UserError(f"{path} is protected by a password. Save a copy without one.")
     marks = {"xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "content.xml": "ods"}
     for mark, kind in marks.items():
         if mark in names:
@@ -1291,9 +1320,13 @@ def area(content: bytes) -> int:
 
 
 def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
-    grid = list(itertools.islice(rows, MOST_ROWS + 1))
-    if len(grid) > MOST_ROWS:
-        raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
+    grid, letters = [], 0
+    for row in rows:
+        grid.append(row)
+        letters += sum(map(len, row))
+        if len(grid) > MOST_ROWS or letters > MOST_LETTERS:
+            most = f"{MOST_ROWS:,} rows or {MOST_LETTERS:,} letters"
+            raise UserError(f"{path} has more than {most}. Split it.")
     while grid and not any(grid[-1]):
         grid.pop()
     return grid
@@ -1318,7 +1351,9 @@ def number_text(cell: Any) -> str:
     if isinstance(cell, bool):
         return str(cell).upper()
     if isinstance(cell, float):
-        return "" if math.isnan(cell) else f"{cell:.15g}"
+        if cell.is_integer() and abs(cell) < 1e21:
+            return str(int(cell))
+        return f"{cell:.15g}" if math.isfinite(cell) else ""
     if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
         cell = cell.date()
     return str(cell)
@@ -1377,6 +1412,9 @@ def likely_encoding(content: bytes) -> str:
         common = max(len(re.findall(letters, beyond)) for letters in languages)
         mixed = len(re.findall(r"[a-zA-Z](?=[^\W\x00-\x7f])", text)) if name in ALPHABETS else 0
         share = min(1, common / USUAL_SHARE.get(name, 1) / len(beyond))
+        first = re.split(r"[,;|\t\n]", content[:1000].decode(name, errors="replace"))[: 2 * LIKELY]
+        known = all(any(name_strength(c.strip(' "'), role) > 1 for c in first) for role in NAMES)
+        share += 0.5 * known
         return share - mixed / len(beyond) - 2 * text.count("\ufffd") / len(text)
 
     return max(ENCODINGS, key=share_of_common)
@@ -1432,9 +1470,10 @@ def parquet_table(path: Path, content: bytes) -> Table:
     import pyarrow.parquet
 
     try:
-        # without threads: pyarrow's may still be starting when a short program ends, which aborts it
-        table = pyarrow.parquet.read_table(io.BytesIO(content), use_threads=False)
-        if table.num_rows <= MOST_ROWS:
+        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+        if file.metadata.num_rows <= MOST_ROWS:
+            # without threads: they may still be starting when a short program ends, which aborts it
+            table = file.read(use_threads=False)
             return record_table("", list(enumerate(table.to_pylist(), start=1)))
     except Exception as error:  # pyarrow checks little before it decodes
         raise damaged(path, error) from None
@@ -1446,12 +1485,13 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
     try:
         return value_tables(json.loads(text), "", cfg)
     except RecursionError:
-        raise UserError(f"{path} is JSON nested too deeply to hold rows.") from None
+        raise UserError("this is JSON nested too deeply to hold rows.") from None
     except ValueError as error:
         reason = error
-    records, unread = [], []
+    records: list[tuple[int, Any]] = []
+    unread: list[tuple[int, str]] = []
     for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
+        if line.strip() and len(records) <= MOST_ROWS:
             try:
                 records.append((number, json.loads(line)))
             except (ValueError, RecursionError):
@@ -1463,7 +1503,7 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
     if len(records) <= len(unread):
         if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
             return []
-        raise UserError(f"{path} is not valid JSON: {reason}. Have it written anew.")
+        raise UserError(f"this is not valid JSON: {preview(str(reason))}. Have it written anew.")
     if not unread and all(isinstance(one, list) and not is_conversation(one) for _, one in records):
         return value_tables([one for _, one in records], "", cfg)
     table = record_table("", records)
@@ -1508,11 +1548,7 @@ def column_records(value: dict[str, Any]) -> list[Any]:
         known = any(name_strength(str(key), role) > 1 for key in value for role in NAMES)
         if len(flat) == len(inner) or (known and len(flat) > 1):
             return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-    if (
-        len(inner) > 1
-        and all(isinstance(v, dict) for v in inner)
-        and len({*map(frozenset, inner)}) == 1
-    ):
+    if len(inner) > 1 and all(isinstance(v, dict) for v in inner) and are_records(inner):
         rows = list(inner[0])
         if all(str(row).isdigit() for row in rows) and not all(str(key).isdigit() for key in value):
             return [
@@ -1526,6 +1562,13 @@ def column_records(value: dict[str, Any]) -> list[Any]:
     ):
         return [{"question": key, "answer": text} for key, text in value.items()]
     return []
+
+
+def are_records(values: list[dict[str, Any]]) -> bool:
+    """Whether objects have the same names in them, or share those of questions and answers."""
+    shared = frozenset.intersection(*map(frozenset, values))
+    known = {role for role in NAMES for name in shared if name_strength(str(name), role) > 1}
+    return len(known) == 2 or len({*map(frozenset, values)}) == 1
 
 
 def together(tables: list[Table]) -> list[Table]:
@@ -1557,6 +1600,8 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
         records = list(enumerate(opened, start=1))
     if any(is_conversation(one) for _, one in records[:LIKELY]):
         records = [(n, {"messages": one} if is_conversation(one) else one) for n, one in records]
+    if len(records) > MOST_ROWS:
+        raise UserError(f"it has more than {MOST_ROWS:,} rows. Split it.")
     header: dict[str, None] = {}
     for _, record in records:
         if isinstance(record, dict):
@@ -1615,11 +1660,13 @@ def literal(cell: Any) -> Any:
     except (ValueError, RecursionError):
         pass
     # numpy's forms: array(['a', 'b'], dtype=object), and ['a' 'b'], which Python would read as one text
-    cell = re.sub(r"\barray\((\[.*?\])(?:,\s*dtype=[^)]*)?\)", r"\1", cell, flags=re.DOTALL)
+    cell = NUMPY_ARRAY.sub(r"\1", cell)
     if len(parts := re.split(r"['\"]\s+['\"]", cell)) > 1:
         return parts
     try:
-        return ast.literal_eval(cell)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of backslashes in texts
+            return ast.literal_eval(cell)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
         return cell
 
@@ -1712,14 +1759,17 @@ OTHER_WORDS = set(
     "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
     "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
     "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
-    "student rag bot aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
+    "student rag bot from by owner status given von av par por autor auteur numero dato "
+    "data date datum dátum stato estado etat statut zeitstempel timestamp aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
     "thema datum tipo categoria tema fecha categorie kategori konu".split()
 )
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
     "reference gold golden expected correct ideal desired best official true truth".split()
 )
-OTHER_SIGNS = "类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+OTHER_SIGNS = "人 者 部门 部署 자명 답변자 질문자 답변일 질문일 类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+THAI = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # and Lao, Burmese, Khmer
+FIGURES = re.compile(r"[\d\s.,:/%+-]*\d[\d\s.,:/%+-]*(?:[AaPp]\.?[Mm]\.?)?|\S+@\S+")
 NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
 SQL = re.compile(
     r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from|create table)\b",
@@ -1773,13 +1823,31 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
         for i, (_, candidate) in top:
             if is_header(candidate):
                 return Table(sheet, candidate, rows[i:])
-    if any(looks_like_question(cell) or is_sentence(cell) for cell in row):
+    below = [row for _, row in rows[start + 1 : start + LIKELY]]
+    sentence = any(looks_like_question(cell) or is_sentence(cell) for cell in row)
+    if sentence and not is_heading(row, below):
         return Table(sheet, [f"column {column_letter(i)}" for i in range(len(row))], rows[start:])
     return Table(sheet, row, rows[start + 1 :])
 
 
 def is_sentence(cell: str) -> bool:
-    return len(cell) > LONGEST_HEADER or (asks(cell) and len(cell.split()) >= SENTENCE)
+    words = len(cell) / 2 if NOT_SPACED.search(cell) or THAI.search(cell) else len(cell.split())
+    ends = cell.endswith((".", "。")) and not cell.endswith("..")
+    return len(cell) > LONGEST_HEADER or (words >= SENTENCE and (asks(cell) or ends))
+
+
+def is_heading(row: list[str], below: list[list[str]]) -> bool:
+    """Whether a row heads a column of dates, numbers or addresses, as forms on the web have them."""
+    for i, cell in enumerate(row):
+        cells = [other[i] for other in below if i < len(other) and other[i]]
+        if (
+            cell
+            and not FIGURES.fullmatch(cell)
+            and len(cells) > 2
+            and all(map(FIGURES.fullmatch, cells))
+        ):
+            return True
+    return False
 
 
 def names_both(row: list[str], surely: bool = True) -> bool:
@@ -1863,6 +1931,13 @@ class Column:
     names: dict[str, int]  # for each role, how surely the header says it
     asking: float  # share of the cells that ask something
 
+    @functools.cached_property
+    def words(self) -> float:
+        """Words in a cell, on average; of a language without spaces, two letters are one."""
+        spaced = not NOT_SPACED.search("".join(self.cells[:LIKELY]))
+        lengths = (len(cell.split()) if spaced else len(cell) / 2 for cell in self.cells)
+        return statistics.mean(lengths) if self.cells else 0
+
 
 def described(table: Table, wanted: dict[str, str]) -> list[Column]:
     columns = []
@@ -1903,6 +1978,7 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     """
     columns = described(table, {"question": question, "answer": answer})
     alone = sum(column.filled for column in columns) < 3  # what one is not the other is, then
+    disown(columns)
     usable = [
         i
         for i, column in enumerate(columns)
@@ -1924,6 +2000,19 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     how = "by name" if all(named) else "by name and content" if any(named) else "by content"
     how = "as set" if question and answer else how
     return Columns(*best, how, sum(named), *columns_beside(table, best))
+
+
+def disown(columns: list[Column]) -> None:
+    """Take likely names from columns of a word or two, such as who answered, where others hold sentences."""
+    texts = [
+        one for one in columns if one.cells and one.words >= SENTENCE and may_be_text(one, False)
+    ]
+    for column, role in itertools.product(columns, NAMES):
+        free = any(max(one.names.values()) == 0 for one in texts)
+        compound = " ".join(words_of(column.header)) not in known_names(role)[1]
+        names = column.words < SENTENCE and not all(len(cell) < 3 for cell in column.cells)
+        if free and compound and column.names[role] == 2 and names:
+            column.names[role] = 0
 
 
 def fit(question: Column, answer: Column) -> float:
@@ -1950,14 +2039,15 @@ def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
             name_strength(o.header, role) > 1 for o in others if o.lists
         ):
             return f"the column that is named like the {role}s holds lists."
-        if column.names[role] < 3 and len(set(column.cells)) < min(3, len(column.cells) - 1):
+        few = len(set(column.cells)) < min(3, len(column.cells) - 1)
+        labels = sum(max(name_strength(cell, r) for r in NAMES) > 1 for cell in column.cells)
+        if (column.names[role] < 3 and few) or labels > 0.8 * len(column.cells):  # "Q1:", "A1:"
             return NONE_FOUND
     if max(chosen[role].names[role] for role in NAMES) < 2 and content < CLEARLY_ASKING:
         return NONE_ASKS
     asked = chosen["question"].cells
     repeated = len(set(asked)) < len(asked) / 2  # as a topic is, beside what people said on it
-    short = statistics.mean(len(cell.split()) for cell in answers) < SENTENCE
-    terse = others and short and not NOT_SPACED.search(answers[0])
+    terse = others and chosen["answer"].words < SENTENCE
     if not chosen["answer"].names["answer"] and (repeated or terse):
         return NONE_FOUND
     options = any(OPTION_WORDS & set(words_of(column.header)) for column in others)
@@ -2042,6 +2132,7 @@ def columns_unclear(table: Table, found: str) -> UserError:
 
 # -- Shapes: what the rows of a table are
 
+MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
 NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
 USER_ROLES = "user human prompter customer instruction question".split()
 ANSWER_ROLES = "assistant gpt bot model chatgpt chatbot ai response answer output".split()
@@ -2211,7 +2302,9 @@ def two_columns(table: Table, columns: Columns) -> Rows:
         if not any(cells):
             yield number, "blank"
         elif not table.sheet and any(row[width:]):
-            yield number, "more cells than headers (put text with the separator in it in quotes)"
+            yield number, MORE_CELLS
+        elif cells == table.header:
+            yield number, "the header once more"
         elif question is None or answer is None:
             role = "question" if question is None else "answer"
             yield number, f"the {role} is a list or an object, not one text"
