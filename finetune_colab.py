@@ -1759,9 +1759,14 @@ OTHER_WORDS = set(
     "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
     "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
     "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
-    "student rag bot from by owner status given von av par por autor auteur numero dato "
+    "student rag bot from by owner status von av par por autor auteur numero dato "
     "data date datum dátum stato estado etat statut zeitstempel timestamp aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
     "thema datum tipo categoria tema fecha categorie kategori konu".split()
+)
+SYSTEM_WORDS = set(
+    "wrong incorrect false falsche distractor rejected negative worst model gpt chatgpt llama claude gemini "
+    "mistral mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred "
+    "generated hallucinated student id ids count".split()
 )
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
@@ -1782,6 +1787,7 @@ MOST_COLUMNS = 50  # that are weighed against each other
 MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
 CLEARLY_ASKING = 0.3  # share of cells that ask something, where no header says which column does
+LONGER = 1.5  # times the words of another column
 SENTENCE = 4  # words, on average, from which a column without a known name may hold the answers
 NONE_FOUND = "no column of questions with a column of answers was found."
 SEVERAL_FOUND = "more than one column may hold the questions or the answers."
@@ -1978,7 +1984,7 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     """
     columns = described(table, {"question": question, "answer": answer})
     alone = sum(column.filled for column in columns) < 3  # what one is not the other is, then
-    disown(columns)
+    settle_names(columns)
     usable = [
         i
         for i, column in enumerate(columns)
@@ -2002,17 +2008,22 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
     return Columns(*best, how, sum(named), *columns_beside(table, best))
 
 
-def disown(columns: list[Column]) -> None:
-    """Take likely names from columns of a word or two, such as who answered, where others hold sentences."""
-    texts = [
-        one for one in columns if one.cells and one.words >= SENTENCE and may_be_text(one, False)
-    ]
+def settle_names(columns: list[Column]) -> None:
+    """Let the cells decide what a name of several words means: "Answer by" may head names or answers."""
+    texts = [one for one in columns if one.words >= SENTENCE and not is_code(one.cells)]
     for column, role in itertools.product(columns, NAMES):
-        free = any(max(one.names.values()) == 0 for one in texts)
-        compound = " ".join(words_of(column.header)) not in known_names(role)[1]
-        names = column.words < SENTENCE and not all(len(cell) < 3 for cell in column.cells)
-        if free and compound and column.names[role] == 2 and names:
-            column.names[role] = 0
+        sure, likely, _ = known_names(role)
+        words = {word for word in words_of(column.header) if len(word) > 1}
+        by_system = SYSTEM_WORDS & words or "gpt" in column.header.casefold()
+        if column.names[role] == 0 and column in texts and sure & words and not by_system:
+            column.names[role] = 1
+        if column.names[role] == 2 and " ".join(words_of(column.header)) not in likely:
+            rivals = [one for one in columns if one.names[role] == 2 or not any(one.names.values())]
+            longer = any(
+                one.words > LONGER * column.words and not is_code(one.cells) for one in rivals
+            )
+            few_words = column.words < SENTENCE and any(len(cell) > 2 for cell in column.cells)
+            column.names[role] = 0 if longer and few_words else 2
 
 
 def fit(question: Column, answer: Column) -> float:
@@ -2040,8 +2051,10 @@ def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
         ):
             return f"the column that is named like the {role}s holds lists."
         few = len(set(column.cells)) < min(3, len(column.cells) - 1)
-        labels = sum(max(name_strength(cell, r) for r in NAMES) > 1 for cell in column.cells)
-        if (column.names[role] < 3 and few) or labels > 0.8 * len(column.cells):  # "Q1:", "A1:"
+        plain = [re.sub(r"\d+", "", cell) for cell in column.cells]
+        labels = sum(max(name_strength(cell, r) for r in NAMES) > 1 for cell in plain)
+        labelled = labels > 0.8 * len(column.cells)  # as "Q1:" and "A1:" in turn
+        if column.names[role] < 3 and (few or labelled):
             return NONE_FOUND
     if max(chosen[role].names[role] for role in NAMES) < 2 and content < CLEARLY_ASKING:
         return NONE_ASKS

@@ -393,7 +393,7 @@ several questions with one answer: {"title": "Topic {n}", "questions": ["{q}", "
     !!
 both languages in objects: {"question": {"en": "{q}", "de": "b"}, "answer": {"en": "{a}", "de": "c"}}
     !!
-both languages in columns: {"question_en": "{q}", "answer_en": "{a}", "question_fr": "Quoi {n}?", "answer_fr": "Ici {n}"}
+both languages in columns: {"question_en": "{q}", "answer_en": "{a}", "question_fr": "Que faire du numéro {n} ?", "answer_fr": "Allez voir à la page {n}."}
     !!
 """
 
