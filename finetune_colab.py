@@ -2579,7 +2579,7 @@ def say_pairs(pairs: Pairs) -> None:
     place = f'{pairs.name}, sheet "{preview(table.sheet)}"' if table.sheet else pairs.name
     say("Data", f"{place}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
     if pairs.other_sheets:
-        say("", f"not read, as good or less good: sheets {preview(', '.join(pairs.other_sheets))}")
+        say("", f"sheets that are not used: {preview(', '.join(pairs.other_sheets))}")
     if columns is None:
         say("Shape", f"{pairs.shape}; every answer in it is learnt")
     else:
@@ -2697,7 +2697,7 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     answers: dict[str, list[int]] = {}
     for i, pair in enumerate(kept):
         if len(pair.messages) == 2 and "nearly a copy" not in "".join(findings[i]):
-            answers.setdefault(fold(pair.question), []).append(i)
+            answers.setdefault(" ".join(words_in(pair.question)), []).append(i)
     for same in answers.values():
         for i, other in zip(same, same[1:] + same[:1], strict=True):
             if i != other:
@@ -2760,23 +2760,19 @@ def is_wordless(text: str) -> bool:
     return len(list(itertools.islice(seen, 3))) < 3 and not SIGNS.search(text)
 
 
-class Plain(dict[int, str]):
-    """What `str.translate` makes of each letter, to compare words: blanks of punctuation."""
-
-    def __missing__(self, code: int) -> str:
-        letter = chr(code)
-        tells = unicodedata.category(letter)[0] in "LMNS" and letter != "`"  # also + = € and emoji
-        shown = f" {letter} " if SIGNS.match(letter) else letter
-        self[code] = shown if tells or letter in "#%/" else " "  # C# is not C
-        return self[code]
+# A word of any script, also 3.5, C#, 50 % and a picture; of Chinese, Japanese and Korean, one sign
+WORD = re.compile(
+    r"[぀-ヿ㐀-鿿가-힣豈-\ufaff]|(?:[^\W_぀-ヿ㐀-鿿가-힣豈-\ufaff]|[\u0300-\u036f\u0900-\u0e4f#%/+<>=^|~$€])+"
+    r"|[\U0001f300-\U0001faff]"
+)
 
 
-PLAIN = Plain()
+def words_in(*texts: str) -> list[str]:
+    return WORD.findall(unicodedata.normalize("NFKC", " ".join(texts)).casefold())
 
 
-def words_in(pair: Pair) -> list[str]:
-    text = " ".join(message["content"] for message in pair.messages)
-    return unicodedata.normalize("NFKC", text).casefold().translate(PLAIN).split()
+def all_words(pair: Pair) -> list[str]:
+    return words_in(*(message["content"] for message in pair.messages))
 
 
 def near_copies(pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
@@ -2789,12 +2785,12 @@ def near_copies(pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
     """
     first_with: dict[int, int] = {}
     for i in sorted(range(len(pairs)), key=lambda i: [one["content"] for one in pairs[i].messages]):
-        words = words_in(pairs[i])
+        words = all_words(pairs[i])
         middle = len(words) // 2
         halves = [hash((0, *words[:middle])), hash((1, *words[middle:]))]
         same = first_with.setdefault(hash("".join(words)), i) if words else i
         for first in (same, *(first_with.setdefault(half, i) for half in halves)):
-            if first != i and (first == same or are_alike(words, words_in(pairs[first]))):
+            if first != i and (first == same or are_alike(words, all_words(pairs[first]))):
                 yield i, first
                 break
 
@@ -2819,9 +2815,9 @@ def say_quality(quality: Quality, minimum: float) -> None:
     for line in shortened(flagged, MOST_FLAWS, "kinds of flaws"):
         say("", line)
     if quality.score < minimum:
-        say("Warning", f"the quality is below {minimum} (MIN_QUALITY). First of all:")
-        for kind, notes in list(quality.parts.items())[:3]:
-            say("", f"{len(notes)} × {kind}" + (f": {ADVICE[kind]}" if kind in ADVICE else ""))
+        say("Warning", f"the quality is below {minimum} (MIN_QUALITY). What to do about it:")
+        for kind in list(quality.parts)[:3]:
+            say("", f"{kind}: {ADVICE.get(kind, 'see the rows above')}")
 
 
 # ==================================================================================================
@@ -3942,6 +3938,7 @@ def save_run(
 
 # -- The report of check on the data
 
+LONGEST_EXAMPLE = 8  # lines
 REPORT_MARK = "finetune_colab.py check"  # by which a report is known as ours, to be replaced
 MOST_REPORT_ROWS = 20_000
 LONGEST_REPORT_CELL = 32_767  # what a workbook allows, counted in UTF-16
@@ -3966,15 +3963,12 @@ def write_report(cfg: Config, data: Prepared) -> Path | None:
 
 def report_path(source: Path) -> Path:
     """A name for the report that is free, or an earlier report's: nothing else is replaced."""
-    endings = itertools.chain([""], map("-{}".format, itertools.count(2)))
-    paths = (Path.cwd() / f"{REPORT_NAME}{ending}.xlsx" for ending in endings)
-    return next(
-        path
-        for path in paths
-        if may_be_replaced(path)
-        and may_be_replaced(path.with_suffix(".png"))
-        and path.resolve() != source.resolve()
-    )
+    for ending in ("", *(f"-{number}" for number in range(2, 100))):
+        path = Path.cwd() / f"{REPORT_NAME}{ending}.xlsx"
+        free = may_be_replaced(path) and may_be_replaced(path.with_suffix(".png"))
+        if free and path.resolve() != source.resolve():
+            return path
+    raise OSError("every name for it is taken")
 
 
 def may_be_replaced(path: Path) -> bool:
@@ -4059,15 +4053,21 @@ def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
         yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
 
 
+@functools.cache
+def report_style(bold: bool) -> dict[str, Any]:
+    from openpyxl.styles import Alignment, Font
+
+    return {"alignment": Alignment(wrap_text=True, vertical="top"), "font": Font(bold=bold)}
+
+
 def report_cell(sheet: Any, value: Any, bold: bool = False) -> Any:
     from openpyxl.cell import WriteOnlyCell
-    from openpyxl.styles import Alignment, Font
 
     is_text = isinstance(value, str)
     cell = WriteOnlyCell(sheet, report_text(value) if is_text else value)
     cell.data_type = "s" if is_text else cell.data_type  # or else "#N/A" would be an error
-    cell.alignment = Alignment(wrap_text=True, vertical="top")
-    cell.font = Font(bold=bold)
+    for name, style in report_style(bold).items():
+        setattr(cell, name, style)
     return cell
 
 
@@ -4200,13 +4200,14 @@ def train(cfg: Config) -> int:
 
 def run_training(cfg: Config) -> Prepared:
     check_output_folder(cfg)
+    check_packages(cfg)
     data = prepare(cfg)
     refuse_few(data.pairs)
     plan = plan_run(cfg, data.train)
     say_plan(cfg, data, plan)
     ask_about_quality(cfg, data.quality)
     device = pick_device(cfg)
-    check_packages(cfg, device)
+    optimizer_name(cfg, device)
     base = load_base(cfg, device)
     from transformers import set_seed
 
@@ -4218,11 +4219,10 @@ def run_training(cfg: Config) -> Prepared:
     return data
 
 
-def check_packages(cfg: Config, device: Device) -> None:
-    """Refuse before the model is loaded what would fail after it."""
+def check_packages(cfg: Config) -> None:
+    """Refuse in the first second what would fail after the training."""
     import matplotlib.figure  # noqa: F401
 
-    optimizer_name(cfg, device)
     if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
         raise UserError(f"REPORT_TO {cfg.REPORT_TO} is not installed. pip install {cfg.REPORT_TO}")
 
@@ -4238,7 +4238,7 @@ def ask_about_quality(cfg: Config, quality: Quality) -> None:
         reply = ""
     if reply.strip().casefold() not in ("y", "yes"):
         raise UserError(
-            "Stopped as you wished. Nothing was changed. Mend the rows named above (the command check "
+            "Nothing was trained, as you wished, and nothing was changed. Mend the rows named above (the command check "
             "lists them all), or add --yes to train without this question."
         )
 
@@ -4250,6 +4250,7 @@ def check(cfg: Config) -> int:
         try:
             place = without_secrets(cfg.DATASET_PATH)
             check_output_folder(cfg)
+            check_packages(cfg)
             data = prepare(cfg, may_estimate=True)
             refuse_few(data.pairs)
         except UserError as error:
@@ -4279,7 +4280,8 @@ def say_report(cfg: Config, data: Prepared) -> Path | None:
     elif data.train:
         example = min(data.train, key=lambda one: len(one["input_ids"]))
         say("Example", "what the model reads, with what it learns between [[ and ]]:")
-        show(textwrap.indent(marked(data.tokenizer, example), " " * 11))
+        for line in marked(data.tokenizer, example).split("\n")[:LONGEST_EXAMPLE]:
+            say("", preview(line, 300))
     path = write_report(cfg, data)
     if path:
         say("Report", f"every row in {near(path)}, the lengths in {near(path.with_suffix('.png'))}")
@@ -4497,6 +4499,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             "Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by as much: the result stays the "
             "same), or set GRADIENT_CHECKPOINTING, or lower MAX_LENGTH."
         )
+    except BrokenPipeError:  # nobody reads on, as behind "| head"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 1
     except KeyboardInterrupt:
         print("\nInterrupted. Nothing of an earlier run was touched.", file=sys.stderr)
         return 130

@@ -77,7 +77,7 @@ def test_findings_are_told_in_plain_words(flawed: Path, run: Run) -> None:
     assert "Quality 0.73: 25 of 34 filled rows are taught and look right" in told
     assert "6 × left-over HTML: rows 26, 27, 28, 29, 30, 31" in told
     assert "Warning the quality is below 0.85 (MIN_QUALITY)" in told
-    assert "6 × left-over HTML: take out tags and signs such as <br> and &nbsp;" in told
+    assert "left-over HTML: take out tags and signs such as <br> and &nbsp;" in told
     assert "Ready" in text
 
 
@@ -476,7 +476,7 @@ def test_anything_but_yes_stops_before_the_weights(
     code, text = run(command, *DEMO, "--dataset-path", "dataset.xlsx")
     assert code == 2
     assert "Train anyway? [y/N]" in text
-    assert "Stopped as you wished. Nothing was changed." in in_words(text)
+    assert "Nothing was trained, as you wished, and nothing was changed." in in_words(text)
     assert loaded == []
     assert written(flawed.parent) == []
 

@@ -616,7 +616,7 @@ def test_of_several_sheets_with_the_same_pairs_one_is_used(
     assert texts(pairs) == TWO
     assert (pairs.table.sheet, pairs.other_sheets) == ("Sheet", ["Copy", "Old"])
     ft.say_pairs(pairs)
-    assert "sheets Copy, Old" in in_words(capsys.readouterr().out)
+    assert "sheets that are not used: Copy, Old" in in_words(capsys.readouterr().out)
 
 
 def test_the_sheet_with_the_most_pairs_is_used(sheet: Callable[..., Path]) -> None:
