@@ -1732,7 +1732,7 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
         "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
         "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
-        "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
+        "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
         "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
         "答, 답변, 답, 정답, 응답, "
         "antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, "
@@ -2018,12 +2018,15 @@ def settle_names(columns: list[Column]) -> None:
         if column.names[role] == 0 and column in texts and sure & words and not by_system:
             column.names[role] = 1
         if column.names[role] == 2 and " ".join(words_of(column.header)) not in likely:
-            rivals = [one for one in columns if one.names[role] == 2 or not any(one.names.values())]
+            rivals = [
+                one for one in columns if one.names[role] == 2 or max(one.names.values()) <= 0
+            ]
             longer = any(
                 one.words > LONGER * column.words and not is_code(one.cells) for one in rivals
             )
             few_words = column.words < SENTENCE and any(len(cell) > 2 for cell in column.cells)
-            column.names[role] = 0 if longer and few_words else 2
+            if longer and few_words:
+                column.names[role] = -1 if role == "answer" else 0
 
 
 def fit(question: Column, answer: Column) -> float:

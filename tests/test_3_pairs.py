@@ -820,3 +820,112 @@ def test_the_example_workbook_is_read_whole() -> None:
     pairs = read(Path("dataset_example.xlsx"))
     assert len(pairs.kept) == len(pairs.table.rows) > 20
     assert pairs.columns.reason == "by name"
+
+
+# -- What stands beside questions and answers
+
+FAQ = [
+    ("How do I reset my password?", "Click on the link below and follow the steps."),
+    ("What are your opening hours?", "We are open from nine to five on working days."),
+    ("Where is the office located?", "It is located in the main street, on the first floor."),
+    ("Can I return what I bought?", "Yes, within thirty days and with the receipt."),
+]
+PEOPLE = ("Ann Lee", "Bob Ray", "Cy Doe", "Di Fox")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        ("Nr", "Frage", "Antworttext", "Antwort freigegeben von"),
+        ("N", "Question", "Text", "Answer given by"),
+        ("STT", "Câu hỏi", "Nội dung", "Người trả lời"),
+        ("序号", "问题", "处理结果", "回复人"),
+        ("N", "Question asked", "Text of the answer", "Author of the answer"),
+        ("No", "質問内容", "回答内容", "回答者"),
+    ],
+)
+def test_who_answered_is_no_answer(header: tuple[str, ...], sheet: Callable[..., Path]) -> None:
+    rows = [(i, q, a, name) for i, ((q, a), name) in enumerate(zip(FAQ, PEOPLE, strict=True))]
+    assert texts(read(sheet(header, *rows))) == FAQ
+
+
+@pytest.mark.parametrize(
+    "header", [("Question from", "Details", "Answer"), ("提问者", "内容", "回答")]
+)
+def test_who_asked_is_no_question(header: tuple[str, ...], sheet: Callable[..., Path]) -> None:
+    rows = [(name, q, a) for (q, a), name in zip(FAQ, PEOPLE, strict=True)]
+    assert texts(read(sheet(header, *rows))) == FAQ
+
+
+def test_a_form_on_the_web_asks_in_its_header(sheet: Callable[..., Path]) -> None:
+    header = ("Timestamp", "What is your question about our school?", "Answer by the teacher")
+    rows = [(f"2024-05-0{i} 10:0{i}:00", q, a) for i, (q, a) in enumerate(FAQ, start=1)]
+    assert texts(read(sheet(header, *rows))) == FAQ
+
+
+def test_labels_in_turn_are_no_answers(sheet: Callable[..., Path]) -> None:
+    rows = [row for i, (q, a) in enumerate(FAQ) for row in ((f"Q{i}:", q), (f"A{i}:", a))]
+    assert "was found" in refusal(sheet(*rows))
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        ("密码忘了怎么重置", "在登录页面点击忘记密码，然后按照提示操作即可。"),
+        ("Opening hours on Saturday", "From nine to one, except on public holidays."),
+    ],
+)
+def test_a_pair_that_asks_nothing_is_no_header(
+    first: tuple[str, str], sheet: Callable[..., Path]
+) -> None:
+    assert texts(read(sheet(first, *FAQ))) == [first, *FAQ]
+
+
+def test_the_header_once_more_is_no_pair(sheet: Callable[..., Path]) -> None:
+    pairs = read(sheet(HEADER, *FAQ[:2], HEADER, *FAQ[2:]))
+    assert texts(pairs) == FAQ
+    assert [note.reason for note in pairs.dropped] == ["the header once more"]
+
+
+def test_lines_that_happen_to_hold_commas_are_no_table(table: Callable[..., Path]) -> None:
+    lines = [
+        "question,answer",
+        "Why?,So.",
+        "How?,Thus.",
+        *(f"Then, it, rained {i}" for i in range(9)),
+    ]
+    assert "more cells than the first" in refusal(table("\n".join(lines)))
+
+
+def test_whole_numbers_keep_their_digits(sheet: Callable[..., Path]) -> None:
+    rows = [("Which card is it?", 1234567890123456.0), ("Which number?", 4915112345678)]
+    assert [a for _, a in texts(read(sheet(HEADER, *rows)))] == [
+        "1234567890123456",
+        "4915112345678",
+    ]
+
+
+@pytest.mark.parametrize("limit", ["MOST_ROWS", "MOST_LETTERS", "MOST_CELLS"])
+@pytest.mark.parametrize("name", ["a.xlsx", "a.csv", "a.jsonl", "a.parquet"])
+def test_what_is_beyond_a_limit_is_refused(
+    limit: str, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import pandas
+
+    frame = pandas.DataFrame(FAQ, columns=["question", "answer"])
+    write = {"a.xlsx": frame.to_excel, "a.csv": frame.to_csv, "a.parquet": frame.to_parquet}
+    if name == "a.jsonl":
+        frame.to_json(folder / name, orient="records", lines=True)
+    else:
+        write[name](folder / name, index=False)
+    assert len(read(folder / name).kept) == 4
+    monkeypatch.setattr(ft, limit, 3)
+    counted = {
+        "MOST_ROWS": True,
+        "MOST_LETTERS": name in ("a.xlsx", "a.csv"),
+        "MOST_CELLS": name == "a.xlsx",
+    }
+    if counted[limit]:
+        assert "more than 3" in refusal(folder / name)
+    else:
+        assert len(read(folder / name).kept) == 4
