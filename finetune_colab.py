@@ -1630,7 +1630,7 @@ def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
 def unpacked(table: Table) -> Table:
     """Columns of lists that were written as text, as pandas and CSV files have them, opened up."""
     for i in range(len(table.header)):
-        top = [row[i] for _, row in table.rows if i < len(row) and row[i]][:LIKELY]
+        top = top_cells(table, i)
         if top and all(is_spelled_out(cell) for cell in top):
             for _, row in table.rows:
                 if i < len(row):
@@ -1951,11 +1951,7 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
     options = {h for h in headers if len(h) == 1 and not NOT_SPACED.match(h)} - {"q", "a"}
     fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
     for i, header in enumerate(table.header):
-        raw = list(
-            itertools.islice(
-                (row[i] for _, row in table.rows if i < len(row) and row[i]), MOST_WEIGHED
-            )
-        )
+        raw = top_cells(table, i, MOST_WEIGHED)
         cells = [text for cell in raw if (text := one_text(cell))]
         is_option = bool(options) and len(header) == 1  # A beside B, C and D is not the answer
         joins = headers[i] == "input" and "instruction" in headers
@@ -2054,9 +2050,9 @@ def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
         ):
             return f"the column that is named like the {role}s holds lists."
         few = len(set(column.cells)) < min(3, len(column.cells) - 1)
-        plain = [re.sub(r"\d+", "", cell) for cell in column.cells]
+        plain = [re.sub(r"\d+", "", cell) for cell in column.cells[:LIKELY]]
         labels = sum(max(name_strength(cell, r) for r in NAMES) > 1 for cell in plain)
-        labelled = labels > 0.8 * len(column.cells)  # as "Q1:" and "A1:" in turn
+        labelled = labels > 0.8 * len(plain)  # as "Q1:" and "A1:" in turn
         if column.names[role] < 3 and (few or labelled):
             return NONE_FOUND
     if max(chosen[role].names[role] for role in NAMES) < 2 and content < CLEARLY_ASKING:
@@ -2222,6 +2218,11 @@ def without_wrong(table: Table, rows: Rows) -> Rows:
     return list(found.items())
 
 
+def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
+    filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
+    return list(itertools.islice(filled, most))
+
+
 def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
     return [(number, row[column] if column < len(row) else "") for number, row in table.rows]
 
@@ -2231,7 +2232,7 @@ def conversation_column(table: Table) -> int | None:
     found = []
     sure: dict[str, list[int]] = {role: [] for role in NAMES}
     for i, header in enumerate(table.header):
-        top = [cell for _, cell in column_cells(table, i) if cell][:LIKELY]
+        top = top_cells(table, i)
         named = bool(TALK_WORDS & set(words_of(header)))
         whole = sum(is_whole(cell, named) for cell in top) > len(top) / 2
         if whole and not ASIDE & set(words_of(header)):
@@ -2546,9 +2547,7 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
         if isinstance(messages, str):
             reason = "blank" if number in blank else messages
             dropped.append(Note(table.sheet, number, reason))
-        elif unseen := [
-            one["role"] for one in messages if not any(map(is_visible, one["content"]))
-        ]:
+        elif unseen := [one["role"] for one in messages if not is_seen(one["content"])]:
             reason = "no answer" if "assistant" in unseen else "no question"
             dropped.append(Note(table.sheet, number, reason))
         elif any(len(message["content"]) > LONGEST_CELL for message in messages):
@@ -2558,6 +2557,10 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
             found.append(Pair(messages, table.sheet, number))
     kept, copies = without_copies(found)
     return kept, dropped + copies
+
+
+def is_seen(text: str) -> bool:
+    return text[:1].isalnum() or any(map(is_visible, text))
 
 
 def is_visible(letter: str) -> bool:
