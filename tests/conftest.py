@@ -30,12 +30,6 @@ PAIRS = [
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     import torch
 
-    known = (Path(__file__).parent / "open_cases.txt").read_text(encoding="utf-8").splitlines()
-    for item in items:
-        case = item.name.partition("[")[2].removesuffix("]") or item.name
-        if item.path.name == "test_3_real_files.py" and case in known:
-            chance = "[" not in item.name or "time_or_memory" in item.name  # or a faster machine
-            item.add_marker(pytest.mark.xfail(strict=not chance, reason="see open_cases.txt"))
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
