@@ -2616,10 +2616,14 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
 
 
 def grouped(notes: Iterable[Note]) -> list[str]:
-    """One line a reason, with the rows that it concerns."""
+    """One line a reason, with the rows that it concerns, and their files where there are several."""
+    notes = list(notes)
+    several = len({note.sheet for note in notes}) > 1
     return [
         f"{len(found)} × {kind}: row{'s' * (len(found) > 1)} "
-        + ", ".join(str(note.row) for note in found[:8])
+        + ", ".join(
+            f"{note.row} of {note.sheet}" if several else str(note.row) for note in found[:8]
+        )
         + (f" and {len(found) - 8} more" if len(found) > 8 else "")
         for kind, found in by_kind(notes).items()
     ]
