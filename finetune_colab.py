@@ -2560,7 +2560,7 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
 
 
 def is_seen(text: str) -> bool:
-    return text[:1].isalnum() or any(map(is_visible, text))
+    return (text[:1].isascii() and text[:1].isalnum()) or any(map(is_visible, text))
 
 
 def is_visible(letter: str) -> bool:
