@@ -27,7 +27,7 @@ Map: the file reads as the data flows, and each section calls only sections abov
 #     "peft>=0.18",
 #     "accelerate>=1.10",
 #     "bitsandbytes>=0.48",
-#     "openpyxl>=3.1",
+#     "openpyxl>=3.1.3",
 #     "python-calamine>=0.3",
 #     "pyarrow>=15.0",
 #     "matplotlib>=3.8",
