@@ -61,6 +61,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -74,7 +75,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import (
@@ -96,6 +97,7 @@ if TYPE_CHECKING:  # the heavy libraries load inside the functions that need the
         PreTrainedModel,
         PreTrainedTokenizerBase,
         Trainer,
+        TrainerCallback,
         TrainerControl,
         TrainingArguments,
     )
@@ -126,6 +128,8 @@ class Config:
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
     CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
+    CHECKPOINT_MIRROR: str = ""  # a folder for copies of them, such as one on a mounted Drive
+    ARCHIVE_CHECKPOINTS: bool = False  # also zip each checkpoint, to download it by hand
 
     # -- LoRA
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
@@ -151,6 +155,9 @@ class Config:
     EVAL_STEPS: int = 0  # measure the validation loss every so many steps; 0 = after every epoch
     LOGGING_STEPS: int = 1  # write down the training loss every so many steps
     SAVE_STEPS: int = 50  # save a checkpoint every so many steps
+    SAVE_MINUTES: float = 10.0  # and at least every so many minutes
+    RESUME: bool = True  # go on from the newest checkpoint of the same run
+    RESUME_FROM_CHECKPOINT: str = ""  # go on from this one: a folder checkpoint-N, or its zip
     KEEP_BEST: bool = True  # keep the adapter with the lowest validation loss, not the last one
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
     REPORT_TO: str = "none"  # where else the curves are sent
@@ -164,7 +171,10 @@ class Config:
 
 
 DEMO_MODEL = "demo"
-MAY_BE_EMPTY = ("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE")
+MAY_BE_EMPTY = (
+    *("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT"),
+)
 
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "MAX_LENGTH": (16, 131_072),
@@ -185,6 +195,7 @@ SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "EVAL_STEPS": (0, 1_000_000),
     "LOGGING_STEPS": (1, 1_000_000),
     "SAVE_STEPS": (1, 1_000_000),
+    "SAVE_MINUTES": (0.1, 100_000),
     "EARLY_STOPPING_PATIENCE": (0, 10_000),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -354,6 +365,72 @@ def fold(text: str) -> str:
     return " ".join(plain.casefold().split())
 
 
+def near(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+# -- Files that are whole or not there
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written, before anything relies on it."""
+    if os.name == "nt":  # which syncs open files only
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def checksum(path: Path, kind: str = "sha256") -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, kind).hexdigest()
+
+
+@contextmanager
+def staged_file(final: Path) -> Iterator[Path]:
+    """A file to write, which takes its final name only when it is complete."""
+    staged = final.with_name(f"{final.name}.{os.getpid()}.partial")
+    try:
+        yield staged
+        staged.replace(final)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
+    """A folder to fill, which takes its final name only when everything in it is complete.
+
+    What stood under that name stays beside it as NAME.previous, unless this is the same anew.
+    """
+    staged = final.with_name(f"{final.name}.partial")
+    earlier = final.with_name(f"{final.name}.{'old' if same else 'previous'}")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    yield staged
+    if final.exists():
+        earlier.unlink() if earlier.is_file() else shutil.rmtree(earlier, ignore_errors=True)
+        final.rename(earlier)
+    staged.rename(final)
+    if same:
+        shutil.rmtree(earlier, ignore_errors=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
 # ==================================================================================================
 # 2  Where data comes from
 # ==================================================================================================
@@ -479,11 +556,6 @@ def cache_folder(*names: str) -> Path:
     return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").joinpath(
         "finetune_colab", *names
     )
-
-
-def checksum(path: Path, kind: str) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
 
 
 def fetched_before(place: str, version: str) -> tuple[Path, Path | None]:
@@ -3210,22 +3282,6 @@ def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
         model.set_attn_implementation(usual)
 
 
-@contextmanager
-def staged_folder(final: Path) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only when everything in it is complete.
-
-    What stood under that name stays beside it as NAME.previous.
-    """
-    staged, previous = (final.with_name(f"{final.name}.{end}") for end in ("partial", "previous"))
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
-    yield staged
-    if final.exists():
-        previous.unlink() if previous.is_file() else shutil.rmtree(previous, ignore_errors=True)
-        final.rename(previous)
-    staged.rename(final)
-
-
 def demo_text() -> str:
     """A book of plain English that every Python carries: the language's own help pages."""
     from pydoc_data import topics
@@ -3394,10 +3450,7 @@ def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
     """This batch's share of the mean over all tokens of the step, however the step was cut up."""
     loss = summed_loss(outputs.logits, labels) / num_items_in_batch
     if not math.isfinite(loss.item()):
-        raise UserError(
-            "The loss is no longer a number (NaN), so training stopped before it could do harm.\n"
-            "Lower LEARNING_RATE, for example to half, and run again."
-        )
+        raise UserError(NOT_A_NUMBER)
     return loss
 
 
@@ -3429,12 +3482,548 @@ def mean_loss(
     return total / tokens
 
 
+# -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
+
+COMMIT = "COMMIT.json"
+ADAPTER = "adapter_model.safetensors"
+BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no other to end the run
+STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
+LOADABLE = (
+    ".safetensors",
+    ".pt",
+    ".pth",
+    ".bin",
+    ".pkl",
+)  # what a library might take up by its name
+NEWEST_KEPT = 2  # and the best one
+MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
+# The settings that decide the result. Runs that differ in others are the same run.
+DECIDING = (
+    "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
+    "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
+).split()
+
+
+class Checkpoint(NamedTuple):
+    """A saved state of the training that is whole: its files are those its COMMIT.json names."""
+
+    folder: Path
+    record: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.record["step"])
+
+    @property
+    def best_adapter(self) -> Path:
+        """The adapter with the lowest validation loss so far."""
+        return self.folder / (BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What the Trainer knows of the run: the history of its figures above all."""
+        return dict(json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8")))
+
+
+def fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def base_identity(cfg: Config) -> str:
+    """What tells the weights of one base model from another's."""
+    from huggingface_hub import hf_hub_download
+
+    folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_path(cfg.MODEL_NAME)
+    if folder.is_dir():
+        return fingerprint([checksum(path) for path in sorted(folder.glob("*.safetensors"))])
+    with explained_model_errors(cfg):
+        config = hf_hub_download(cfg.MODEL_NAME, "config.json", revision=model_revision(cfg))
+    return Path(config).parent.name  # the commit
+
+
+def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
+    """Everything that decides the adapter. Where it is equal, a checkpoint may be taken up."""
+    return {
+        **{name: getattr(cfg, name) for name in DECIDING},
+        "PAIRS IN A STEP": cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS,
+        "OPTIMIZER": optimizer_name(cfg, device),
+        "LOAD_IN_4BIT": device.four_bit,
+        "the base model": base_identity(cfg),
+        "the data": fingerprint([data.train, data.held_out]),
+    }
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+    """What sets two runs apart, for the person."""
+    return ", ".join(
+        f"{name} {as_text(here.get(name))} (there {as_text(there.get(name))})"
+        if name.isupper()
+        else name
+        for name in here
+        if here[name] != there.get(name)
+    )
+
+
+def seal(folder: Path, record: dict[str, Any]) -> Checkpoint:
+    """Make a folder a checkpoint: COMMIT.json, written last, vouches for every other file."""
+    paths = sorted(folder.iterdir())
+    for path in paths:
+        sync(path)
+    record = record | {
+        "files": {path.name: [path.stat().st_size, checksum(path)] for path in paths}
+    }
+    with staged_file(folder / COMMIT) as staged:
+        write_json(staged, {"sha256": fingerprint(record), "record": record})
+    sync(folder.parent)
+    return Checkpoint(folder, record)
+
+
+def record_in(content: bytes) -> dict[str, Any] | None:
+    """What a COMMIT.json says; None when it is not as it was written."""
+    try:
+        sealed = json.loads(content)
+        record, files = sealed["record"], sealed["record"]["files"]
+        plain = all(Path(name).name == name for name in files)
+        whole = sealed["sha256"] == fingerprint(record) and set(files) >= STATE_FILES
+        return record if whole and plain and isinstance(record["step"], int) else None
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+
+
+def flaw_of(path: Path, size: int, digest: str) -> str:
+    if path.is_symlink() or not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != size:
+        return f"{path.name} has {path.stat().st_size:,} bytes instead of {size:,}"
+    return f"{path.name} is damaged" if digest and checksum(path) != digest else ""
+
+
+def verified(folder: Path, thorough: bool = True) -> Checkpoint | str:
+    """A checkpoint, or what is wrong with it. Not thorough: sizes only, for those written just now."""
+    try:
+        record = record_in((folder / COMMIT).read_bytes())
+        if record is None:
+            return f"{COMMIT} is damaged"
+        for name, (size, digest) in record["files"].items():
+            if flaw := flaw_of(folder / name, size, digest if thorough else ""):
+                return flaw
+        for path in folder.iterdir():
+            if path.name not in record["files"] and (path.is_dir() or path.suffix in LOADABLE):
+                return f"{path.name} was not saved with it"
+    except FileNotFoundError:
+        return "it was never finished"
+    except OSError as error:
+        return f"it cannot be read ({error.strerror})"
+    return Checkpoint(folder, record)
+
+
+def numbered(folder: Path) -> list[Path]:
+    """The checkpoints in a folder, whole or not, newest first: by step, since clocks jump."""
+    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("*")}
+    found = [(int(match[1]), path) for path, match in steps.items() if match and path.is_dir()]
+    return [path for _, path in sorted(found, reverse=True)]
+
+
+def copied(source: Checkpoint, folder: Path) -> Checkpoint:
+    """A copy of a checkpoint in another folder, read back before it takes its name."""
+    target = folder / f"checkpoint-{source.step}"
+    if target.is_dir():
+        if isinstance(present := verified(target), Checkpoint):
+            return present
+        set_aside(target, "incomplete")
+    staged = target.with_suffix(".partial")
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir()
+    for name in (*source.record["files"], COMMIT):
+        shutil.copyfile(source.folder / name, staged / name)
+        sync(staged / name)
+    if isinstance(copy := verified(staged), str):
+        raise OSError(f"the copy of {target.name} came back wrong: {copy}")
+    staged.rename(target)
+    sync(folder)
+    return copy._replace(folder=target)
+
+
+def set_aside(path: Path, word: str) -> Path:
+    """Rename what is not used: nothing is deleted that somebody might want."""
+    target = first = path.with_name(path.name.replace("checkpoint", word))
+    for number in itertools.count(2):
+        if not target.exists():
+            break
+        target = first.with_name(f"{first.name}.{number}")
+    return path.rename(target)
+
+
+def prune(folder: Path, best_step: int | None) -> None:
+    """Keep the newest two and the best; each of them is whole, so there are never fewer than two."""
+    found = [verified(path, thorough=False) for path in numbered(folder)]
+    whole = [checkpoint for checkpoint in found if isinstance(checkpoint, Checkpoint)]
+    for checkpoint in whole[NEWEST_KEPT:]:
+        if checkpoint.step != best_step:
+            checkpoint.folder.with_suffix(".zip").unlink(missing_ok=True)
+            # under another name first: half of a removed checkpoint must not look like a torn one
+            shutil.rmtree(set_aside(checkpoint.folder, "removed"))
+
+
+def unzipped(path: Path, folder: Path) -> Checkpoint | str:
+    """The checkpoint in a zip of unknown origin: the files that its COMMIT.json names, and no others."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = {Path(member.filename).name: member for member in archive.infolist()}
+            with archive.open(members[COMMIT]) as file:
+                content = file.read(1_000_000)
+            record = record_in(content)
+            if record is None:
+                return f"{COMMIT} is damaged"
+            sizes = {name: size for name, (size, _) in record["files"].items()}
+            if sum(sizes.values()) > shutil.disk_usage(folder).free:
+                return f"there is no room for its {sum(sizes.values()) / 1e9:.1f} GB in {folder}"
+            for name, size in sizes.items():
+                if members[name].file_size != size:  # more than this is never unpacked
+                    return f"{name} has another size than {COMMIT} says"
+                with archive.open(members[name]) as file, (folder / name).open("wb") as target:
+                    shutil.copyfileobj(file, target)
+        (folder / COMMIT).write_bytes(content)
+    except (OSError, KeyError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
+        return "it is damaged, or no zip of a checkpoint"
+    return verified(folder)
+
+
+class Keeper:
+    """Keeps the checkpoints of one run: in a folder of its own, and in the mirror when there is one."""
+
+    def __init__(self, cfg: Config, identity: dict[str, Any]) -> None:
+        self.cfg, self.identity = cfg, identity
+        self.folder = local_path(cfg.CHECKPOINT_DIR).resolve() / fingerprint(identity)[:12]
+        mirror = local_path(cfg.CHECKPOINT_MIRROR).resolve()
+        self.mirror = mirror / self.folder.name if cfg.CHECKPOINT_MIRROR else None
+        self.saved_at = time.monotonic()
+
+    def starting_point(self) -> Checkpoint | None:
+        """The checkpoint to go on from, if there is one; what is not used is set aside."""
+        self.say_other_run()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in (*self.folder.glob("removed-*"), *self.folder.glob("*.partial")):
+            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
+        whole, torn = self.sorted_out()
+        if self.cfg.RESUME_FROM_CHECKPOINT:
+            start: Checkpoint | None = self.imported(local_path(self.cfg.RESUME_FROM_CHECKPOINT))
+        elif self.cfg.RESUME:
+            return self.newest(whole, torn)
+        else:
+            start = None
+        self.retire(start.step if start else 0)
+        return start
+
+    def say_other_run(self) -> None:
+        """Name what has changed since the most similar run whose checkpoints lie beside."""
+        if self.folder.exists():
+            return
+        others = {}
+        for path in self.folder.parent.glob("*/checkpoint-*/" + COMMIT):
+            with suppress(OSError):
+                if record := record_in(path.read_bytes()):
+                    others[path.parents[1]] = differences(self.identity, record["identity"])
+        if others:
+            folder, changed = min(others.items(), key=lambda other: other[1].count(", "))
+            say(
+                "New run",
+                f"other than the one in {near(folder)}, which stays as it is: {changed}",
+            )
+
+    def sorted_out(self) -> tuple[list[Checkpoint], int]:
+        """The whole checkpoints, newest first; how many others there were, which are set aside."""
+        whole, torn = [], 0
+        for path in numbered(self.folder):
+            found = verified(path)
+            if isinstance(found, Checkpoint):
+                whole.append(found)
+                continue
+            torn += 1
+            aside = set_aside(path, "incomplete")
+            say("Checkpoint", f"{near(path)} is not used: {found}. It is now {aside.name}.")
+        return whole, torn
+
+    def newest(self, whole: list[Checkpoint], torn: int) -> Checkpoint | None:
+        """The newest whole checkpoint, here or in the mirror."""
+        here = whole[0] if whole else None
+        try:
+            for path in numbered(self.mirror) if self.mirror else ():
+                if here and int(path.name.partition("-")[2]) <= here.step:
+                    break
+                found = verified(path)
+                if isinstance(found, Checkpoint):
+                    say("Mirror", f"{path.name} is fetched from {path.parent}")
+                    return copied(found, self.folder)
+                say("Warning", f"{path} is not used: {found}.")
+        except OSError as error:
+            say("Warning", f"the mirror {self.mirror} cannot be read: {error}")
+        if torn and not here:
+            say("Warning", "no checkpoint is whole, so the training starts from the beginning.")
+        return here
+
+    def latest(self) -> Checkpoint | None:
+        found = map(verified, numbered(self.folder))
+        return next((one for one in found if isinstance(one, Checkpoint)), None)
+
+    def imported(self, place: Path) -> Checkpoint:
+        """The checkpoint that the person names, copied to the others of this run."""
+        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
+            if place.is_file():
+                found = unzipped(place, Path(unpacked))
+            elif (place / COMMIT).exists() or not numbered(place):
+                found = verified(place)
+            else:
+                found = verified(numbered(place)[0])
+            if isinstance(found, str):
+                raise UserError(
+                    f"RESUME_FROM_CHECKPOINT {place} cannot be used: {found}.\n"
+                    "Name a folder checkpoint-N or its zip, or leave the setting out."
+                )
+            if changed := differences(self.identity, found.record["identity"]):
+                raise UserError(
+                    f"{place} belongs to another run. What differs: {changed}.\n"
+                    "Run with the settings and the data of that run, or leave the checkpoint out."
+                )
+            return copied(found, self.folder)
+
+    def retire(self, step: int) -> None:
+        """Put checkpoints beyond this step out of the way of those to come."""
+        for folder in filter(None, (self.folder, self.mirror)):
+            with suppress(OSError) if folder == self.mirror else nullcontext():
+                for path in numbered(folder):
+                    if int(path.name.partition("-")[2]) > step:
+                        aside = set_aside(path, "unused")
+                        say("Checkpoint", f"{near(path)} is not used and is now {aside.name}")
+
+    @contextmanager
+    def saving(self, state: Any, record: dict[str, Any]) -> Iterator[None]:
+        """Around the Trainer's own saving: afterwards the checkpoint counts, or there is none."""
+        step, best = state.global_step, state.best_global_step
+        folder = self.folder / f"checkpoint-{step}"
+        try:
+            yield
+            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
+            if best not in (None, step):
+                shutil.copyfile(self.adapter_of(best), folder / BEST_ADAPTER)
+            record = record | {"step": step, "best_step": best, "identity": self.identity}
+            newest = seal(folder, record)
+            prune(self.folder, best)
+        except Exception as error:  # a full disk has as many faces as there are libraries
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UserError(self.not_saved(step, error)) from error
+        self.saved_at = time.monotonic()
+        self.copy_out(newest)
+
+    def adapter_of(self, best_step: int) -> Path:
+        for path in numbered(self.folder):
+            found = verified(path, thorough=False)
+            if isinstance(found, Checkpoint) and found.record["best_step"] == best_step:
+                adapter = found.best_adapter
+                if checksum(adapter) == found.record["files"][adapter.name][1]:
+                    return adapter
+        raise OSError(f"no checkpoint holds the best adapter any more, that of step {best_step}")
+
+    def not_saved(self, step: int, error: Exception) -> str:
+        whole = [path for path in numbered(self.folder) if isinstance(verified(path), Checkpoint)]
+        room = ""
+        with suppress(OSError):
+            room = f" {shutil.disk_usage(self.folder).free / 1e9:.2f} GB are free there."
+        kept = f"{whole[0].name} is whole" if whole else "there is no earlier one"
+        return (
+            f"The checkpoint of step {step} could not be written to {self.folder}: "
+            f"{type(error).__name__}: {preview(str(error), 200)}.{room} Training stopped; {kept}.\n"
+            "Make room on the disk (old folders in CHECKPOINT_DIR may go), or choose another with "
+            "--checkpoint-dir, and run the same command again: it goes on from there."
+        )
+
+    def copy_out(self, newest: Checkpoint) -> None:
+        """To the mirror and the zip; neither may ever cost the training."""
+        try:
+            if self.cfg.ARCHIVE_CHECKPOINTS:
+                with (
+                    staged_file(newest.folder.with_suffix(".zip")) as staged,
+                    zipfile.ZipFile(staged, "w") as archive,
+                ):
+                    for path in sorted(newest.folder.iterdir()):
+                        archive.write(path, path.name)
+        except OSError as error:
+            say("Warning", f"{newest.folder.name}.zip could not be written: {error}")
+        if not self.mirror:
+            return
+        for pause in (*MIRROR_PAUSES, None):
+            try:
+                self.mirror.mkdir(exist_ok=True)  # not its parents: an unmounted drive must not
+                copied(newest, self.mirror)  # be taken for an empty one
+                prune(self.mirror, newest.record["best_step"])
+                break
+            except OSError as error:
+                reason = str(error)
+            if pause:
+                time.sleep(pause)
+        else:
+            say("Warning", f"{newest.folder.name} could not be copied to the mirror: {reason}")
+
+
+NOT_A_NUMBER = (
+    "The loss is no longer a number (NaN), so training stopped before it could do harm.\n"
+    "Lower LEARNING_RATE, for example to half, and run again."
+)
+LEVERS = (
+    "Lower MAX_LENGTH (--max-length 256) or LORA_R (--lora-r 8), set LOAD_IN_4BIT "
+    "(--load-in-4bit), or take a GPU with more memory."
+)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # that decide the result
+
+
+class Stopped(KeyboardInterrupt):
+    """Somebody wants an end: with Ctrl+C, or the machine with a signal."""
+
+    def __init__(self, number: int, saved: str = "") -> None:
+        super().__init__()
+        self.number, self.saved = number, saved
+
+
+class Interruption:
+    """While this is open, the first signal only asks for an end; the second ends at once."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.usual: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        names = ("SIGINT", "SIGTERM", "SIGHUP")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        try:
+            for number in numbers:
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                    self.usual[number] = signal.signal(number, self.receive)
+        except ValueError:
+            say("Note", "outside the main thread Ctrl+C cannot save; the last checkpoint counts")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.usual.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def receive(self, number: int, _: Any) -> None:
+        if self.asked:
+            raise Stopped(number)
+        self.asked = number
+        with suppress(RuntimeError):  # the signal may have come in the middle of another output
+            show("\nStopping after this step, with a checkpoint. Once more, and it stops at once.")
+
+
+# -- When memory runs out
+
+
+def memory_fault(error: BaseException) -> str:
+    """ "full" when less at once may fit, "broken" when the GPU is of no more use to this process, or ""."""
+    text = str(error).lower()
+    if re.search(r"cuda (driver )?error: out of memory|cublas_status_alloc_failed", text):
+        return "broken"
+    full = "out of memory" in text or "can't allocate memory" in text
+    return "full" if isinstance(error, MemoryError) or full else ""
+
+
+def smaller(cfg: Config) -> Config | None:
+    """The same steps with less in memory at once; None when nothing is left to try."""
+    pairs = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    if cfg.BATCH_SIZE > 1:
+        size = max(n for n in range(1, cfg.BATCH_SIZE // 2 + 1) if pairs % n == 0)
+        changes: dict[str, Any] = {
+            "BATCH_SIZE": size,
+            "GRADIENT_ACCUMULATION_STEPS": pairs // size,
+        }
+    elif not cfg.GRADIENT_CHECKPOINTING:
+        changes = {"GRADIENT_CHECKPOINTING": True}
+    else:
+        return None
+    return Config(**setting_values(cfg) | changes)
+
+
+def with_less_memory(cfg: Config, error: BaseException) -> Config:
+    """What to go on with after this error, said; raised again when it is about something else."""
+    fault = memory_fault(error)
+    if not fault:
+        raise error
+    if fault == "broken":
+        raise UserError(
+            f"The GPU ran out of memory and answers no more: {preview(str(error), 100)}\n"
+            "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
+            "add --gradient-checkpointing, or lower BATCH_SIZE and raise "
+            "GRADIENT_ACCUMULATION_STEPS by as much."
+        ) from None
+    less = smaller(cfg)
+    if less is None:
+        raise UserError(
+            f"Memory ran out with one pair at a time: {preview(str(error), 100)}\n"
+            f"{LEVERS} The checkpoints so far are kept."
+        ) from None
+    if less.GRADIENT_CHECKPOINTING == cfg.GRADIENT_CHECKPOINTING:
+        how = (
+            f"{less.BATCH_SIZE} pairs at once instead of {cfg.BATCH_SIZE}, "
+            f"{less.GRADIENT_ACCUMULATION_STEPS} times a step; the result is the same"
+        )
+    else:
+        how = "values are computed again instead of kept: slower, and the result is the same"
+    say("Memory", f"it ran out, so the training goes on with less: {how}")
+    return less
+
+
+def release_memory() -> None:
+    import torch
+
+    gc.collect()
+    for backend in (torch.cuda, torch.mps):
+        if backend.is_available():
+            backend.empty_cache()
+
+
+def try_longest_batch(trainer: Trainer, cfg: Config, examples: Sequence[Example]) -> None:
+    """The batch that needs the most memory, forwards and backwards: if it is too much, then now."""
+    import torch
+
+    longest = sorted(examples, key=lambda one: len(one["input_ids"]))[-cfg.BATCH_SIZE :]
+    tokens = sum(label != IGNORE for one in longest for label in one["labels"])
+    with torch.random.fork_rng():
+        trainer.training_step(trainer.model_wrapped, flatten(longest), tokens)
+    trainer.model.zero_grad()
+
+
+def measured_loss(
+    cfg: Config, model: PeftModel, examples: Sequence[Example], device: Device
+) -> float | None:
+    """The mean loss with as many pairs at once as fit; None when not even one does."""
+    size = cfg.BATCH_SIZE
+    while True:
+        try:
+            loss = mean_loss(model, examples, size, device)
+            break
+        except (RuntimeError, MemoryError) as error:
+            if memory_fault(error) != "full":
+                raise
+        release_memory()
+        if size == 1:
+            say("Warning", "memory ran out while the validation loss was measured; it is left out")
+            return None
+        size //= 2
+    if not math.isfinite(loss):
+        raise UserError(NOT_A_NUMBER)
+    return loss
+
+
+# -- The training itself
+
+
 def training_arguments(
     cfg: Config, plan: Plan, device: Device, measured: bool, folder: Path
 ) -> TrainingArguments:
     from transformers import TrainingArguments
 
     on_gpu = device.kind == "cuda"
+    new = hasattr(TrainingArguments, "activation_checkpointing")  # what newer versions call it
+    checkpointing = "activation_checkpointing" if new else "gradient_checkpointing"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
@@ -3458,44 +4047,73 @@ def training_arguments(
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
         save_steps=cfg.SAVE_STEPS,
-        save_total_limit=2,  # the newest, and the best or the one before
         include_num_input_tokens_seen="all",  # every token counts: none is padding
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         report_to=cfg.REPORT_TO,
-        # newer versions call it otherwise, and warn of this name whenever it is given
-        **({"gradient_checkpointing": True} if cfg.GRADIENT_CHECKPOINTING else {}),
+        **({checkpointing: True} if cfg.GRADIENT_CHECKPOINTING else {}),
     )
     arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
     return arguments
 
 
 def build_trainer(
-    cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device, folder: Path
+    cfg: Config, model: PeftModel, data: Prepared, device: Device, keeper: Keeper, tally: Tally
 ) -> Trainer:
-    from transformers import EarlyStoppingCallback, Trainer
+    from transformers import Trainer
+
+    plan = plan_run(cfg, data.train)
 
     class AnswerTrainer(Trainer):
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
-            metrics = {"eval_loss": mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)}
+            self.control.should_save = True
+            loss = measured_loss(cfg, model, data.held_out, device)
+            if loss is None:  # then it is not the best
+                return {"eval_loss": math.inf}
+            metrics = {"eval_loss": loss}
             self.log(metrics)
             self.control: TrainerControl = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
-            self.control.should_save = True
+            if is_finished(cfg, self.state):
+                self.control.should_training_stop = True
             return metrics
 
-    patience = cfg.EARLY_STOPPING_PATIENCE if data.held_out else 0
+        def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            refuse_nan(model)
+            tally.finished = is_finished(cfg, self.state)
+            with keeper.saving(self.state, {"tally": tally.record()}):
+                super()._save_checkpoint(model, trial)
+
+        def _load_scaler(self, checkpoint: str | None) -> None:
+            if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
+                super()._load_scaler(checkpoint)
+
     return AnswerTrainer(
         model,
-        training_arguments(cfg, plan, device, bool(data.held_out), folder),
+        training_arguments(cfg, plan, device, bool(data.held_out), keeper.folder),
         train_dataset=data.train,
         eval_dataset=data.held_out or None,
         data_collator=flatten,
         compute_loss_func=step_loss,
-        callbacks=[EarlyStoppingCallback(patience)] if patience else None,
     )
+
+
+def is_finished(cfg: Config, state: Any) -> bool:
+    """Whether all steps are done, or the last EARLY_STOPPING_PATIENCE measurements brought nothing."""
+    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
+    in_vain = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    stalled = 0 < cfg.EARLY_STOPPING_PATIENCE <= in_vain
+    return bool(stalled or state.global_step >= state.max_steps)
+
+
+def refuse_nan(model: torch.nn.Module) -> None:
+    """Before a checkpoint is written: one with a NaN would be no use to anybody."""
+    import torch
+
+    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
+        raise UserError(NOT_A_NUMBER)
 
 
 def optimizer_name(cfg: Config, device: Device) -> str:
@@ -3506,37 +4124,77 @@ def optimizer_name(cfg: Config, device: Device) -> str:
     return cfg.OPTIMIZER
 
 
-class Clock:
-    """Seconds spent in training steps: from the first to the last, measuring and saving left out."""
+@dataclass
+class Tally:
+    """What is counted over the whole run, however often it was interrupted."""
 
-    def __init__(self) -> None:
-        self.wall = self.cpu = 0.0
+    base_loss: float | None = None
+    trainable: int = 0
+    parameters: int = 0
+    batch_size: int = 0
+    device: str = ""
+    seconds: float = (
+        0.0  # in training steps: from the first to the last, without measuring and saving
+    )
+    cpu_seconds: float = 0.0
+    peak_memory_gb: float | None = None
+    finished: bool = False
+    versions: dict[str, str | None] = field(default_factory=dict)  # that wrote the checkpoint
+
+    def __post_init__(self) -> None:
+        self.begun = False
         self.mark: tuple[float, float] | None = None
 
     def run(self) -> None:
-        self.stop()
+        self.pause()
+        self.begun = True
         self.mark = time.perf_counter(), time.process_time()
 
-    def stop(self) -> None:
+    def pause(self) -> None:
         if self.mark:
-            self.wall += time.perf_counter() - self.mark[0]
-            self.cpu += time.process_time() - self.mark[1]
+            self.seconds += time.perf_counter() - self.mark[0]
+            self.cpu_seconds += time.process_time() - self.mark[1]
         self.mark = None
 
+    def record(self) -> dict[str, Any]:
+        peaks = (self.peak_memory_gb, peak_memory_gb(self.device))
+        self.peak_memory_gb = max(filter(None, peaks), default=None)
+        self.versions = {name: installed_version(name) for name in PACKAGES}
+        return asdict(self)
 
-def add_callbacks(trainer: Trainer, clock: Clock) -> None:
-    """Time the steps, and show the losses in the progress bar rather than below it."""
-    from transformers import ProgressCallback, TrainerCallback
 
-    class Timing(TrainerCallback):
+def pace(
+    trainer: Trainer, cfg: Config, data: Prepared, keeper: Keeper, tally: Tally, stop: Interruption
+) -> TrainerCallback:
+    """Counts the time, and says when to save and to stop."""
+    from transformers import TrainerCallback
+
+    class Pace(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
+            if args.device.type != "cpu":
+                try_longest_batch(trainer, cfg, data.train)
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            clock.run()
+            tally.run()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            overdue = time.monotonic() - keeper.saved_at > 60 * cfg.SAVE_MINUTES
+            control.should_save |= bool(overdue or stop.asked)
+            control.should_training_stop |= bool(stop.asked)
             if control.should_evaluate or control.should_save or control.should_training_stop:
-                clock.stop()
-            if control.should_training_stop:
-                control.should_log = True  # the steps since the last entry count, too
+                tally.pause()
+                control.should_log = True  # a checkpoint holds the losses of all steps up to it
+
+        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop |= bool(stop.asked)  # while measuring or saving
+
+    return Pace()
+
+
+def show_losses(trainer: Trainer) -> None:
+    """In the progress bar rather than below it."""
+    from transformers import ProgressCallback
 
     class LossBar(ProgressCallback):
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -3551,72 +4209,129 @@ def add_callbacks(trainer: Trainer, clock: Clock) -> None:
             if self.training_bar:
                 self.training_bar.set_postfix(self.shown, refresh=False)
 
-    trainer.add_callback(Timing)
     if trainer.pop_callback(ProgressCallback):  # a notebook kernel has a table instead: left alone
         trainer.add_callback(LossBar)
 
 
+def train_adapter(
+    cfg: Config,
+    model: PeftModel,
+    data: Prepared,
+    device: Device,
+    keeper: Keeper,
+    start: Checkpoint | None = None,
+) -> Checkpoint:
+    """Train from `start`, or from the beginning, and return the last checkpoint.
+
+    When memory runs out, the same steps are done with less at once, from the newest checkpoint on.
+    """
+    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
+    first = start.record["tally"] if start else first_figures(cfg, model, data, device)
+    while True:
+        tally = Tally(**(start.record["tally"] if start else first))
+        tally.batch_size, tally.device = cfg.BATCH_SIZE, device.kind
+        try:
+            run_trainer(cfg, model, data, device, keeper, tally, start)
+            break
+        except (RuntimeError, MemoryError) as error:
+            cfg = with_less_memory(cfg, error)
+        release_memory()  # not before here, since the error holds on to what filled it
+        start = keeper.latest()
+        for name, parameter in learnt.items():
+            parameter.data.copy_(untrained[name])
+    last = keeper.latest()
+    assert last, "the Trainer saves its last step"
+    return last
+
+
+def first_figures(cfg: Config, model: PeftModel, data: Prepared, device: Device) -> dict[str, Any]:
+    trainable, parameters = model.get_nb_trainable_parameters()
+    figures = {"trainable": trainable, "parameters": parameters}
+    if data.held_out:
+        with model.disable_adapter():
+            loss = measured_loss(cfg, model, data.held_out, device)
+        if loss is not None:
+            say("Before", f"validation loss of the untrained model: {loss:.3f}")
+        figures["base_loss"] = loss
+    return figures
+
+
+def run_trainer(
+    cfg: Config,
+    model: PeftModel,
+    data: Prepared,
+    device: Device,
+    keeper: Keeper,
+    tally: Tally,
+    start: Checkpoint | None,
+) -> None:
+    """One go at the training: to its end, or as far as the person and the memory allow."""
+    trainer = build_trainer(cfg, model, data, device, keeper, tally)
+    with flat_rows(model), Interruption() as stop:
+        trainer.add_callback(pace(trainer, cfg, data, keeper, tally, stop))
+        show_losses(trainer)
+        try:
+            trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+        except Exception as error:
+            if tally.begun or not start or memory_fault(error) or isinstance(error, UserError):
+                raise
+            versions = start.record["tally"]["versions"]
+            raise UserError(
+                f"{near(start.folder)} is whole, but cannot be taken up here: "
+                f"{type(error).__name__}: {preview(str(error), 150)}\n"
+                f"It was written with {in_packages(versions)}; here: {in_packages(tally.versions)}.\n"
+                "Install those versions, or start again from the beginning with --no-resume."
+            ) from error
+    if stop.asked:
+        raise Stopped(stop.asked, f"Step {trainer.state.global_step} of {trainer.state.max_steps}")
+
+
+def in_packages(versions: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+# -- What a training came to
+
+
 @dataclass
 class Trained:
-    """What a training came to, for the report."""
+    """The outcome of a run, for the report: read from its last checkpoint alone."""
 
     history: list[dict[str, float]]
-    base_loss: float | None
+    base_loss: float | None  # before training
     final_loss: float | None
     best_step: int | None
     steps: int
     epochs: float
     tokens: int
-    clock: Clock
-    peak_memory_gb: float | None
-    trainable: int
-    parameters: int
+    tally: Tally
+    adapter: Path  # the one to keep
 
 
-def train_adapter(
-    cfg: Config, model: PeftModel, data: Prepared, plan: Plan, device: Device
-) -> Trained:
-    """Train, and leave in `model` the adapter to keep."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    folder = local_path(cfg.CHECKPOINT_DIR) / time.strftime("%Y-%m-%d_%H-%M-%S")
-    trainer = build_trainer(cfg, model, data, plan, device, folder)
-    add_callbacks(trainer, clock := Clock())
-    trainable, parameters = model.get_nb_trainable_parameters()
-    base_loss = None
-    if data.held_out:
-        with model.disable_adapter():
-            base_loss = mean_loss(model, data.held_out, cfg.BATCH_SIZE, device)
-        say("Before", f"validation loss of the untrained model: {base_loss:.3f}")
-    with flat_rows(model):
-        trainer.train()
-    state = trainer.state
-    best_step = state.best_global_step if data.held_out and cfg.KEEP_BEST else None
-    if best_step and best_step != state.global_step:
-        set_peft_model_state_dict(model, load_peft_weights(str(folder / f"checkpoint-{best_step}")))
-    losses = {
-        entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry
-    }
+def outcome(cfg: Config, last: Checkpoint) -> Trained:
+    state = last.state
+    best_step = state["best_global_step"] if cfg.KEEP_BEST else None
+    history = state["log_history"]
+    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     return Trained(
-        history=state.log_history,
-        base_loss=base_loss,
-        final_loss=losses.get(best_step or state.global_step),
+        history=history,
+        base_loss=last.record["tally"]["base_loss"],
+        final_loss=losses.get(best_step or last.step),
         best_step=best_step,
-        steps=state.global_step,
-        epochs=state.epoch,
-        tokens=int(state.num_input_tokens_seen),
-        clock=clock,
-        peak_memory_gb=peak_memory_gb(device),
-        trainable=trainable,
-        parameters=parameters,
+        steps=last.step,
+        epochs=state["epoch"],
+        tokens=int(state["num_input_tokens_seen"]),
+        tally=Tally(**last.record["tally"]),
+        adapter=last.best_adapter if best_step else last.folder / ADAPTER,
     )
 
 
-def peak_memory_gb(device: Device) -> float | None:
+def peak_memory_gb(kind: str) -> float | None:
     """The most memory in use so far: the GPU's where there is one, or else this process's."""
     import torch
 
-    if device.kind == "cuda":
+    if kind == "cuda":
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     if not importlib.util.find_spec("resource"):  # Windows
         return None
@@ -3659,6 +4374,7 @@ def epoch_losses(history: Sequence[dict[str, float]]) -> list[tuple[int, float, 
 
 
 def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
+    tally = trained.tally
     return {
         "train_loss": mean_train_loss(trained.history),
         "eval_loss": trained.final_loss,
@@ -3669,12 +4385,13 @@ def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
         "train_pairs": len(data.train_pairs),
         "eval_pairs": len(data.held_out_pairs),
         "tokens_trained": trained.tokens,
-        "train_seconds": round(trained.clock.wall, 3),
-        "train_cpu_seconds": round(trained.clock.cpu, 3),
-        "tokens_per_second": round(trained.tokens / trained.clock.wall, 1),
-        "peak_memory_gb": trained.peak_memory_gb,
-        "trainable_parameters": trained.trainable,
-        "trainable_percent": round(100 * trained.trainable / trained.parameters, 4),
+        "batch_size": tally.batch_size,
+        "train_seconds": round(tally.seconds, 3),
+        "train_cpu_seconds": round(tally.cpu_seconds, 3),
+        "tokens_per_second": round(trained.tokens / tally.seconds, 1),
+        "peak_memory_gb": tally.peak_memory_gb,
+        "trainable_parameters": tally.trainable,
+        "trainable_percent": round(100 * tally.trainable / tally.parameters, 4),
     }
 
 
@@ -3766,15 +4483,9 @@ def write_visuals(
     draw_loss_comparison(trained).savefig(folder / "loss_comparison.png")
 
 
-def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
-
-
 def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
     """run.json: what later commands need to know, so that nobody types a setting twice."""
     pairs = [pair.messages for pair in data.pairs.kept]
-    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     return {
         "settings": public_settings(cfg),
         "prompt_format": PROMPT_FORMAT,
@@ -3791,7 +4502,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
         "versions": {"python": sys.version.split()[0]}
-        | {p: installed_version(p) for p in packages},
+        | {p: installed_version(p) for p in PACKAGES},
         "results": metrics_of(data, trained),
     }
 
@@ -3810,13 +4521,6 @@ def quality_record(quality: Quality) -> dict[str, Any]:
             for kind, notes in quality.parts.items()
         },
     }
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
 
 
 def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
@@ -3843,7 +4547,7 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
         "Training loss, mean over all steps": in_words(mean_train_loss(trained.history)),
         "LoRA rank / alpha / dropout": f"{cfg.LORA_R} / {cfg.LORA_ALPHA} / {cfg.LORA_DROPOUT}",
         "Adapted layers": ", ".join(cfg.LORA_TARGETS),
-        "Trainable parameters": f"{trained.trainable:,}",
+        "Trainable parameters": f"{trained.tally.trainable:,}",
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return CARD.format(
@@ -3927,17 +4631,27 @@ def write_zip(folder: Path) -> Path:
     return target
 
 
-def save_run(
-    cfg: Config, model: PeftModel, device: Device, data: Prepared, trained: Trained
-) -> tuple[Path, Path]:
+def run_of(folder: Path) -> str:
+    """Which run the model in this folder is from."""
+    try:
+        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
-    final = output_folder(cfg)
-    with staged_folder(final) as staged:
-        model.save_pretrained(staged)
+    final, trained = output_folder(cfg), outcome(cfg, last)
+    with staged_folder(final, same=run_of(final) == last.folder.parent.name) as staged:
+        shutil.copyfile(trained.adapter, staged / ADAPTER)
+        shutil.copyfile(last.folder / "adapter_config.json", staged / "adapter_config.json")
         data.tokenizer.save_pretrained(staged)
         if cfg.MODEL_NAME == DEMO_MODEL:
             shutil.copytree(demo_folder(), staged / DEMO_BASE)
-        write_json(staged / "run.json", run_record(cfg, device, data, trained))
+        write_json(
+            staged / "run.json",
+            {"run": last.folder.parent.name} | run_record(cfg, device, data, trained),
+        )
         (staged / "README.md").write_text(model_card(cfg, data, trained), encoding="utf-8")
         try:
             write_visuals(staged / "training_visuals", cfg, device, data, trained)
@@ -3993,17 +4707,6 @@ def may_be_replaced(path: Path) -> bool:
         return True
     except (OSError, KeyError, zipfile.BadZipFile):
         return False
-
-
-@contextmanager
-def staged_file(final: Path) -> Iterator[Path]:
-    """A file to write, which takes its final name only when it is complete."""
-    staged = final.with_name(f"{final.name}.{os.getpid()}.partial")
-    try:
-        yield staged
-        staged.replace(final)
-    finally:
-        staged.unlink(missing_ok=True)
 
 
 def token_figures(data: Prepared | None) -> dict[str, int | bool]:
@@ -4217,15 +4920,17 @@ def run_training(cfg: Config) -> Prepared:
     say_plan(cfg, data, plan)
     ask_about_quality(cfg, data.quality)
     device = pick_device(cfg)
-    optimizer_name(cfg, device)
-    base = load_base(cfg, device)
-    from transformers import set_seed
+    keeper = Keeper(cfg, identity_of(cfg, data, device))
+    last = keeper.starting_point()
+    say_start(cfg, plan, keeper, last)
+    if not last or not last.record["tally"]["finished"]:
+        base = load_base(cfg, device)
+        from transformers import set_seed
 
-    set_seed(cfg.SEED)
-    model = add_lora(cfg, base)
-    trained = train_adapter(cfg, model, data, plan, device)
-    folder, archive = save_run(cfg, model, device, data, trained)
-    say_result(trained, folder, archive)
+        set_seed(cfg.SEED)
+        last = train_adapter(cfg, add_lora(cfg, base), data, device, keeper, last)
+    folder, archive = save_run(cfg, device, data, last)
+    say_result(outcome(cfg, last), folder, archive)
     return data
 
 
@@ -4364,26 +5069,32 @@ def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
     )
 
 
+def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None) -> None:
+    """Where the training begins, and what a person can count on."""
+    if not start:
+        often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
+        say("Safe", f"saved in {near(keeper.folder)} {often}; the same command goes on from there")
+    elif start.record["tally"]["finished"]:
+        say("Resume", "this run is finished: nothing is trained, its files are written anew")
+    else:
+        say("Resume", f"from step {start.step} of {plan.steps}, in {near(start.folder)}")
+
+
 def say_result(trained: Trained, folder: Path, archive: Path) -> None:
-    before, after, clock = trained.base_loss, trained.final_loss, trained.clock
+    before, after, tally = trained.base_loss, trained.final_loss, trained.tally
     if before is not None and after is not None:
         share = 1 - after / before
         change = f"{share:.0%} lower" if share > 0 else f"{-share:.0%} HIGHER, it did not learn"
         change = "unchanged" if abs(share) < 0.005 else change
         say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
-    took = f"{clock.wall:.0f} s" if clock.wall < 120 else f"{clock.wall / 60:.1f} min"
-    memory = trained.peak_memory_gb
+    took = f"{tally.seconds:.0f} s" if tally.seconds < 120 else f"{tally.seconds / 60:.1f} min"
+    memory = tally.peak_memory_gb
     most = f", at most {memory:.1f} GB of memory" if memory else ""
-    say("Time", f"{took} of training, {trained.tokens / clock.wall:,.0f} tokens a second{most}")
+    say("Time", f"{took} of training, {trained.tokens / tally.seconds:,.0f} tokens a second{most}")
     say("Saved", f"the adapter in {near(folder)}, pictures in {near(folder / 'training_visuals')}")
     if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
         say("", f"the model that was there before is kept in {near(earlier)}")
     say("Download", f"{near(archive)} (on Colab: the folder icon at the left, then ⋮)")
-
-
-def near(path: Path) -> str:
-    """A path as short as it can be said from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def check_output_folder(cfg: Config) -> None:
@@ -4501,20 +5212,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
+    except (RuntimeError, MemoryError) as error:
+        if not memory_fault(error):
             raise
-        message = (
-            f"The GPU ran out of memory: {preview(str(error), 100)}\n"
-            "Lower BATCH_SIZE (and raise GRADIENT_ACCUMULATION_STEPS by as much: the result stays the "
-            "same), or set GRADIENT_CHECKPOINTING, or lower MAX_LENGTH."
-        )
+        message = f"Memory ran out: {preview(str(error), 100)}\n{LEVERS}"
     except BrokenPipeError:  # nobody reads on, as behind "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
-    except KeyboardInterrupt:
-        print("\nInterrupted. Nothing of an earlier run was touched.", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as end:
+        saved = getattr(end, "saved", "")
+        done = (
+            f"{saved} is saved, and" if saved else "Nothing that was finished or saved is touched;"
+        )
+        show(f"\nInterrupted. {done} the same command goes on from there.", sys.stderr)
+        return 128 + getattr(end, "number", signal.SIGINT)
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
     print(file=sys.stderr)

@@ -215,7 +215,7 @@ def test_an_interruption_ends_with_130_and_a_word(
     monkeypatch.setitem(ft.COMMANDS, "train", interrupted)
     code, text = run("train")
     assert code == 130
-    assert text.strip() == "Interrupted. Nothing of an earlier run was touched."
+    assert text.strip().startswith("Interrupted. Nothing that was finished or saved is touched;")
 
 
 # -- The output folder

@@ -113,7 +113,7 @@ def test_the_same_run_twice_gives_the_same_adapter(
     phi_folder: Path, workbook: Path, run: Any
 ) -> None:
     flags = ("--model-name", phi_folder, "--max-steps", 3, "--learning-rate", 1e-2)
-    assert run(*flags)[0] == run(*flags, "--output-dir", "again")[0] == 0
+    assert run(*flags)[0] == run(*flags, "--no-resume", "--output-dir", "again")[0] == 0
     first, second = (
         (workbook.parent / name / "adapter_model.safetensors").read_bytes()
         for name in ("model", "again")

@@ -77,7 +77,6 @@ def test_every_link_to_a_file_leads_somewhere(name: str) -> None:
 def test_the_figures_in_the_guide_are_those_that_are_written() -> None:
     from types import SimpleNamespace
 
-    clock = SimpleNamespace(wall=1.0, cpu=1.0)
     trained: Any = SimpleNamespace(
         history=[{"step": 1, "loss": 1.0}],
         base_loss=1,
@@ -86,7 +85,7 @@ def test_the_figures_in_the_guide_are_those_that_are_written() -> None:
         steps=1,
         epochs=1,
     )
-    vars(trained).update(tokens=1, clock=clock, peak_memory_gb=1, trainable=1, parameters=1)
+    vars(trained).update(tokens=1, tally=ft.Tally(trainable=1, parameters=1, seconds=1.0))
     data: Any = SimpleNamespace(train_pairs=[], held_out_pairs=[])
     for name in ft.metrics_of(data, trained):
         assert f"`{name}`" in GUIDE

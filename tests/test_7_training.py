@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAIRS, in_words, write_workbook
+from peft import set_peft_model_state_dict
+from safetensors.torch import load_file
 
 import finetune_colab as ft
 
@@ -39,9 +41,20 @@ def build(cfg: ft.Config, device: ft.Device = CPU) -> Any:
     return ft.add_lora(cfg, base)
 
 
+def keeper(cfg: ft.Config, data: ft.Prepared, device: ft.Device = CPU) -> ft.Keeper:
+    kept = ft.Keeper(cfg, ft.identity_of(cfg, data, device))
+    assert kept.starting_point() is None
+    return kept
+
+
 def train(cfg: ft.Config, device: ft.Device = CPU) -> tuple[Any, ft.Prepared, ft.Trained]:
+    """A whole training; the model comes back with the adapter that is kept."""
     data, model = ft.prepare(cfg), build(cfg, device)
-    return model, data, ft.train_adapter(cfg, model, data, ft.plan_run(cfg, data.train), device)
+    cfg.RESUME = False
+    last = ft.train_adapter(cfg, model, data, device, keeper(cfg, data, device))
+    trained = ft.outcome(cfg, last)
+    set_peft_model_state_dict(model, load_file(trained.adapter))
+    return model, data, trained
 
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:
@@ -189,7 +202,8 @@ def test_training_changes_the_adapter_and_nothing_else(cfg: ft.Config, device: f
     data, model = ft.prepare(cfg), build(cfg, device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     cfg.MAX_STEPS = 1 if device.four_bit else 3
-    trained = ft.train_adapter(cfg, model, data, ft.plan_run(cfg, data.train), device)
+    last = ft.train_adapter(cfg, model, data, device, keeper(cfg, data, device))
+    trained = ft.outcome(cfg, last)
     for name, parameter in model.named_parameters():
         if "lora_A" not in name:  # after the first step A is still the same, since B was zero
             assert torch.equal(parameter, before[name]) == ("lora_B" not in name), name
@@ -248,7 +262,7 @@ def test_a_nan_stops_the_run_before_anything_is_saved(cfg: ft.Config) -> None:
         model.get_base_model().lm_head.bias.fill_(math.nan)
     data.held_out.clear()
     with pytest.raises(ft.UserError, match=r"NaN(.|\n)*LEARNING_RATE"):
-        ft.train_adapter(cfg, model, data, ft.plan_run(cfg, data.train), CPU)
+        ft.train_adapter(cfg, model, data, CPU, keeper(cfg, data))
     assert not list(Path(cfg.CHECKPOINT_DIR).rglob("*.safetensors"))
 
 
@@ -265,24 +279,24 @@ def test_every_token_is_counted_once_an_epoch(cfg: ft.Config) -> None:
     _, data, trained = train(cfg)
     assert trained.tokens == 2 * sum(len(one["input_ids"]) for one in data.train)
     assert trained.epochs == 2
-    assert trained.trainable == sum(p.numel() for p in adapter(build(cfg)).values())
-    assert 0.1 < trained.peak_memory_gb < 20
+    assert trained.tally.trainable == sum(p.numel() for p in adapter(build(cfg)).values())
+    assert 0.1 < trained.tally.peak_memory_gb < 20
 
 
 def test_the_clock_runs_in_steps_only() -> None:
-    clock = ft.Clock()
-    clock.run()
+    tally = ft.Tally()
+    tally.run()
     sum(range(3_000_000))
-    clock.stop()
-    wall, cpu = clock.wall, clock.cpu
+    tally.pause()
+    wall, cpu = tally.seconds, tally.cpu_seconds
     time.sleep(0.05)
-    clock.stop()
-    assert (clock.wall, clock.cpu) == (wall, cpu)
+    tally.pause()
+    assert (tally.seconds, tally.cpu_seconds) == (wall, cpu)
     assert wall > 0 < cpu
-    clock.run()
-    clock.run()  # the next step: what lies between counts
-    clock.stop()
-    assert clock.wall > wall
+    tally.run()
+    tally.run()  # the next step: what lies between counts
+    tally.pause()
+    assert tally.seconds > wall
 
 
 def test_measuring_and_saving_are_not_training_time(
@@ -298,7 +312,7 @@ def test_measuring_and_saving_are_not_training_time(
     cfg.EVAL_STEPS, started = 1, time.perf_counter()
     _, _, trained = train(cfg)
     assert time.perf_counter() - started > 4
-    assert trained.clock.wall < time.perf_counter() - started - 3.5
+    assert trained.tally.seconds < time.perf_counter() - started - 3.5
 
 
 def test_memory_that_runs_out_is_one_message_with_the_levers(
@@ -310,7 +324,11 @@ def test_memory_that_runs_out_is_one_message_with_the_levers(
     monkeypatch.setattr(ft, "attend_in_each_example", full)
     code, printed = run("--model-name", phi_folder)
     assert code == 2
-    assert "Lower BATCH_SIZE" in printed
+    printed = in_words(printed)
+    assert "Lower MAX_LENGTH (--max-length 256) or LORA_R" in printed
+    assert "2 pairs at once instead of 4, 8 times a step" in printed
+    assert "1 pairs at once instead of 2" in printed
+    assert "values are computed again instead of kept" in printed
     assert not (workbook.parent / "model").exists()
 
 

@@ -157,13 +157,13 @@ def test_a_fresh_process_gets_the_same_model_back(
     import torch
 
     kept: dict[str, Any] = {}
-    real = ft.save_run
+    real = ft.train_adapter
 
-    def keep_and_save(cfg: ft.Config, model: Any, *rest: Any) -> Any:
+    def train_and_keep(cfg: ft.Config, model: Any, *rest: Any) -> Any:
         kept["model"] = model
         return real(cfg, model, *rest)
 
-    monkeypatch.setattr(ft, "save_run", keep_and_save)
+    monkeypatch.setattr(ft, "train_adapter", train_and_keep)
     assert run("--model-name", phi_folder, "--max-steps", 4, "--learning-rate", 1e-2)[0] == 0
     ids = [5, 6, 7, 8, 300, 301]
     with torch.no_grad():
@@ -195,8 +195,9 @@ def test_the_card_of_a_hub_model_names_it_with_its_commit() -> None:
     cfg = ft.Config()
     data: Any = SimpleNamespace(train_pairs=[1] * 9, held_out_pairs=[1])
     trained: Any = SimpleNamespace(
-        steps=3, epochs=1.0, base_loss=2.0, final_loss=1.5, history=history([2.0]), trainable=10
+        steps=3, epochs=1.0, base_loss=2.0, final_loss=1.5, history=history([2.0])
     )
+    trained.tally = ft.Tally(trainable=10)
     card = ft.model_card(cfg, data, trained)
     front = card.split("---")[1]
     assert "base_model: microsoft/phi-2\n" in front
