@@ -1731,7 +1731,7 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
         "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
         "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
-        "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
+        "جواب, إجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
         "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
         "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
         "答, 답변, 답, 정답, 응답, "
@@ -1751,28 +1751,27 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "body, text",
     ),
 }
-# A header with one of these words tells something about a question or an answer.
-OTHER_WORDS = set(
-    "id ids uuid key count counts number num no nr index idx start end offset url link date time score "
-    "rating type category topic tag tags label intent length len normalized lang language source file "
-    "filename path votes author name option options choice choices hint context contexts passage "
-    "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
-    "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
-    "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
-    "student rag bot from by owner status von av par por autor auteur numero dato "
-    "data date datum dátum stato estado etat statut zeitstempel timestamp aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
-    "thema datum tipo categoria tema fecha categorie kategori konu".split()
-)
+# A header with one of these words tells something about a question or an answer, and is neither; with
+# one of OTHER_WORDS, the cells may still show that it is, see settle_names.
 SYSTEM_WORDS = set(
-    "wrong incorrect false falsche distractor rejected negative worst model gpt chatgpt llama claude gemini "
-    "mistral mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred "
-    "generated hallucinated student id ids count".split()
+    "wrong incorrect false falsche distractor rejected negative worst model llama claude gemini mistral "
+    "mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred generated "
+    "hallucinated student id ids count".split()
+)
+OTHER_WORDS = set(
+    "uuid key counts number num no nr index idx start end offset url link date time score rating type "
+    "category topic tag tags label intent length len normalized lang language source file filename path "
+    "votes author name option options choice choices hint context contexts passage document story "
+    "explanation rationale reason reasoning rubric rag bot from by owner status von av par por autor "
+    "auteur numero dato data datum stato estado etat statut zeitstempel timestamp aluno alumno eleve "
+    "errata errada errado incorrecta incorrecte incorreta typ kategorie thema tipo categoria tema fecha "
+    "categorie kategori konu".split()
 )
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
     "reference gold golden expected correct ideal desired best official true truth".split()
 )
-OTHER_SIGNS = "人 者 部门 部署 자명 답변자 질문자 답변일 질문일 类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+OTHER_SIGNS = "人 者 部门 部署 자명 답변자 질문자 답변일 질문일 类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 种别 種別 カテゴリ 유형 번호 분류".split()
 THAI = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # and Lao, Burmese, Khmer
 FIGURES = re.compile(r"[\d\s.,:/%+-]*\d[\d\s.,:/%+-]*(?:[AaPp]\.?[Mm]\.?)?|\S+@\S+")
 NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
@@ -1796,7 +1795,7 @@ ASKING = re.compile(  # what asks without a question mark
     r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
     r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
     r"|convert|classify|identify|provide|rewrite|suggest)\b"
-    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|为什么|為什麼|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
+    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
     r"|[α-ωά-ώ];$",
     re.IGNORECASE,
 )
@@ -1918,12 +1917,16 @@ def name_strength(header: str, role: str) -> int:
 @functools.cache
 def tells_other(header: str) -> bool:
     """Whether a header names something about a question or an answer, and neither of them."""
-    words = words_of(header)
+    words = set(words_of(header))
     return (
-        bool(OTHER_WORDS & set(words))
-        or any("gpt" in word for word in words)
+        bool(OTHER_WORDS & words)
+        or is_by_system(words)
         or any(sign in header for sign in OTHER_SIGNS)
     )
+
+
+def is_by_system(words: set[str]) -> bool:
+    return bool(SYSTEM_WORDS & words) or any("gpt" in word for word in words)
 
 
 @dataclass
@@ -2010,8 +2013,8 @@ def settle_names(columns: list[Column]) -> None:
     for column, role in itertools.product(columns, NAMES):
         sure, likely, _ = known_names(role)
         words = {word for word in words_of(column.header) if len(word) > 1}
-        by_system = SYSTEM_WORDS & words or "gpt" in column.header.casefold()
-        if column.names[role] == 0 and column in texts and sure & words and not by_system:
+        named = sure & words and not is_by_system(words)
+        if column.names[role] == 0 and column in texts and named:
             column.names[role] = 1
         if column.names[role] == 2 and " ".join(words_of(column.header)) not in likely:
             rivals = [
