@@ -694,7 +694,7 @@ def explained_bucket_errors(place: str) -> Iterator[None]:
 
 def fetch_from_bucket(place: str) -> Source:
     """One object, or of a folder the tables in it, to choose from."""
-    bucket, _, key = place.removeprefix("s3://").partition("/")
+    bucket, _, key = place.partition("://")[2].partition("/")
     client = bucket_client()
     if key and not key.endswith("/"):
         try:
@@ -772,7 +772,7 @@ def fetch_from_hub(place: str) -> Source:
 
     The Hub keeps a copy of most data sets as parquet files, one folder for each split.
     """
-    address = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.+))?", place)
+    address = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.+))?", place, re.IGNORECASE)
     if not address:
         raise UserError(
             f"{place} is no data set of the Hub. It looks like hf:owner/name or hf:owner/name:train"

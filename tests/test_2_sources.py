@@ -599,6 +599,11 @@ def test_a_damaged_body_is_noticed_and_fetched_again(
     assert not list(own_cache.rglob("*.partial"))
 
 
+def test_an_address_in_capitals_is_read_like_any_other(store: Path) -> None:
+    (store / "a.csv").write_bytes(CSV)
+    assert pairs_at("S3://data/a.csv") == PAIRS
+
+
 def test_an_address_that_is_none(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no address of a bucket" in refusal("s3://no bucket!/a.csv")
     monkeypatch.setenv("S3_ENDPOINT_URL", "not an address")
@@ -733,6 +738,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_split(
     hub.faults = ["503"]
     assert from_hub("hf:owner/name") == ("hf:owner/name, default/train/0000.parquet", PAIRS)
     assert from_hub("hf:owner/name:test")[1] == PAIRS[:2]
+    assert from_hub("HF:owner/name:test")[1] == PAIRS[:2]
     message = from_hub("hf:owner/name:validation")[0]
     assert "no such part. Name one of: hf:owner/name:default/test" in message
 
