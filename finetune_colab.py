@@ -486,24 +486,25 @@ def checksum(path: Path, kind: str) -> str:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def fetched_before(place: str, version: str) -> tuple[Path, Path | None]:
-    """The folder of the cache for one version of a file, and the file when it is there already."""
+def cached(place: str, version: str, size: str, name: str, write: Callable[[Path], None]) -> Path:
+    """The file that an earlier run wrote, when it is of this version; or else it is written now."""
     folder = cache_folder("data", hashlib.sha256(f"{place} {version}".encode()).hexdigest()[:16])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [path for path in folder.iterdir() if path.suffix != ".partial"]
+        earlier = [path for path in folder.iterdir() if path.suffix != ".partial"]
     except OSError as error:
         raise UserError(f"{folder} cannot be used as a cache: {error.strerror}.") from None
-    return folder, files[0] if files and version else None
-
-
-def keep_fetched(partial: Path, name: str) -> Path:
-    harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
-    path = partial.with_name(harmless.strip(". ")[-100:] or "download")
-    for earlier in partial.parent.iterdir():
-        if earlier.suffix != ".partial":
-            earlier.unlink()
-    return partial.replace(path)
+    if version and earlier and size in ("", str(earlier[0].stat().st_size)):
+        return earlier[0]
+    partial = folder / f"{os.getpid()}.partial"
+    try:
+        write(partial)
+        harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
+        for path in earlier:
+            path.unlink(missing_ok=True)
+        return partial.replace(folder / (harmless.strip(". ")[-100:] or "download"))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def refuse_large(place: str, size: int) -> None:
@@ -556,18 +557,9 @@ def fetch_link(link: str) -> Path:
     def fetch() -> Path:
         with open_link(place, url) as response:
             tag, size = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
-            folder, earlier = fetched_before(url, tag)
-            if earlier and size in ("", str(earlier.stat().st_size)):
-                return earlier
-            partial = folder / f"{os.getpid()}.partial"
-            try:
-                receive(place, response, partial)
-                path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
-                return keep_fetched(
-                    partial, response.headers.get_filename() or path.rpartition("/")[2]
-                )
-            finally:
-                partial.unlink(missing_ok=True)
+            path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+            name = response.headers.get_filename() or path.rpartition("/")[2]
+            return cached(url, tag, size, name, lambda partial: receive(place, response, partial))
 
     return persistently(place, fetch)
 
@@ -741,11 +733,8 @@ def fetch_object(client: Any, bucket: str, key: str, name: str) -> Path:
             head = client.head_object(Bucket=bucket, Key=key)
             version, size = head["ETag"].strip('"'), head["ContentLength"]
             refuse_large(place, size)
-            folder, earlier = fetched_before(f"{client.meta.endpoint_url} {place}", version)
-            if earlier and earlier.stat().st_size == size:
-                return earlier
-            partial = folder / f"{os.getpid()}.partial"
-            try:
+
+            def write(partial: Path) -> None:
                 with partial.open("wb") as file:
                     client.download_fileobj(bucket, key, file)
                 if partial.stat().st_size != size:
@@ -757,9 +746,8 @@ def fetch_object(client: Any, bucket: str, key: str, name: str) -> Path:
                 )
                 if plain and is_md5 and checksum(partial, "md5") != version:
                     raise ConnectionError("the checksum does not match")
-                return keep_fetched(partial, name)
-            finally:
-                partial.unlink(missing_ok=True)
+
+            return cached(f"{client.meta.endpoint_url} {place}", version, str(size), name, write)
 
     return persistently(place, fetch)
 
