@@ -48,7 +48,6 @@ import functools
 import gc
 import glob
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import io
@@ -365,6 +364,7 @@ LARGEST_FILE_MB = 500
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 MOST_CANDIDATES = 20  # files in one folder of a bucket
 LONGEST_DOWNLOAD = 1800  # seconds
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no further try mends it
 LONGEST_LISTING = 10_000  # objects of a bucket that are looked at by name
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
@@ -526,12 +526,7 @@ def persistently(place: str, fetch: Callable[[], Fetched]) -> Fetched:
             reason = type(error).__name__  # what it says more may hold a key
             if isinstance(error, OSError):
                 reason += f": {preview(re.sub(r'https?://[^ ]+', '…', str(error)), 100)}"
-            if getattr(error, "errno", None) in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EACCES,
-                errno.EROFS,
-            ):
+            if getattr(error, "errno", None) in NOT_WRITABLE:
                 raise UserError(
                     f"{place} cannot be written to {cache_folder()}: {reason}"
                 ) from None
@@ -611,13 +606,6 @@ def receive(place: str, response: Any, partial: Path) -> None:
 # -- Buckets
 
 
-def optional(package: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(package.partition(">")[0])
-    except ImportError:
-        raise UserError(f"{purpose} need one more package: pip install '{package}'") from None
-
-
 def environment() -> dict[str, str]:
     """The variables of this process, and those of a file .env in this folder."""
     try:
@@ -633,7 +621,12 @@ def environment() -> dict[str, str]:
 
 
 def bucket_client() -> Any:
-    boto3 = optional("boto3>=1.36", "Addresses that start with s3://")
+    try:
+        import boto3
+    except ImportError:
+        raise UserError(
+            "Addresses that start with s3:// need one more package: pip install 'boto3>=1.36'"
+        ) from None
     from botocore import UNSIGNED
     from botocore.config import Config as Options
 
@@ -709,11 +702,8 @@ def fetch_from_bucket(place: str) -> Source:
         found = []
     tables = [one for one in found if one["Key"].lower().endswith(TABLE_ENDINGS) and one["Size"]]
     keys = sorted(one["Key"] for one in tables if one["Size"] <= LARGEST_FILE_MB * 1e6)
-    if len(keys) < len(tables):
-        say(
-            "Candidate",
-            f"{len(tables) - len(keys)} tables larger than {LARGEST_FILE_MB} MB are left out",
-        )
+    if larger := len(tables) - len(keys):
+        say("Candidate", f"{larger} tables larger than {LARGEST_FILE_MB} MB are left out")
     if not keys:
         raise UserError(
             f"There is no {place}, and no table in {folder}. Check the name and the endpoint."
@@ -771,21 +761,18 @@ def fetch_from_hub(place: str) -> Source:
     if files is None:
         revision = "main"
         files = hub_files(place, name, revision) or []
-    chosen = choose_split(
-        place, name, [one for one in files if one.endswith(TABLE_ENDINGS)], wanted
-    )
-    return Source(
-        f"hf:{name}, {chosen[0]}", [hub_file(place, name, one, revision) for one in chosen]
-    )
+    tables = [one for one in files if one.endswith(TABLE_ENDINGS)]
+    chosen = choose_split(place, name, tables, wanted)
+    paths = [hub_file(place, name, one, revision) for one in chosen]
+    return Source(f"hf:{name}, {chosen[0]}", paths)
 
 
 def choose_split(place: str, name: str, files: list[str], wanted: str) -> list[str]:
     """The files of one split: CONFIGURATION/SPLIT/0000.parquet and so on, or one file by its name."""
     splits: dict[str, list[str]] = {}
     for file in sorted(files):
-        splits.setdefault(re.sub(r"/(partial-)?([^/]+)/\d+\.parquet$", r"/\2", file), []).append(
-            file
-        )
+        split = re.sub(r"/(partial-)?([^/]+)/\d+\.parquet$", r"/\2", file)
+        splits.setdefault(split, []).append(file)
     fitting = [one for one in splits if not wanted or wanted in (one, *one.split("/"))]
     for preferred in ("default", "train"):
         fitting = [one for one in fitting if preferred in one.split("/")] or fitting
@@ -832,11 +819,9 @@ def hub_file(place: str, name: str, file: str, revision: str) -> Path:
     def fetch() -> Path:
         with explained_hub_errors(place):
             path = Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
-        content = path.resolve()  # of a large file, the Hub's cache calls it by its checksum
-        if (
-            re.fullmatch("[0-9a-f]{64}", content.name)
-            and checksum(content, "sha256") != content.name
-        ):
+        content = path.resolve()  # the Hub's cache calls a large file by its checksum
+        is_large = re.fullmatch("[0-9a-f]{64}", content.name)
+        if is_large and checksum(content, "sha256") != content.name:
             content.unlink()
             raise ConnectionError("the checksum does not match")
         return path
