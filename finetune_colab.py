@@ -885,6 +885,11 @@ class Columns(NamedTuple):
     system: int | None = None  # its text is put before the question
     input: int | None = None  # of Alpaca: its text is put after the question
 
+    @property
+    def used(self) -> list[int]:
+        """The columns of questions and answers, then those of what joins the question."""
+        return [i for i in (self.question, self.answer, self.system, self.input) if i is not None]
+
 
 @dataclass
 class Pairs:
@@ -901,36 +906,35 @@ class Pairs:
 
     @property
     def used(self) -> list[str]:
-        """The names of the columns of questions and answers, then of what joins the question."""
-        columns = self.columns
-        used = (columns.question, columns.answer, columns.system, columns.input) if columns else ()
-        return [self.table.header[i] for i in used if i is not None]
+        """The names of the columns that are used; none for conversations."""
+        return [self.table.header[i] for i in self.columns.used] if self.columns else []
 
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
-    if not source.choose:
-        with collector_paused():
-            return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
+    with collector_paused():
+        if source.choose:
+            return chosen_from(source, cfg)
+        return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
+
+
+def chosen_from(source: Source, cfg: Config) -> Pairs:
+    """The pairs of the best file: one with Alpaca's columns, or else the surest, or the largest."""
     readable = []
     for path in source.paths:
         try:
-            readable.append(pairs_of(path, cfg))
-            say(
-                "Candidate",
-                f"{path.name}: {len(readable[-1].kept)} pairs, {columns_in_words(readable[-1])}",
-            )
+            pairs = pairs_of(path, cfg)
         except UserError as error:
             say("Candidate", f"{path.name} cannot be used: {preview(str(error), 150)}")
+        else:
+            say("Candidate", f"{path.name}: {len(pairs.kept)} pairs, {columns_in_words(pairs)}")
+            readable.append(pairs)
     if not readable:
         raise UserError(f"None of the {len(source.paths)} tables in {source.name} can be used.")
     best = max(readable, key=lambda pairs: (is_alpaca(pairs), *certainty(pairs)))
-    why = (
-        "it has Alpaca's columns"
-        if is_alpaca(best)
-        else "its columns are the surest, or its pairs the most"
-    )
+    surest = "its columns are the surest, or its pairs the most"
+    why = "it has Alpaca's columns" if is_alpaca(best) else surest
     say("Chosen", f"{best.name}: {why}. Name another file with --dataset-path")
     return best
 
@@ -1020,13 +1024,13 @@ WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
 MOST_LETTERS = 200_000_000
 MOST_CELLS = 4_000_000  # between the first and the last filled one; calamine keeps them all
 FAR_CELL = "{} has a filled cell very far from the others. Delete it."
+PROTECTED = "{} is protected by a password. Save a copy without one."
 CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
 MOST_NAMES = 2000  # of fields in JSON
 BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 LIKELY = 20  # cells at the top of a column that decide what it holds
 NUMPY_ARRAY = re.compile(r"""\barray\((\[(?:'[^']*'|"[^"]*"|[^\[\]'"])*\])(?:,\s*dtype=\w+)?\)""")
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 FOREIGN_FILES = {
     rb"%PDF": "a PDF",
     rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
@@ -1088,8 +1092,7 @@ MARKS = "«»„“”‚‘’–—…°§©®™•№€\u00a0"  # that say 
 def read_tables(path: Path, cfg: Config) -> list[Table]:
     """Every filled sheet of a file, decided by its content. The only opener of data files."""
     try:
-        if path.stat().st_size > LARGEST_FILE_MB * 1e6:
-            raise UserError(f"{path} is larger than {LARGEST_FILE_MB} MB. Split it.")
+        refuse_large(str(path), path.stat().st_size)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
@@ -1114,8 +1117,9 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
 def file_kind(path: Path, content: bytes) -> str:
     """What a file is; its ending may say anything."""
     start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if name := utf16_name(content):
-        start = content[:2048].decode(name, errors="replace").lstrip("\ufeff \n").encode()
+    utf16 = utf16_name(content)
+    if utf16:
+        start = content[:2048].decode(utf16, errors="replace").lstrip("\ufeff \n").encode()
     for mark, name in FOREIGN_FILES.items():
         if re.match(mark, start, re.IGNORECASE | re.DOTALL):
             raise UserError(f"{path} is {name}.\nPut the rows into .xlsx, .csv or .jsonl")
@@ -1123,13 +1127,13 @@ def file_kind(path: Path, content: bytes) -> str:
         return zip_kind(path, content)
     if content.startswith(b"\xd0\xcf\x11\xe0"):
         if "EncryptedPackage".encode("utf-16-le") in content:
-            raise UserError(f"{path} is protected by a password. Save a copy without one.")
+            raise UserError(PROTECTED.format(path))
         if "WordDocument".encode("utf-16-le") in content:
             raise UserError(f"{path} is a Word document. Name a file with the rows in a table.")
         return "xls"
     if content.startswith(b"PAR1"):
         return "parquet"
-    if b"\0" in content and not utf16_name(content):
+    if b"\0" in content and not utf16:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     return "text"
 
@@ -1160,7 +1164,7 @@ def zip_kind(path: Path, content: bytes) -> str:
         most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells"
         raise UserError(f"{path} has more than {most}, filled or formatted. Split it.")
     if "encrypted-package" in names:
-        raise UserError(f"{path} is protected by a password. Save a copy without one.")
+        raise UserError(PROTECTED.format(path))
     marks = {"xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "content.xml": "ods"}
     for mark, kind in marks.items():
         if mark in names:
@@ -1228,21 +1232,21 @@ def in_a_child(work: Callable[[], Any], memory_mb: float) -> Any:
             os.dup2(nowhere.fileno(), 2)
         limit_memory(memory_mb)
         try:
-            sender.send((True, work()))
+            sender.send(work())
         except BaseException as error:
-            sender.send((False, error if isinstance(error, UserError) else str(error)))
+            sender.send(error if isinstance(error, UserError) else ValueError(str(error)))
 
     child = multiprocessing.get_context("fork").Process(target=report)
     child.start()
     sender.close()
     try:
-        done, result = results.recv()
+        result = results.recv()
     except EOFError:
         raise ValueError("its reader gave up") from None
     finally:
         child.join()
-    if not done:
-        raise result if isinstance(result, UserError) else ValueError(result)
+    if isinstance(result, Exception):
+        raise result
     return result
 
 
@@ -1311,9 +1315,8 @@ def cell_text(cell: object) -> Any:
         return "" if cell is None else cell
     if not isinstance(cell, str):
         return number_text(cell)
-    text = "" if cell[:1] == "#" and cell in FAILED_FORMULAS else cell
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = "" if cell in FAILED_FORMULAS else cell
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():  # JSON may hold half of a letter beyond 16 bits, which no file can
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.strip()
@@ -1334,7 +1337,7 @@ def number_text(cell: Any) -> str:
 
 def utf16_name(content: bytes) -> str:
     """The name of a UTF-16 encoding, when it is one: by its mark, or since it gives lines of letters."""
-    if content.startswith(UTF16_MARKS):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     head = content[:4096]
     for name in ("utf-16-le", "utf-16-be") if b"\0" in head else ():
@@ -1349,23 +1352,18 @@ def decoded(path: Path, content: bytes) -> str:
     """The text of a file, in the encoding that its bytes show."""
     if name := utf16_name(content):
         return content.decode(name, errors="replace").removeprefix("\ufeff")
-    try:
+    with suppress(UnicodeDecodeError):
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass
     lines = content.split(b"\n")
     broken = sum(not is_utf8(line) for line in lines)
     if any(not line.isascii() and is_utf8(line) for line in lines):
-        say(
-            "Note",
-            f"{path.name} mixes encodings: {broken} lines are not UTF-8. Check their accents.",
-        )
+        mixed = f"mixes encodings: {broken} lines are not UTF-8. Check their accents."
+        say("Note", f"{path.name} {mixed}")
         parts = (line.decode("utf-8" if is_utf8(line) else "cp1252", "replace") for line in lines)
         return "\n".join(parts).removeprefix("\ufeff")
     name = likely_encoding(content)
-    say(
-        "Note", f"{path.name} is not UTF-8; it was read as {ENCODINGS[name][0]}. Check its letters."
-    )
+    guess = f"is not UTF-8; it was read as {ENCODINGS[name][0]}. Check its letters."
+    say("Note", f"{path.name} {guess}")
     return content.decode(name, errors="replace")
 
 
@@ -1403,8 +1401,9 @@ def is_utf8(line: bytes) -> bool:
 
 def text_grid(path: Path, text: str) -> list[list[str]]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
-    options: dict[str, Any] = {"delimiter": csv_delimiter(text), "skipinitialspace": True}
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    mark = csv_delimiter(text)
+    file = io.StringIO(text, newline="")
+    lines = csv.reader(file, delimiter=mark, skipinitialspace=True, strict=True)
     read = 0
 
     def rows() -> Iterator[list[str]]:
@@ -1412,7 +1411,7 @@ def text_grid(path: Path, text: str) -> list[list[str]]:
         for row in lines:
             read += 1
             cells = [cell_text(cell) for cell in row]
-            if options["delimiter"] == "|" and len(cells) > 2 and not cells[0] + cells[-1]:
+            if mark == "|" and len(cells) > 2 and not cells[0] + cells[-1]:
                 cells = cells[1:-1]  # a table in Markdown, whose rules are no row
                 cells = ["" if re.fullmatch(":?-+:?", cell) else cell for cell in cells]
             yield cells
@@ -2567,10 +2566,9 @@ def say_pairs(pairs: Pairs) -> None:
     else:
         joining = "".join(f'; "{preview(name)}" joins the question' for name in pairs.used[2:])
         say("Columns", f"{columns_in_words(pairs)} (found {columns.reason}){joining}")
-        used = (columns.question, columns.answer, columns.system, columns.input)
-        rest = [preview(name) for i, name in enumerate(table.header) if name and i not in used]
+        rest = [name for i, name in enumerate(table.header) if name and i not in columns.used]
         if rest:
-            say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
+            say("", "not used: " + ", ".join(f'"{preview(name)}"' for name in rest[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     for line in shortened(grouped(pairs.dropped), MOST_REASONS, "reasons"):
