@@ -1486,21 +1486,16 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
     """The tables in a JSON value: a list of records or rows, columns, or any of these in a wrapper."""
     if isinstance(value, list):
         if value and all(isinstance(row, list) and not is_conversation(row) for row in value):
-            return [
-                with_header(name, [[one_text(cell) or "" for cell in row] for row in value], cfg)
-            ]
+            return [row_table(name, value, cfg)]
         return [record_table(name, list(enumerate(value, start=1)))]
     if not isinstance(value, dict) or depth > 3:
         return []
-    inner = list(value.values())
-    if isinstance(value.get("columns"), list) and isinstance(
-        value.get("data"), list
-    ):  # pandas' split
-        grid = [value["columns"], *(row for row in value["data"] if isinstance(row, list))]
-        return [with_header(name, [[one_text(cell) or "" for cell in row] for row in grid], cfg)]
+    names, data = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(data, list):  # pandas' split
+        return [row_table(name, [names, *(row for row in data if isinstance(row, list))], cfg)]
     if records := column_records(value):
         return [record_table(name, list(enumerate(records, start=1)))]
-    one_record = any(map(is_conversation, inner)) or isinstance(value.get("prompt"), dict)
+    one_record = isinstance(value.get("prompt"), dict) or any(map(is_conversation, value.values()))
     nested = [
         table
         for key, part in value.items()
@@ -1512,26 +1507,28 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
     return together(nested) or ([single] if depth == 0 or one_record else [])
 
 
+def row_table(name: str, rows: list[list[Any]], cfg: Config) -> Table:
+    return with_header(name, [[one_text(cell) or "" for cell in row] for row in rows], cfg)
+
+
 def column_records(value: dict[str, Any]) -> list[Any]:
     """The records of an object that holds columns, or records by their ids, or answers by their questions."""
     inner = list(value.values())
-    if len(inner) > 1 and all(isinstance(v, list) for v in inner) and len({*map(len, inner)}) == 1:
+    kinds = set(map(type, inner))
+    if len(inner) < 2:
+        return []
+    if kinds == {list} and len({*map(len, inner)}) == 1:
         flat = [v for v in inner if not any(isinstance(cell, (dict, list)) for cell in v)]
         known = any(name_strength(str(key), role) > 1 for key in value for role in NAMES)
         if len(flat) == len(inner) or (known and len(flat) > 1):
             return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-    if len(inner) > 1 and all(isinstance(v, dict) for v in inner) and are_records(inner):
+    if kinds == {dict} and are_records(inner):
         rows = list(inner[0])
         if all(str(row).isdigit() for row in rows) and not all(str(key).isdigit() for key in value):
-            return [
-                {key: column[row] for key, column in value.items()} for row in rows
-            ]  # pandas' own
+            # as pandas writes columns
+            return [{key: column[row] for key, column in value.items()} for row in rows]
         return inner
-    if (
-        len(inner) > 1
-        and all(isinstance(v, str) for v in inner)
-        and sum(map(asks, value)) > len(value) / 2
-    ):
+    if kinds == {str} and sum(map(asks, value)) > len(value) / 2:
         return [{"question": key, "answer": text} for key, text in value.items()]
     return []
 
@@ -1545,8 +1542,7 @@ def are_records(values: list[dict[str, Any]]) -> bool:
 
 def together(tables: list[Table]) -> list[Table]:
     """Tables of the same columns as one, as topics of a FAQ are; but of splits, the one to train on."""
-    same = len({tuple(sorted(table.header)) for table in tables}) == 1 and len(tables) > 1
-    if not same:
+    if len(tables) < 2 or len({tuple(sorted(table.header)) for table in tables}) > 1:
         return tables
     if train := [table for table in tables if fold(table.sheet) in ("train", "training")]:
         return train + [table._replace(hidden=True) for table in tables if table not in train]
@@ -1556,8 +1552,8 @@ def together(tables: list[Table]) -> list[Table]:
         for table in tables
         for _, row in table.rows
     ]
-    unread = [reason for table in tables for _, reason in table.unread]
-    return [Table("", header, list(enumerate(rows, start=1)), [(0, reason) for reason in unread])]
+    unread = [(0, reason) for table in tables for _, reason in table.unread]
+    return [Table("", header, list(enumerate(rows, start=1)), unread)]
 
 
 def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
@@ -1574,23 +1570,15 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
         records = [(n, {"messages": one} if is_conversation(one) else one) for n, one in records]
     if len(records) > MOST_ROWS:
         raise UserError(f"it has more than {MOST_ROWS:,} rows. Split it.")
-    header: dict[str, None] = {}
-    for _, record in records:
-        if isinstance(record, dict):
-            header.update(dict.fromkeys(record))
-    names = list(header)
+    objects = [(number, one) for number, one in records if isinstance(one, dict)]
+    names = list(dict.fromkeys(key for _, one in objects for key in one))
     if len(names) > MOST_NAMES:
         raise UserError(
             f"its records have {len(names):,} different names of fields. Give all the same."
         )
-    rows = [
-        (number, [cell_text(record.get(key)) for key in names])
-        for number, record in records
-        if isinstance(record, dict)
-    ]
-    unread = [
-        (n, "not an object with named fields") for n, one in records if not isinstance(one, dict)
-    ]
+    rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in objects]
+    others = [number for number, one in records if not isinstance(one, dict)]
+    unread = [(number, "not an object with named fields") for number in others]
     return Table(name, [str(key) for key in names], rows, unread)
 
 
@@ -1608,6 +1596,11 @@ def unpacked(table: Table) -> Table:
                 if i < len(row):
                     row[i] = literal(row[i])
     return table
+
+
+def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
+    filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
+    return list(itertools.islice(filled, most))
 
 
 def is_spelled_out(cell: Any) -> bool:
@@ -2106,7 +2099,7 @@ def may_be_text(column: Column, alone: bool) -> bool:
 
 def columns_unclear(table: Table, found: str) -> UserError:
     def first(i: int) -> str:
-        cell = next((row[i] for _, row in table.rows if i < len(row) and row[i]), "(empty)")
+        cell = next(iter(top_cells(table, i, 1)), "(empty)")
         return "(a list)" if isinstance(cell, (list, dict)) else preview(cell)
 
     seen = [
@@ -2161,10 +2154,10 @@ def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Ro
             records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
             return "message tree", None, tree_conversations(records, cfg)
         if "prompt" in names:
-            prompts = column_cells(table, names.index("prompt"))
-            top = [cell for _, cell in prompts if cell][:LIKELY]
+            prompt = names.index("prompt")
+            top = top_cells(table, prompt)
             if top and all(isinstance(cell, dict) for cell in top):
-                return "message tree", None, nested_trees(prompts, cfg)
+                return "message tree", None, nested_trees(column_cells(table, prompt), cfg)
         if (chosen := conversation_column(table)) is not None:
             return "conversations", None, without_wrong(table, whole_conversations(table, chosen))
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
@@ -2191,11 +2184,6 @@ def without_wrong(table: Table, rows: Rows) -> Rows:
             reason = f'marked as wrong in "{preview(table.header[i])}"'
             found |= dict.fromkeys(wrong, reason)
     return list(found.items())
-
-
-def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
-    filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
-    return list(itertools.islice(filled, most))
 
 
 def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
