@@ -1779,25 +1779,22 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
 
     A first row that looks like a pair itself is no header: the columns are then called by letters.
     """
-    rows = list(enumerate(grid, start=1))
-    start = next((i for i, (_, row) in enumerate(rows) if any(row)), len(rows))
+    rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
+    first = rows[0][1] if rows else []
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if name}
-    top = list(enumerate(rows[start : start + HEADER_ROWS], start + 1))
-    row = rows[start][1] if start < len(rows) else []
-    preamble = sum(map(bool, row)) < 2
+    below_title = sum(map(bool, first)) < 2
     for is_header in (
-        lambda row: wanted and wanted <= set(map(fold, row)),
+        lambda cells: wanted and wanted <= set(map(fold, cells)),
         names_both,
-        lambda row: preamble and names_both(row, surely=False),
+        lambda cells: below_title and names_both(cells, least=2),
     ):
-        for i, (_, candidate) in top:
-            if is_header(candidate):
-                return Table(sheet, candidate, rows[i:])
-    below = [row for _, row in rows[start + 1 : start + LIKELY]]
-    sentence = any(looks_like_question(cell) or is_sentence(cell) for cell in row)
-    if sentence and not is_heading(row, below):
-        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(row))], rows[start:])
-    return Table(sheet, row, rows[start + 1 :])
+        for i, (_, cells) in enumerate(rows[:HEADER_ROWS], start=1):
+            if is_header(cells):
+                return Table(sheet, cells, rows[i:])
+    sentence = any(looks_like_question(cell) or is_sentence(cell) for cell in first)
+    if sentence and not is_heading(first, [cells for _, cells in rows[1:LIKELY]]):
+        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(first))], rows)
+    return Table(sheet, first, rows[1:])
 
 
 def is_sentence(cell: str) -> bool:
@@ -1810,20 +1807,15 @@ def is_heading(row: list[str], below: list[list[str]]) -> bool:
     """Whether a row heads a column of dates, numbers or addresses, as forms on the web have them."""
     for i, cell in enumerate(row):
         cells = [other[i] for other in below if i < len(other) and other[i]]
-        if (
-            cell
-            and not FIGURES.fullmatch(cell)
-            and len(cells) > 2
-            and all(map(FIGURES.fullmatch, cells))
-        ):
+        figures = len(cells) > 2 and all(map(FIGURES.fullmatch, cells))
+        if figures and cell and not FIGURES.fullmatch(cell):
             return True
     return False
 
 
-def names_both(row: list[str], surely: bool = True) -> bool:
-    """Whether two cells of the row name questions and answers, at least one of them surely."""
+def names_both(row: list[str], least: int = 3) -> bool:
+    """Whether two cells of the row name questions and answers, at least one of them so surely."""
     strengths = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
-    least = 3 if surely else 2
     return any(
         min(q[0], a[1]) > 1 and max(q[0], a[1]) >= least
         for q, a in itertools.permutations(strengths, 2)
@@ -1903,7 +1895,11 @@ class Column:
     lists: bool  # most of them are lists or objects without one text
     filled: bool
     names: dict[str, int]  # for each role, how surely the header says it
-    asking: float  # share of the cells that ask something
+
+    @functools.cached_property
+    def asking(self) -> float:
+        """The share of the cells that ask something."""
+        return sum(map(asks, self.cells)) / max(1, len(self.cells))
 
     @functools.cached_property
     def words(self) -> float:
@@ -1935,8 +1931,7 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
         for role, place in fixed.items():
             if place is not None:
                 names[role] = 100 if place == i else -1000
-        asking = sum(map(asks, cells)) / max(1, len(cells))
-        columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names, asking))
+        columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names))
     return columns
 
 
@@ -2066,10 +2061,8 @@ def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int
             (names.index(n) for n in wanted if n in names and names.index(n) not in used), None
         )
 
-    is_instruction = names[used[0]] == "instruction"
-    return position("system", "system_prompt", "system prompt"), position(
-        "input", "context"
-    ) if is_instruction else None
+    system = position("system", "system_prompt", "system prompt")
+    return system, position("input", "context") if names[used[0]] == "instruction" else None
 
 
 def column_named(table: Table, role: str, name: str) -> int | None:
