@@ -1990,7 +1990,8 @@ def settle_names(columns: list[Column]) -> None:
 
 def fit(question: Column, answer: Column) -> float:
     """How well two columns go together: three for a sure name, one for asking everywhere."""
-    known = answer.names["answer"] or set(ANSWER_ROLES) & set(words_of(answer.header))
+    roles = map(known_role, words_of(answer.header))
+    known = answer.names["answer"] or "assistant" in roles
     if (
         answer.names["question"] > max(1, answer.names["answer"])  # two questions
         or question.names["answer"] > max(1, question.names["question"])
@@ -2107,13 +2108,14 @@ def columns_unclear(table: Table, found: str) -> UserError:
 
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
 NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
-USER_ROLES = "user human prompter customer instruction question".split()
-ANSWER_ROLES = "assistant gpt bot model chatgpt chatbot ai response answer output".split()
-SYSTEM_ROLES = "system developer".split()
-TOOL_ROLES = (
-    "tool, tools, function, ipython, environment, observation, function response, function_call, "
-    "function_response, function-call, function-response, tool_call, tool_response".split(", ")
-)
+ROLE_NAMES = {
+    "user": "user, human, prompter, customer, instruction, question",
+    "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output",
+    "system": "system, developer",
+    "tool": "tool, tools, function, ipython, environment, observation, function response, function_call, "
+    "function_response, function-call, function-response, tool_call, tool_response",
+}
+ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names.split(", ")}
 TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
 SPEAKERS = (
     r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI|FUNCTION RESPONSE|{})\s*:\s*"
@@ -2194,11 +2196,8 @@ def conversation_column(table: Table) -> int | None:
         if whole and not ASIDE & set(words_of(header)):
             found.append(i)
         for role in NAMES:
-            if (
-                top
-                and name_strength(header, role) == 3
-                and not (whole and isinstance(top[0], list))
-            ):
+            lists = whole and isinstance(top[0], list)
+            if top and name_strength(header, role) == 3 and not lists:
                 sure[role].append(i)
     if any(q != a for q in sure["question"] for a in sure["answer"]):
         return None
@@ -2229,11 +2228,12 @@ def whole_conversations(table: Table, column: int) -> Rows:
         name_strength(name, "answer") * (i != column) for i, name in enumerate(table.header)
     ]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
+    answer = answers[0] if len(answers) == 1 else None
     for number, row in table.rows:
         cells = row + [""] * (len(table.header) - len(row))
         turns = cell_turns(cells[column]) if is_whole(cells[column]) else NO_CONVERSATION
         if isinstance(turns, str):
-            yield number, turns if any(cells) else "blank"
+            yield number, turns
             continue
         if system != column:
             before = cells[system]
@@ -2241,29 +2241,34 @@ def whole_conversations(table: Table, column: int) -> Rows:
             turns.insert(0, ("system", content_text(before) or ""))
         while turns and not turns[-1][1].strip():
             turns.pop()
-        if turns and turns[-1][0] == "user" and len(answers) == 1:
-            last = cells[answers[0]]
-            more = (
-                cell_turns(last) if is_conversation(last) else [("assistant", one_text(last) or "")]
-            )
-            turns += more if isinstance(more, list) else []
-        elif len(answers) == 1 and turns and is_truth(table.header[answers[0]]):
-            right = one_text(cells[answers[0]]) or ""
-            if not is_code([right]) and fold(right) not in fold(turns[-1][1]):
-                yield (
-                    number,
-                    f'the last answer is not the one in "{preview(table.header[answers[0]])}"',
-                )
-                continue
-        yield number, dialogue(turns)
+        if answer is None or not turns:
+            yield number, dialogue(turns)
+        elif turns[-1][0] == "user":
+            yield number, dialogue(turns + last_turns(cells[answer]))
+        elif is_other_truth(table.header[answer], cells[answer], turns[-1][1]):
+            yield number, f'the last answer is not the one in "{preview(table.header[answer])}"'
+        else:
+            yield number, dialogue(turns)
 
 
-def is_truth(header: str) -> bool:
-    return bool(TRUE_WORDS & set(words_of(header)))
+def last_turns(cell: Any) -> list[Turn]:
+    """What a column of answers adds to a conversation that ends with a question."""
+    if not is_conversation(cell):
+        return [("assistant", one_text(cell) or "")]
+    turns = cell_turns(cell)
+    return turns if isinstance(turns, list) else []
+
+
+def is_other_truth(header: str, cell: Any, said: str) -> bool:
+    """Whether a column of true answers holds another one than what was said."""
+    right = one_text(cell) or ""
+    is_truth = not TRUE_WORDS.isdisjoint(words_of(header)) and not is_code([right])
+    return is_truth and fold(right) not in fold(said)
 
 
 def two_columns(table: Table, columns: Columns) -> Rows:
     width, names = len(table.header), [fold(name) for name in table.header]
+    history = names.index("history") if "history" in names else None
     for number, row in table.rows:
         cells = row + [""] * (width - len(row))
         question, answer = (
@@ -2271,10 +2276,8 @@ def two_columns(table: Table, columns: Columns) -> Rows:
             for cell in (cells[columns.question], cells[columns.answer])
         )
         before, after = (one_text(cells[i]) if i is not None else "" for i in columns[4:])
-        earlier = cells[names.index("history")] if "history" in names else []
-        if not any(cells):
-            yield number, "blank"
-        elif not table.sheet and any(row[width:]):
+        earlier = cells[history] if history is not None else []
+        if not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
         elif cells == table.header:
             yield number, "the header once more"
@@ -2358,13 +2361,7 @@ def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
 
 def known_role(name: object) -> str:
     role = str(name).casefold()
-    known = {
-        "user": USER_ROLES,
-        "assistant": ANSWER_ROLES,
-        "system": SYSTEM_ROLES,
-        "tool": TOOL_ROLES,
-    }
-    return next((kind for kind, names in known.items() if role in names), role)
+    return ROLES.get(role, role)
 
 
 def cell_turns(cell: Any) -> list[Turn] | str:
@@ -2418,7 +2415,7 @@ def plain_marks(text: str) -> str:
     if not MODEL_MARKS.search(text):
         return text
     text = re.sub(r"\s*<</SYS>>\s*", "\n\n", text)
-    text = re.sub(r"\[INST\]", "\n### User: ", re.sub(r"\[/INST\]", "\n### Assistant: ", text))
+    text = text.replace("[INST]", "\n### User: ").replace("[/INST]", "\n### Assistant: ")
     return MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
 
 
@@ -2456,13 +2453,11 @@ def tree_conversations(records: list[Message], cfg: Config) -> Rows:
             yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
             continue
         for path in tree_paths((number, root), replies, len(records), cfg):
-            yield (
-                number,
-                dialogue(
-                    (known_role(message.get("role")), content_text(message.get("text")) or "")
-                    for _, message in path
-                ),
+            turns = (
+                (known_role(message.get("role")), content_text(message.get("text")) or "")
+                for _, message in path
             )
+            yield number, dialogue(turns)
 
 
 def tree_paths(
@@ -2502,15 +2497,14 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     for number, messages in rows:
         if isinstance(messages, str):
             reason = "blank" if number in blank else messages
-            dropped.append(Note(table.sheet, number, reason))
         elif unseen := [one["role"] for one in messages if not is_seen(one["content"])]:
             reason = "no answer" if "assistant" in unseen else "no question"
-            dropped.append(Note(table.sheet, number, reason))
         elif any(len(message["content"]) > LONGEST_CELL for message in messages):
             reason = f"a text of more than {LONGEST_CELL:,} letters"
-            dropped.append(Note(table.sheet, number, reason))
         else:
             found.append(Pair(messages, table.sheet, number))
+            continue
+        dropped.append(Note(table.sheet, number, reason))
     kept, copies = without_copies(found)
     return kept, dropped + copies
 
@@ -2570,9 +2564,8 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
     return kinds
 
 
-def grouped(notes: Iterable[Note]) -> list[str]:
+def grouped(notes: Sequence[Note]) -> list[str]:
     """One line a reason, with the rows that it concerns, and their files where there are several."""
-    notes = list(notes)
     several = len({note.sheet for note in notes}) > 1
     return [
         f"{len(found)} × {kind}: row{'s' * (len(found) > 1)} "
