@@ -476,9 +476,8 @@ def direct_link(link: str) -> str:
 
 
 def cache_folder(*names: str) -> Path:
-    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").joinpath(
-        "finetune_colab", *names
-    )
+    caches = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return caches.joinpath("finetune_colab", *names)
 
 
 def checksum(path: Path, kind: str) -> str:
@@ -1913,7 +1912,7 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
     columns = []
     headers = [fold(header) for header in table.header]
     options = {h for h in headers if len(h) == 1 and not NOT_SPACED.match(h)} - {"q", "a"}
-    fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
+    fixed = {role: column_named(table, role, name) for role, name in wanted.items() if name}
     for i, header in enumerate(table.header):
         raw = top_cells(table, i, MOST_WEIGHED)
         cells = [text for cell in raw if (text := one_text(cell))]
@@ -1929,13 +1928,12 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
         elif headers[i] == "target" and any(name_strength(h, "question") > 2 for h in table.header):
             names["answer"] = 3  # what should have been said
         for role, place in fixed.items():
-            if place is not None:
-                names[role] = 100 if place == i else -1000
+            names[role] = 100 if place == i else -1000
         columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names))
     return columns
 
 
-def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
+def find_columns(table: Table, question: str, answer: str) -> Columns:
     """The columns of questions and answers: as the person said, or else by name and content.
 
     Every two columns that could be meant are rated by their names, and within equal names by how
@@ -1949,10 +1947,9 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
         for i, column in enumerate(columns)
         if column.cells and (max(column.names.values()) > 0 or may_be_text(column, alone))
     ]
-    if len(usable) > MOST_COLUMNS:
-        usable.sort(key=lambda i: -max(columns[i].names.values()))
-        usable = sorted(usable[:MOST_COLUMNS])
-    fits = {pair: fit(*(columns[i] for i in pair)) for pair in itertools.permutations(usable, 2)}
+    usable.sort(key=lambda i: -max(columns[i].names.values()))
+    pairs = itertools.permutations(sorted(usable[:MOST_COLUMNS]), 2)
+    fits = {pair: fit(*(columns[i] for i in pair)) for pair in pairs}
     if not fits or max(fits.values()) < -100:
         raise columns_unclear(table, NONE_FOUND)
     best = max(fits, key=lambda pair: fits[pair])  # of equals the leftmost
@@ -2066,10 +2063,8 @@ def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int
     return system, position("input", "context") if names[used[0]] == "instruction" else None
 
 
-def column_named(table: Table, role: str, name: str) -> int | None:
+def column_named(table: Table, role: str, name: str) -> int:
     """The position of a column that the person named, by its header or its letter."""
-    if not name:
-        return None
     headers = [fold(header) for header in table.header]
     letters = [column_letter(i) for i in range(len(headers))]
     if fold(name) in headers:
