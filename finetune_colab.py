@@ -48,7 +48,6 @@ import functools
 import gc
 import glob
 import hashlib
-import importlib
 import importlib.util
 import inspect
 import io
@@ -442,6 +441,7 @@ LARGEST_FILE_MB = 500
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 MOST_CANDIDATES = 20  # files in one folder of a bucket
 LONGEST_DOWNLOAD = 1800  # seconds
+NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no further try mends it
 LONGEST_LISTING = 10_000  # objects of a bucket that are looked at by name
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
@@ -553,29 +553,29 @@ def direct_link(link: str) -> str:
 
 
 def cache_folder(*names: str) -> Path:
-    return local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").joinpath(
-        "finetune_colab", *names
-    )
+    caches = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return caches.joinpath("finetune_colab", *names)
 
 
-def fetched_before(place: str, version: str) -> tuple[Path, Path | None]:
-    """The folder of the cache for one version of a file, and the file when it is there already."""
+def cached(place: str, version: str, size: str, name: str, write: Callable[[Path], None]) -> Path:
+    """The file that an earlier run wrote, when it is of this version; or else it is written now."""
     folder = cache_folder("data", hashlib.sha256(f"{place} {version}".encode()).hexdigest()[:16])
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = [path for path in folder.iterdir() if path.suffix != ".partial"]
+        earlier = [path for path in folder.iterdir() if path.suffix != ".partial"]
     except OSError as error:
         raise UserError(f"{folder} cannot be used as a cache: {error.strerror}.") from None
-    return folder, files[0] if files and version else None
-
-
-def keep_fetched(partial: Path, name: str) -> Path:
-    harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
-    path = partial.with_name(harmless.strip(". ")[-100:] or "download")
-    for earlier in partial.parent.iterdir():
-        if earlier.suffix != ".partial":
-            earlier.unlink()
-    return partial.replace(path)
+    if version and earlier and size in ("", str(earlier[0].stat().st_size)):
+        return earlier[0]
+    partial = folder / f"{os.getpid()}.partial"
+    try:
+        write(partial)
+        harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
+        for path in earlier:
+            path.unlink(missing_ok=True)
+        return partial.replace(folder / (harmless.strip(". ")[-100:] or "download"))
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def refuse_large(place: str, size: int) -> None:
@@ -597,12 +597,7 @@ def persistently(place: str, fetch: Callable[[], Fetched]) -> Fetched:
             reason = type(error).__name__  # what it says more may hold a key
             if isinstance(error, OSError):
                 reason += f": {preview(re.sub(r'https?://[^ ]+', '…', str(error)), 100)}"
-            if getattr(error, "errno", None) in (
-                errno.ENOSPC,
-                errno.EDQUOT,
-                errno.EACCES,
-                errno.EROFS,
-            ):
+            if getattr(error, "errno", None) in NOT_WRITABLE:
                 raise UserError(
                     f"{place} cannot be written to {cache_folder()}: {reason}"
                 ) from None
@@ -628,18 +623,9 @@ def fetch_link(link: str) -> Path:
     def fetch() -> Path:
         with open_link(place, url) as response:
             tag, size = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
-            folder, earlier = fetched_before(url, tag)
-            if earlier and size in ("", str(earlier.stat().st_size)):
-                return earlier
-            partial = folder / f"{os.getpid()}.partial"
-            try:
-                receive(place, response, partial)
-                path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
-                return keep_fetched(
-                    partial, response.headers.get_filename() or path.rpartition("/")[2]
-                )
-            finally:
-                partial.unlink(missing_ok=True)
+            path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
+            name = response.headers.get_filename() or path.rpartition("/")[2]
+            return cached(url, tag, size, name, lambda partial: receive(place, response, partial))
 
     return persistently(place, fetch)
 
@@ -691,13 +677,6 @@ def receive(place: str, response: Any, partial: Path) -> None:
 # -- Buckets
 
 
-def optional(package: str, purpose: str) -> Any:
-    try:
-        return importlib.import_module(package.partition(">")[0])
-    except ImportError:
-        raise UserError(f"{purpose} need one more package: pip install '{package}'") from None
-
-
 def environment() -> dict[str, str]:
     """The variables of this process, and those of a file .env in this folder."""
     try:
@@ -713,7 +692,12 @@ def environment() -> dict[str, str]:
 
 
 def bucket_client() -> Any:
-    boto3 = optional("boto3>=1.36", "Addresses that start with s3://")
+    try:
+        import boto3
+    except ImportError:
+        raise UserError(
+            "Addresses that start with s3:// need one more package: pip install 'boto3>=1.36'"
+        ) from None
     from botocore import UNSIGNED
     from botocore.config import Config as Options
 
@@ -766,7 +750,7 @@ def explained_bucket_errors(place: str) -> Iterator[None]:
 
 def fetch_from_bucket(place: str) -> Source:
     """One object, or of a folder the tables in it, to choose from."""
-    bucket, _, key = place.removeprefix("s3://").partition("/")
+    bucket, _, key = place.partition("://")[2].partition("/")
     client = bucket_client()
     if key and not key.endswith("/"):
         try:
@@ -789,11 +773,8 @@ def fetch_from_bucket(place: str) -> Source:
         found = []
     tables = [one for one in found if one["Key"].lower().endswith(TABLE_ENDINGS) and one["Size"]]
     keys = sorted(one["Key"] for one in tables if one["Size"] <= LARGEST_FILE_MB * 1e6)
-    if len(keys) < len(tables):
-        say(
-            "Candidate",
-            f"{len(tables) - len(keys)} tables larger than {LARGEST_FILE_MB} MB are left out",
-        )
+    if larger := len(tables) - len(keys):
+        say("Candidate", f"{larger} tables larger than {LARGEST_FILE_MB} MB are left out")
     if not keys:
         raise UserError(
             f"There is no {place}, and no table in {folder}. Check the name and the endpoint."
@@ -813,11 +794,8 @@ def fetch_object(client: Any, bucket: str, key: str, name: str) -> Path:
             head = client.head_object(Bucket=bucket, Key=key)
             version, size = head["ETag"].strip('"'), head["ContentLength"]
             refuse_large(place, size)
-            folder, earlier = fetched_before(f"{client.meta.endpoint_url} {place}", version)
-            if earlier and earlier.stat().st_size == size:
-                return earlier
-            partial = folder / f"{os.getpid()}.partial"
-            try:
+
+            def write(partial: Path) -> None:
                 with partial.open("wb") as file:
                     client.download_fileobj(bucket, key, file)
                 if partial.stat().st_size != size:
@@ -829,9 +807,8 @@ def fetch_object(client: Any, bucket: str, key: str, name: str) -> Path:
                 )
                 if plain and is_md5 and checksum(partial, "md5") != version:
                     raise ConnectionError("the checksum does not match")
-                return keep_fetched(partial, name)
-            finally:
-                partial.unlink(missing_ok=True)
+
+            return cached(f"{client.meta.endpoint_url} {place}", version, str(size), name, write)
 
     return persistently(place, fetch)
 
@@ -844,7 +821,7 @@ def fetch_from_hub(place: str) -> Source:
 
     The Hub keeps a copy of most data sets as parquet files, one folder for each split.
     """
-    address = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.+))?", place)
+    address = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.+))?", place, re.IGNORECASE)
     if not address:
         raise UserError(
             f"{place} is no data set of the Hub. It looks like hf:owner/name or hf:owner/name:train"
@@ -855,21 +832,18 @@ def fetch_from_hub(place: str) -> Source:
     if files is None:
         revision = "main"
         files = hub_files(place, name, revision) or []
-    chosen = choose_split(
-        place, name, [one for one in files if one.endswith(TABLE_ENDINGS)], wanted
-    )
-    return Source(
-        f"hf:{name}, {chosen[0]}", [hub_file(place, name, one, revision) for one in chosen]
-    )
+    tables = [one for one in files if one.endswith(TABLE_ENDINGS)]
+    chosen = choose_split(place, name, tables, wanted)
+    paths = [hub_file(place, name, one, revision) for one in chosen]
+    return Source(f"hf:{name}, {chosen[0]}", paths)
 
 
 def choose_split(place: str, name: str, files: list[str], wanted: str) -> list[str]:
     """The files of one split: CONFIGURATION/SPLIT/0000.parquet and so on, or one file by its name."""
     splits: dict[str, list[str]] = {}
     for file in sorted(files):
-        splits.setdefault(re.sub(r"/(partial-)?([^/]+)/\d+\.parquet$", r"/\2", file), []).append(
-            file
-        )
+        split = re.sub(r"/(partial-)?([^/]+)/\d+\.parquet$", r"/\2", file)
+        splits.setdefault(split, []).append(file)
     fitting = [one for one in splits if not wanted or wanted in (one, *one.split("/"))]
     for preferred in ("default", "train"):
         fitting = [one for one in fitting if preferred in one.split("/")] or fitting
@@ -916,11 +890,9 @@ def hub_file(place: str, name: str, file: str, revision: str) -> Path:
     def fetch() -> Path:
         with explained_hub_errors(place):
             path = Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
-        content = path.resolve()  # of a large file, the Hub's cache calls it by its checksum
-        if (
-            re.fullmatch("[0-9a-f]{64}", content.name)
-            and checksum(content, "sha256") != content.name
-        ):
+        content = path.resolve()  # the Hub's cache calls a large file by its checksum
+        is_large = re.fullmatch("[0-9a-f]{64}", content.name)
+        if is_large and checksum(content, "sha256") != content.name:
             content.unlink()
             raise ConnectionError("the checksum does not match")
         return path
@@ -984,6 +956,11 @@ class Columns(NamedTuple):
     system: int | None = None  # its text is put before the question
     input: int | None = None  # of Alpaca: its text is put after the question
 
+    @property
+    def used(self) -> list[int]:
+        """The columns of questions and answers, then those of what joins the question."""
+        return [i for i in (self.question, self.answer, self.system, self.input) if i is not None]
+
 
 @dataclass
 class Pairs:
@@ -1000,36 +977,35 @@ class Pairs:
 
     @property
     def used(self) -> list[str]:
-        """The names of the columns of questions and answers, then of what joins the question."""
-        columns = self.columns
-        used = (columns.question, columns.answer, columns.system, columns.input) if columns else ()
-        return [self.table.header[i] for i in used if i is not None]
+        """The names of the columns that are used; none for conversations."""
+        return [self.table.header[i] for i in self.columns.used] if self.columns else []
 
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
-    if not source.choose:
-        with collector_paused():
-            return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
+    with collector_paused():
+        if source.choose:
+            return chosen_from(source, cfg)
+        return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
+
+
+def chosen_from(source: Source, cfg: Config) -> Pairs:
+    """The pairs of the best file: one with Alpaca's columns, or else the surest, or the largest."""
     readable = []
     for path in source.paths:
         try:
-            readable.append(pairs_of(path, cfg))
-            say(
-                "Candidate",
-                f"{path.name}: {len(readable[-1].kept)} pairs, {columns_in_words(readable[-1])}",
-            )
+            pairs = pairs_of(path, cfg)
         except UserError as error:
             say("Candidate", f"{path.name} cannot be used: {preview(str(error), 150)}")
+        else:
+            say("Candidate", f"{path.name}: {len(pairs.kept)} pairs, {columns_in_words(pairs)}")
+            readable.append(pairs)
     if not readable:
         raise UserError(f"None of the {len(source.paths)} tables in {source.name} can be used.")
     best = max(readable, key=lambda pairs: (is_alpaca(pairs), *certainty(pairs)))
-    why = (
-        "it has Alpaca's columns"
-        if is_alpaca(best)
-        else "its columns are the surest, or its pairs the most"
-    )
+    surest = "its columns are the surest, or its pairs the most"
+    why = "it has Alpaca's columns" if is_alpaca(best) else surest
     say("Chosen", f"{best.name}: {why}. Name another file with --dataset-path")
     return best
 
@@ -1119,13 +1095,13 @@ WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
 MOST_LETTERS = 200_000_000
 MOST_CELLS = 4_000_000  # between the first and the last filled one; calamine keeps them all
 FAR_CELL = "{} has a filled cell very far from the others. Delete it."
+PROTECTED = "{} is protected by a password. Save a copy without one."
 CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
 MOST_NAMES = 2000  # of fields in JSON
 BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 LIKELY = 20  # cells at the top of a column that decide what it holds
 NUMPY_ARRAY = re.compile(r"""\barray\((\[(?:'[^']*'|"[^"]*"|[^\[\]'"])*\])(?:,\s*dtype=\w+)?\)""")
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
-UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 FOREIGN_FILES = {
     rb"%PDF": "a PDF",
     rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
@@ -1187,8 +1163,7 @@ MARKS = "«»„“”‚‘’–—…°§©®™•№€\u00a0"  # that say 
 def read_tables(path: Path, cfg: Config) -> list[Table]:
     """Every filled sheet of a file, decided by its content. The only opener of data files."""
     try:
-        if path.stat().st_size > LARGEST_FILE_MB * 1e6:
-            raise UserError(f"{path} is larger than {LARGEST_FILE_MB} MB. Split it.")
+        refuse_large(str(path), path.stat().st_size)
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
@@ -1213,8 +1188,9 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
 def file_kind(path: Path, content: bytes) -> str:
     """What a file is; its ending may say anything."""
     start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
-    if name := utf16_name(content):
-        start = content[:2048].decode(name, errors="replace").lstrip("\ufeff \n").encode()
+    utf16 = utf16_name(content)
+    if utf16:
+        start = content[:2048].decode(utf16, errors="replace").lstrip("\ufeff \n").encode()
     for mark, name in FOREIGN_FILES.items():
         if re.match(mark, start, re.IGNORECASE | re.DOTALL):
             raise UserError(f"{path} is {name}.\nPut the rows into .xlsx, .csv or .jsonl")
@@ -1222,13 +1198,13 @@ def file_kind(path: Path, content: bytes) -> str:
         return zip_kind(path, content)
     if content.startswith(b"\xd0\xcf\x11\xe0"):
         if "EncryptedPackage".encode("utf-16-le") in content:
-            raise UserError(f"{path} is protected by a password. Save a copy without one.")
+            raise UserError(PROTECTED.format(path))
         if "WordDocument".encode("utf-16-le") in content:
             raise UserError(f"{path} is a Word document. Name a file with the rows in a table.")
         return "xls"
     if content.startswith(b"PAR1"):
         return "parquet"
-    if b"\0" in content and not utf16_name(content):
+    if b"\0" in content and not utf16:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     return "text"
 
@@ -1259,7 +1235,7 @@ def zip_kind(path: Path, content: bytes) -> str:
         most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells"
         raise UserError(f"{path} has more than {most}, filled or formatted. Split it.")
     if "encrypted-package" in names:
-        raise UserError(f"{path} is protected by a password. Save a copy without one.")
+        raise UserError(PROTECTED.format(path))
     marks = {"xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "content.xml": "ods"}
     for mark, kind in marks.items():
         if mark in names:
@@ -1327,21 +1303,21 @@ def in_a_child(work: Callable[[], Any], memory_mb: float) -> Any:
             os.dup2(nowhere.fileno(), 2)
         limit_memory(memory_mb)
         try:
-            sender.send((True, work()))
+            sender.send(work())
         except BaseException as error:
-            sender.send((False, error if isinstance(error, UserError) else str(error)))
+            sender.send(error if isinstance(error, UserError) else ValueError(str(error)))
 
     child = multiprocessing.get_context("fork").Process(target=report)
     child.start()
     sender.close()
     try:
-        done, result = results.recv()
+        result = results.recv()
     except EOFError:
         raise ValueError("its reader gave up") from None
     finally:
         child.join()
-    if not done:
-        raise result if isinstance(result, UserError) else ValueError(result)
+    if isinstance(result, Exception):
+        raise result
     return result
 
 
@@ -1410,9 +1386,8 @@ def cell_text(cell: object) -> Any:
         return "" if cell is None else cell
     if not isinstance(cell, str):
         return number_text(cell)
-    text = "" if cell[:1] == "#" and cell in FAILED_FORMULAS else cell
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = "" if cell in FAILED_FORMULAS else cell
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
     if not text.isascii():  # JSON may hold half of a letter beyond 16 bits, which no file can
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text.strip()
@@ -1433,7 +1408,7 @@ def number_text(cell: Any) -> str:
 
 def utf16_name(content: bytes) -> str:
     """The name of a UTF-16 encoding, when it is one: by its mark, or since it gives lines of letters."""
-    if content.startswith(UTF16_MARKS):
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
     head = content[:4096]
     for name in ("utf-16-le", "utf-16-be") if b"\0" in head else ():
@@ -1448,23 +1423,18 @@ def decoded(path: Path, content: bytes) -> str:
     """The text of a file, in the encoding that its bytes show."""
     if name := utf16_name(content):
         return content.decode(name, errors="replace").removeprefix("\ufeff")
-    try:
+    with suppress(UnicodeDecodeError):
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass
     lines = content.split(b"\n")
     broken = sum(not is_utf8(line) for line in lines)
     if any(not line.isascii() and is_utf8(line) for line in lines):
-        say(
-            "Note",
-            f"{path.name} mixes encodings: {broken} lines are not UTF-8. Check their accents.",
-        )
+        mixed = f"mixes encodings: {broken} lines are not UTF-8. Check their accents."
+        say("Note", f"{path.name} {mixed}")
         parts = (line.decode("utf-8" if is_utf8(line) else "cp1252", "replace") for line in lines)
         return "\n".join(parts).removeprefix("\ufeff")
     name = likely_encoding(content)
-    say(
-        "Note", f"{path.name} is not UTF-8; it was read as {ENCODINGS[name][0]}. Check its letters."
-    )
+    guess = f"is not UTF-8; it was read as {ENCODINGS[name][0]}. Check its letters."
+    say("Note", f"{path.name} {guess}")
     return content.decode(name, errors="replace")
 
 
@@ -1502,8 +1472,9 @@ def is_utf8(line: bytes) -> bool:
 
 def text_grid(path: Path, text: str) -> list[list[str]]:
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
-    options: dict[str, Any] = {"delimiter": csv_delimiter(text), "skipinitialspace": True}
-    lines = csv.reader(io.StringIO(text, newline=""), strict=True, **options)
+    mark = csv_delimiter(text)
+    file = io.StringIO(text, newline="")
+    lines = csv.reader(file, delimiter=mark, skipinitialspace=True, strict=True)
     read = 0
 
     def rows() -> Iterator[list[str]]:
@@ -1511,7 +1482,7 @@ def text_grid(path: Path, text: str) -> list[list[str]]:
         for row in lines:
             read += 1
             cells = [cell_text(cell) for cell in row]
-            if options["delimiter"] == "|" and len(cells) > 2 and not cells[0] + cells[-1]:
+            if mark == "|" and len(cells) > 2 and not cells[0] + cells[-1]:
                 cells = cells[1:-1]  # a table in Markdown, whose rules are no row
                 cells = ["" if re.fullmatch(":?-+:?", cell) else cell for cell in cells]
             yield cells
@@ -1586,21 +1557,16 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
     """The tables in a JSON value: a list of records or rows, columns, or any of these in a wrapper."""
     if isinstance(value, list):
         if value and all(isinstance(row, list) and not is_conversation(row) for row in value):
-            return [
-                with_header(name, [[one_text(cell) or "" for cell in row] for row in value], cfg)
-            ]
+            return [row_table(name, value, cfg)]
         return [record_table(name, list(enumerate(value, start=1)))]
     if not isinstance(value, dict) or depth > 3:
         return []
-    inner = list(value.values())
-    if isinstance(value.get("columns"), list) and isinstance(
-        value.get("data"), list
-    ):  # pandas' split
-        grid = [value["columns"], *(row for row in value["data"] if isinstance(row, list))]
-        return [with_header(name, [[one_text(cell) or "" for cell in row] for row in grid], cfg)]
+    names, data = value.get("columns"), value.get("data")
+    if isinstance(names, list) and isinstance(data, list):  # pandas' split
+        return [row_table(name, [names, *(row for row in data if isinstance(row, list))], cfg)]
     if records := column_records(value):
         return [record_table(name, list(enumerate(records, start=1)))]
-    one_record = any(map(is_conversation, inner)) or isinstance(value.get("prompt"), dict)
+    one_record = isinstance(value.get("prompt"), dict) or any(map(is_conversation, value.values()))
     nested = [
         table
         for key, part in value.items()
@@ -1612,26 +1578,28 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
     return together(nested) or ([single] if depth == 0 or one_record else [])
 
 
+def row_table(name: str, rows: list[list[Any]], cfg: Config) -> Table:
+    return with_header(name, [[one_text(cell) or "" for cell in row] for row in rows], cfg)
+
+
 def column_records(value: dict[str, Any]) -> list[Any]:
     """The records of an object that holds columns, or records by their ids, or answers by their questions."""
     inner = list(value.values())
-    if len(inner) > 1 and all(isinstance(v, list) for v in inner) and len({*map(len, inner)}) == 1:
+    kinds = set(map(type, inner))
+    if len(inner) < 2:
+        return []
+    if kinds == {list} and len({*map(len, inner)}) == 1:
         flat = [v for v in inner if not any(isinstance(cell, (dict, list)) for cell in v)]
         known = any(name_strength(str(key), role) > 1 for key in value for role in NAMES)
         if len(flat) == len(inner) or (known and len(flat) > 1):
             return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-    if len(inner) > 1 and all(isinstance(v, dict) for v in inner) and are_records(inner):
+    if kinds == {dict} and are_records(inner):
         rows = list(inner[0])
         if all(str(row).isdigit() for row in rows) and not all(str(key).isdigit() for key in value):
-            return [
-                {key: column[row] for key, column in value.items()} for row in rows
-            ]  # pandas' own
+            # as pandas writes columns
+            return [{key: column[row] for key, column in value.items()} for row in rows]
         return inner
-    if (
-        len(inner) > 1
-        and all(isinstance(v, str) for v in inner)
-        and sum(map(asks, value)) > len(value) / 2
-    ):
+    if kinds == {str} and sum(map(asks, value)) > len(value) / 2:
         return [{"question": key, "answer": text} for key, text in value.items()]
     return []
 
@@ -1645,8 +1613,7 @@ def are_records(values: list[dict[str, Any]]) -> bool:
 
 def together(tables: list[Table]) -> list[Table]:
     """Tables of the same columns as one, as topics of a FAQ are; but of splits, the one to train on."""
-    same = len({tuple(sorted(table.header)) for table in tables}) == 1 and len(tables) > 1
-    if not same:
+    if len(tables) < 2 or len({tuple(sorted(table.header)) for table in tables}) > 1:
         return tables
     if train := [table for table in tables if fold(table.sheet) in ("train", "training")]:
         return train + [table._replace(hidden=True) for table in tables if table not in train]
@@ -1656,8 +1623,8 @@ def together(tables: list[Table]) -> list[Table]:
         for table in tables
         for _, row in table.rows
     ]
-    unread = [reason for table in tables for _, reason in table.unread]
-    return [Table("", header, list(enumerate(rows, start=1)), [(0, reason) for reason in unread])]
+    unread = [(0, reason) for table in tables for _, reason in table.unread]
+    return [Table("", header, list(enumerate(rows, start=1)), unread)]
 
 
 def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
@@ -1674,23 +1641,15 @@ def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
         records = [(n, {"messages": one} if is_conversation(one) else one) for n, one in records]
     if len(records) > MOST_ROWS:
         raise UserError(f"it has more than {MOST_ROWS:,} rows. Split it.")
-    header: dict[str, None] = {}
-    for _, record in records:
-        if isinstance(record, dict):
-            header.update(dict.fromkeys(record))
-    names = list(header)
+    objects = [(number, one) for number, one in records if isinstance(one, dict)]
+    names = list(dict.fromkeys(key for _, one in objects for key in one))
     if len(names) > MOST_NAMES:
         raise UserError(
             f"its records have {len(names):,} different names of fields. Give all the same."
         )
-    rows = [
-        (number, [cell_text(record.get(key)) for key in names])
-        for number, record in records
-        if isinstance(record, dict)
-    ]
-    unread = [
-        (n, "not an object with named fields") for n, one in records if not isinstance(one, dict)
-    ]
+    rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in objects]
+    others = [number for number, one in records if not isinstance(one, dict)]
+    unread = [(number, "not an object with named fields") for number in others]
     return Table(name, [str(key) for key in names], rows, unread)
 
 
@@ -1708,6 +1667,11 @@ def unpacked(table: Table) -> Table:
                 if i < len(row):
                     row[i] = literal(row[i])
     return table
+
+
+def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
+    filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
+    return list(itertools.islice(filled, most))
 
 
 def is_spelled_out(cell: Any) -> bool:
@@ -1803,7 +1767,7 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
         "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
         "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
-        "جواب, إجابة, اجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
+        "جواب, إجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
         "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
         "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
         "答, 답변, 답, 정답, 응답, "
@@ -1823,28 +1787,27 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "body, text",
     ),
 }
-# A header with one of these words tells something about a question or an answer.
-OTHER_WORDS = set(
-    "id ids uuid key count counts number num no nr index idx start end offset url link date time score "
-    "rating type category topic tag tags label intent length len normalized lang language source file "
-    "filename path votes author name option options choice choices hint context contexts passage "
-    "document story explanation rationale reason reasoning rubric wrong incorrect false falsche "
-    "distractor rejected negative worst model gpt chatgpt llama claude gemini mistral mixtral gemma qwen "
-    "deepseek bard palm copilot baseline predicted prediction predict pred generated hallucinated "
-    "student rag bot from by owner status von av par por autor auteur numero dato "
-    "data date datum dátum stato estado etat statut zeitstempel timestamp aluno alumno eleve errata errada errado incorrecta incorrecte incorreta typ kategorie "
-    "thema datum tipo categoria tema fecha categorie kategori konu".split()
-)
+# A header with one of these words tells something about a question or an answer, and is neither; with
+# one of OTHER_WORDS, the cells may still show that it is, see settle_names.
 SYSTEM_WORDS = set(
-    "wrong incorrect false falsche distractor rejected negative worst model gpt chatgpt llama claude gemini "
-    "mistral mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred "
-    "generated hallucinated student id ids count".split()
+    "wrong incorrect false falsche distractor rejected negative worst model llama claude gemini mistral "
+    "mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred generated "
+    "hallucinated student id ids count".split()
+)
+OTHER_WORDS = set(
+    "uuid key counts number num no nr index idx start end offset url link date time score rating type "
+    "category topic tag tags label intent length len normalized lang language source file filename path "
+    "votes author name option options choice choices hint context contexts passage document story "
+    "explanation rationale reason reasoning rubric rag bot from by owner status von av par por autor "
+    "auteur numero dato data datum stato estado etat statut zeitstempel timestamp aluno alumno eleve "
+    "errata errada errado incorrecta incorrecte incorreta typ kategorie thema tipo categoria tema fecha "
+    "categorie kategori konu".split()
 )
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
     "reference gold golden expected correct ideal desired best official true truth".split()
 )
-OTHER_SIGNS = "人 者 部门 部署 자명 답변자 질문자 답변일 질문일 类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 回答者 提问者 种别 種別 カテゴリ 유형 번호 분류".split()
+OTHER_SIGNS = "人 者 部门 部署 자명 답변자 질문자 답변일 질문일 类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 种别 種別 カテゴリ 유형 번호 분류".split()
 THAI = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # and Lao, Burmese, Khmer
 FIGURES = re.compile(r"[\d\s.,:/%+-]*\d[\d\s.,:/%+-]*(?:[AaPp]\.?[Mm]\.?)?|\S+@\S+")
 NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
@@ -1868,7 +1831,7 @@ ASKING = re.compile(  # what asks without a question mark
     r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
     r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
     r"|convert|classify|identify|provide|rewrite|suggest)\b"
-    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|为什么|為什麼|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
+    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
     r"|[α-ωά-ώ];$",
     re.IGNORECASE,
 )
@@ -1887,25 +1850,22 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
 
     A first row that looks like a pair itself is no header: the columns are then called by letters.
     """
-    rows = list(enumerate(grid, start=1))
-    start = next((i for i, (_, row) in enumerate(rows) if any(row)), len(rows))
+    rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
+    first = rows[0][1] if rows else []
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if name}
-    top = list(enumerate(rows[start : start + HEADER_ROWS], start + 1))
-    row = rows[start][1] if start < len(rows) else []
-    preamble = sum(map(bool, row)) < 2
+    below_title = sum(map(bool, first)) < 2
     for is_header in (
-        lambda row: wanted and wanted <= set(map(fold, row)),
+        lambda cells: wanted and wanted <= set(map(fold, cells)),
         names_both,
-        lambda row: preamble and names_both(row, surely=False),
+        lambda cells: below_title and names_both(cells, least=2),
     ):
-        for i, (_, candidate) in top:
-            if is_header(candidate):
-                return Table(sheet, candidate, rows[i:])
-    below = [row for _, row in rows[start + 1 : start + LIKELY]]
-    sentence = any(looks_like_question(cell) or is_sentence(cell) for cell in row)
-    if sentence and not is_heading(row, below):
-        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(row))], rows[start:])
-    return Table(sheet, row, rows[start + 1 :])
+        for i, (_, cells) in enumerate(rows[:HEADER_ROWS], start=1):
+            if is_header(cells):
+                return Table(sheet, cells, rows[i:])
+    sentence = any(looks_like_question(cell) or is_sentence(cell) for cell in first)
+    if sentence and not is_heading(first, [cells for _, cells in rows[1:LIKELY]]):
+        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(first))], rows)
+    return Table(sheet, first, rows[1:])
 
 
 def is_sentence(cell: str) -> bool:
@@ -1918,20 +1878,15 @@ def is_heading(row: list[str], below: list[list[str]]) -> bool:
     """Whether a row heads a column of dates, numbers or addresses, as forms on the web have them."""
     for i, cell in enumerate(row):
         cells = [other[i] for other in below if i < len(other) and other[i]]
-        if (
-            cell
-            and not FIGURES.fullmatch(cell)
-            and len(cells) > 2
-            and all(map(FIGURES.fullmatch, cells))
-        ):
+        figures = len(cells) > 2 and all(map(FIGURES.fullmatch, cells))
+        if figures and cell and not FIGURES.fullmatch(cell):
             return True
     return False
 
 
-def names_both(row: list[str], surely: bool = True) -> bool:
-    """Whether two cells of the row name questions and answers, at least one of them surely."""
+def names_both(row: list[str], least: int = 3) -> bool:
+    """Whether two cells of the row name questions and answers, at least one of them so surely."""
     strengths = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
-    least = 3 if surely else 2
     return any(
         min(q[0], a[1]) > 1 and max(q[0], a[1]) >= least
         for q, a in itertools.permutations(strengths, 2)
@@ -1990,12 +1945,16 @@ def name_strength(header: str, role: str) -> int:
 @functools.cache
 def tells_other(header: str) -> bool:
     """Whether a header names something about a question or an answer, and neither of them."""
-    words = words_of(header)
+    words = set(words_of(header))
     return (
-        bool(OTHER_WORDS & set(words))
-        or any("gpt" in word for word in words)
+        bool(OTHER_WORDS & words)
+        or is_by_system(words)
         or any(sign in header for sign in OTHER_SIGNS)
     )
+
+
+def is_by_system(words: set[str]) -> bool:
+    return bool(SYSTEM_WORDS & words) or any("gpt" in word for word in words)
 
 
 @dataclass
@@ -2007,7 +1966,11 @@ class Column:
     lists: bool  # most of them are lists or objects without one text
     filled: bool
     names: dict[str, int]  # for each role, how surely the header says it
-    asking: float  # share of the cells that ask something
+
+    @functools.cached_property
+    def asking(self) -> float:
+        """The share of the cells that ask something."""
+        return sum(map(asks, self.cells)) / max(1, len(self.cells))
 
     @functools.cached_property
     def words(self) -> float:
@@ -2021,7 +1984,7 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
     columns = []
     headers = [fold(header) for header in table.header]
     options = {h for h in headers if len(h) == 1 and not NOT_SPACED.match(h)} - {"q", "a"}
-    fixed = {role: column_named(table, role, name) for role, name in wanted.items()}
+    fixed = {role: column_named(table, role, name) for role, name in wanted.items() if name}
     for i, header in enumerate(table.header):
         raw = top_cells(table, i, MOST_WEIGHED)
         cells = [text for cell in raw if (text := one_text(cell))]
@@ -2037,14 +2000,12 @@ def described(table: Table, wanted: dict[str, str]) -> list[Column]:
         elif headers[i] == "target" and any(name_strength(h, "question") > 2 for h in table.header):
             names["answer"] = 3  # what should have been said
         for role, place in fixed.items():
-            if place is not None:
-                names[role] = 100 if place == i else -1000
-        asking = sum(map(asks, cells)) / max(1, len(cells))
-        columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names, asking))
+            names[role] = 100 if place == i else -1000
+        columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names))
     return columns
 
 
-def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
+def find_columns(table: Table, question: str, answer: str) -> Columns:
     """The columns of questions and answers: as the person said, or else by name and content.
 
     Every two columns that could be meant are rated by their names, and within equal names by how
@@ -2058,10 +2019,9 @@ def find_columns(table: Table, question: str = "", answer: str = "") -> Columns:
         for i, column in enumerate(columns)
         if column.cells and (max(column.names.values()) > 0 or may_be_text(column, alone))
     ]
-    if len(usable) > MOST_COLUMNS:
-        usable.sort(key=lambda i: -max(columns[i].names.values()))
-        usable = sorted(usable[:MOST_COLUMNS])
-    fits = {pair: fit(*(columns[i] for i in pair)) for pair in itertools.permutations(usable, 2)}
+    usable.sort(key=lambda i: -max(columns[i].names.values()))
+    pairs = itertools.permutations(sorted(usable[:MOST_COLUMNS]), 2)
+    fits = {pair: fit(*(columns[i] for i in pair)) for pair in pairs}
     if not fits or max(fits.values()) < -100:
         raise columns_unclear(table, NONE_FOUND)
     best = max(fits, key=lambda pair: fits[pair])  # of equals the leftmost
@@ -2082,8 +2042,8 @@ def settle_names(columns: list[Column]) -> None:
     for column, role in itertools.product(columns, NAMES):
         sure, likely, _ = known_names(role)
         words = {word for word in words_of(column.header) if len(word) > 1}
-        by_system = SYSTEM_WORDS & words or "gpt" in column.header.casefold()
-        if column.names[role] == 0 and column in texts and sure & words and not by_system:
+        named = sure & words and not is_by_system(words)
+        if column.names[role] == 0 and column in texts and named:
             column.names[role] = 1
         if column.names[role] == 2 and " ".join(words_of(column.header)) not in likely:
             rivals = [
@@ -2099,7 +2059,8 @@ def settle_names(columns: list[Column]) -> None:
 
 def fit(question: Column, answer: Column) -> float:
     """How well two columns go together: three for a sure name, one for asking everywhere."""
-    known = answer.names["answer"] or set(ANSWER_ROLES) & set(words_of(answer.header))
+    roles = map(known_role, words_of(answer.header))
+    known = answer.names["answer"] or "assistant" in roles
     if (
         answer.names["question"] > max(1, answer.names["answer"])  # two questions
         or question.names["answer"] > max(1, question.names["question"])
@@ -2170,16 +2131,12 @@ def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int
             (names.index(n) for n in wanted if n in names and names.index(n) not in used), None
         )
 
-    is_instruction = names[used[0]] == "instruction"
-    return position("system", "system_prompt", "system prompt"), position(
-        "input", "context"
-    ) if is_instruction else None
+    system = position("system", "system_prompt", "system prompt")
+    return system, position("input", "context") if names[used[0]] == "instruction" else None
 
 
-def column_named(table: Table, role: str, name: str) -> int | None:
+def column_named(table: Table, role: str, name: str) -> int:
     """The position of a column that the person named, by its header or its letter."""
-    if not name:
-        return None
     headers = [fold(header) for header in table.header]
     letters = [column_letter(i) for i in range(len(headers))]
     if fold(name) in headers:
@@ -2203,7 +2160,7 @@ def may_be_text(column: Column, alone: bool) -> bool:
 
 def columns_unclear(table: Table, found: str) -> UserError:
     def first(i: int) -> str:
-        cell = next((row[i] for _, row in table.rows if i < len(row) and row[i]), "(empty)")
+        cell = next(iter(top_cells(table, i, 1)), "(empty)")
         return "(a list)" if isinstance(cell, (list, dict)) else preview(cell)
 
     seen = [
@@ -2218,13 +2175,14 @@ def columns_unclear(table: Table, found: str) -> UserError:
 
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
 NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
-USER_ROLES = "user human prompter customer instruction question".split()
-ANSWER_ROLES = "assistant gpt bot model chatgpt chatbot ai response answer output".split()
-SYSTEM_ROLES = "system developer".split()
-TOOL_ROLES = (
-    "tool, tools, function, ipython, environment, observation, function response, function_call, "
-    "function_response, function-call, function-response, tool_call, tool_response".split(", ")
-)
+ROLE_NAMES = {
+    "user": "user, human, prompter, customer, instruction, question",
+    "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output",
+    "system": "system, developer",
+    "tool": "tool, tools, function, ipython, environment, observation, function response, function_call, "
+    "function_response, function-call, function-response, tool_call, tool_response",
+}
+ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names.split(", ")}
 TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
 SPEAKERS = (
     r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI|FUNCTION RESPONSE|{})\s*:\s*"
@@ -2258,10 +2216,10 @@ def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Ro
             records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
             return "message tree", None, tree_conversations(records, cfg)
         if "prompt" in names:
-            prompts = column_cells(table, names.index("prompt"))
-            top = [cell for _, cell in prompts if cell][:LIKELY]
+            prompt = names.index("prompt")
+            top = top_cells(table, prompt)
             if top and all(isinstance(cell, dict) for cell in top):
-                return "message tree", None, nested_trees(prompts, cfg)
+                return "message tree", None, nested_trees(column_cells(table, prompt), cfg)
         if (chosen := conversation_column(table)) is not None:
             return "conversations", None, without_wrong(table, whole_conversations(table, chosen))
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
@@ -2290,11 +2248,6 @@ def without_wrong(table: Table, rows: Rows) -> Rows:
     return list(found.items())
 
 
-def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
-    filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
-    return list(itertools.islice(filled, most))
-
-
 def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
     return [(number, row[column] if column < len(row) else "") for number, row in table.rows]
 
@@ -2310,11 +2263,8 @@ def conversation_column(table: Table) -> int | None:
         if whole and not ASIDE & set(words_of(header)):
             found.append(i)
         for role in NAMES:
-            if (
-                top
-                and name_strength(header, role) == 3
-                and not (whole and isinstance(top[0], list))
-            ):
+            lists = whole and isinstance(top[0], list)
+            if top and name_strength(header, role) == 3 and not lists:
                 sure[role].append(i)
     if any(q != a for q in sure["question"] for a in sure["answer"]):
         return None
@@ -2345,11 +2295,12 @@ def whole_conversations(table: Table, column: int) -> Rows:
         name_strength(name, "answer") * (i != column) for i, name in enumerate(table.header)
     ]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
+    answer = answers[0] if len(answers) == 1 else None
     for number, row in table.rows:
         cells = row + [""] * (len(table.header) - len(row))
         turns = cell_turns(cells[column]) if is_whole(cells[column]) else NO_CONVERSATION
         if isinstance(turns, str):
-            yield number, turns if any(cells) else "blank"
+            yield number, turns
             continue
         if system != column:
             before = cells[system]
@@ -2357,29 +2308,34 @@ def whole_conversations(table: Table, column: int) -> Rows:
             turns.insert(0, ("system", content_text(before) or ""))
         while turns and not turns[-1][1].strip():
             turns.pop()
-        if turns and turns[-1][0] == "user" and len(answers) == 1:
-            last = cells[answers[0]]
-            more = (
-                cell_turns(last) if is_conversation(last) else [("assistant", one_text(last) or "")]
-            )
-            turns += more if isinstance(more, list) else []
-        elif len(answers) == 1 and turns and is_truth(table.header[answers[0]]):
-            right = one_text(cells[answers[0]]) or ""
-            if not is_code([right]) and fold(right) not in fold(turns[-1][1]):
-                yield (
-                    number,
-                    f'the last answer is not the one in "{preview(table.header[answers[0]])}"',
-                )
-                continue
-        yield number, dialogue(turns)
+        if answer is None or not turns:
+            yield number, dialogue(turns)
+        elif turns[-1][0] == "user":
+            yield number, dialogue(turns + last_turns(cells[answer]))
+        elif is_other_truth(table.header[answer], cells[answer], turns[-1][1]):
+            yield number, f'the last answer is not the one in "{preview(table.header[answer])}"'
+        else:
+            yield number, dialogue(turns)
 
 
-def is_truth(header: str) -> bool:
-    return bool(TRUE_WORDS & set(words_of(header)))
+def last_turns(cell: Any) -> list[Turn]:
+    """What a column of answers adds to a conversation that ends with a question."""
+    if not is_conversation(cell):
+        return [("assistant", one_text(cell) or "")]
+    turns = cell_turns(cell)
+    return turns if isinstance(turns, list) else []
+
+
+def is_other_truth(header: str, cell: Any, said: str) -> bool:
+    """Whether a column of true answers holds another one than what was said."""
+    right = one_text(cell) or ""
+    is_truth = not TRUE_WORDS.isdisjoint(words_of(header)) and not is_code([right])
+    return is_truth and fold(right) not in fold(said)
 
 
 def two_columns(table: Table, columns: Columns) -> Rows:
     width, names = len(table.header), [fold(name) for name in table.header]
+    history = names.index("history") if "history" in names else None
     for number, row in table.rows:
         cells = row + [""] * (width - len(row))
         question, answer = (
@@ -2387,10 +2343,8 @@ def two_columns(table: Table, columns: Columns) -> Rows:
             for cell in (cells[columns.question], cells[columns.answer])
         )
         before, after = (one_text(cells[i]) if i is not None else "" for i in columns[4:])
-        earlier = cells[names.index("history")] if "history" in names else []
-        if not any(cells):
-            yield number, "blank"
-        elif not table.sheet and any(row[width:]):
+        earlier = cells[history] if history is not None else []
+        if not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
         elif cells == table.header:
             yield number, "the header once more"
@@ -2474,13 +2428,7 @@ def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
 
 def known_role(name: object) -> str:
     role = str(name).casefold()
-    known = {
-        "user": USER_ROLES,
-        "assistant": ANSWER_ROLES,
-        "system": SYSTEM_ROLES,
-        "tool": TOOL_ROLES,
-    }
-    return next((kind for kind, names in known.items() if role in names), role)
+    return ROLES.get(role, role)
 
 
 def cell_turns(cell: Any) -> list[Turn] | str:
@@ -2534,7 +2482,7 @@ def plain_marks(text: str) -> str:
     if not MODEL_MARKS.search(text):
         return text
     text = re.sub(r"\s*<</SYS>>\s*", "\n\n", text)
-    text = re.sub(r"\[INST\]", "\n### User: ", re.sub(r"\[/INST\]", "\n### Assistant: ", text))
+    text = text.replace("[INST]", "\n### User: ").replace("[/INST]", "\n### Assistant: ")
     return MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
 
 
@@ -2572,13 +2520,11 @@ def tree_conversations(records: list[Message], cfg: Config) -> Rows:
             yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
             continue
         for path in tree_paths((number, root), replies, len(records), cfg):
-            yield (
-                number,
-                dialogue(
-                    (known_role(message.get("role")), content_text(message.get("text")) or "")
-                    for _, message in path
-                ),
+            turns = (
+                (known_role(message.get("role")), content_text(message.get("text")) or "")
+                for _, message in path
             )
+            yield number, dialogue(turns)
 
 
 def tree_paths(
@@ -2618,15 +2564,14 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     for number, messages in rows:
         if isinstance(messages, str):
             reason = "blank" if number in blank else messages
-            dropped.append(Note(table.sheet, number, reason))
         elif unseen := [one["role"] for one in messages if not is_seen(one["content"])]:
             reason = "no answer" if "assistant" in unseen else "no question"
-            dropped.append(Note(table.sheet, number, reason))
         elif any(len(message["content"]) > LONGEST_CELL for message in messages):
             reason = f"a text of more than {LONGEST_CELL:,} letters"
-            dropped.append(Note(table.sheet, number, reason))
         else:
             found.append(Pair(messages, table.sheet, number))
+            continue
+        dropped.append(Note(table.sheet, number, reason))
     kept, copies = without_copies(found)
     return kept, dropped + copies
 
@@ -2663,10 +2608,9 @@ def say_pairs(pairs: Pairs) -> None:
     else:
         joining = "".join(f'; "{preview(name)}" joins the question' for name in pairs.used[2:])
         say("Columns", f"{columns_in_words(pairs)} (found {columns.reason}){joining}")
-        used = (columns.question, columns.answer, columns.system, columns.input)
-        rest = [preview(name) for i, name in enumerate(table.header) if name and i not in used]
+        rest = [name for i, name in enumerate(table.header) if name and i not in columns.used]
         if rest:
-            say("", "not used: " + ", ".join(f'"{name}"' for name in rest[:8]))
+            say("", "not used: " + ", ".join(f'"{preview(name)}"' for name in rest[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     for line in shortened(grouped(pairs.dropped), MOST_REASONS, "reasons"):
@@ -2687,9 +2631,8 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
     return kinds
 
 
-def grouped(notes: Iterable[Note]) -> list[str]:
+def grouped(notes: Sequence[Note]) -> list[str]:
     """One line a reason, with the rows that it concerns, and their files where there are several."""
-    notes = list(notes)
     several = len({note.sheet for note in notes}) > 1
     return [
         f"{len(found)} × {kind}: row{'s' * (len(found) > 1)} "

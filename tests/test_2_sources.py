@@ -59,6 +59,32 @@ def refusal(place: object) -> str:
     return in_words(str(refused.value))
 
 
+class Loopback(ThreadingHTTPServer):
+    """A server on loopback, with a list of what goes wrong, a request each."""
+
+    daemon_threads = True
+
+    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
+        self.address = f"http://127.0.0.1:{self.server_address[1]}"
+        self.faults: list[str] = []
+        self.seen: list[str] = []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def server_close(self) -> None:
+        self.shutdown()
+        super().server_close()
+
+
+class Quiet(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+
 # -- Several files
 
 
@@ -111,29 +137,21 @@ def test_files_of_different_kinds_are_not_joined(folder: Path) -> None:
 # -- Links
 
 
-class Site(ThreadingHTTPServer):
-    """A file server on loopback, with a list of what goes wrong, a request each."""
-
-    daemon_threads = True
+class Site(Loopback):
+    """A file server."""
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(Handler)
         self.files: dict[str, bytes] = {"/pairs.csv": CSV}
         self.headers: dict[str, str] = {}
-        self.faults: list[str] = []
-        self.seen: list[str] = []
         self.etags = True
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def link(self, path: str = "/pairs.csv") -> str:
-        return f"http://127.0.0.1:{self.server_address[1]}{path}"
+        return self.address + path
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(Quiet):
     server: Site
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
         site = self.server
@@ -166,10 +184,8 @@ class Handler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def site() -> Iterator[Site]:
-    server = Site()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Site() as server:
+        yield server
 
 
 def test_a_link_is_fetched_and_fetched_again_only_when_it_changed(site: Site) -> None:
@@ -416,27 +432,16 @@ def store(bucket: tuple[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-class Faults(ThreadingHTTPServer):
+class Faults(Loopback):
     """Stands before the real server and passes on, but for the faults in its list."""
 
-    daemon_threads = True
-
     def __init__(self, behind: str) -> None:
-        super().__init__(("127.0.0.1", 0), Passing)
+        super().__init__(Passing)
         self.behind = behind
-        self.faults: list[str] = []
-        self.seen: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-class Passing(BaseHTTPRequestHandler):
+class Passing(Quiet):
     server: Faults
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         self.server.seen.append(self.command)
@@ -473,11 +478,9 @@ class Passing(BaseHTTPRequestHandler):
 def faulty(
     bucket: tuple[str, Path], store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Faults]:
-    server = Faults(bucket[0])
-    monkeypatch.setenv("S3_ENDPOINT_URL", f"http://127.0.0.1:{server.server_address[1]}")
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Faults(bucket[0]) as server:
+        monkeypatch.setenv("S3_ENDPOINT_URL", server.address)
+        yield server
 
 
 ALPACA = [
@@ -599,6 +602,11 @@ def test_a_damaged_body_is_noticed_and_fetched_again(
     assert not list(own_cache.rglob("*.partial"))
 
 
+def test_an_address_in_capitals_is_read_like_any_other(store: Path) -> None:
+    (store / "a.csv").write_bytes(CSV)
+    assert pairs_at("S3://data/a.csv") == PAIRS
+
+
 def test_an_address_that_is_none(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no address of a bucket" in refusal("s3://no bucket!/a.csv")
     monkeypatch.setenv("S3_ENDPOINT_URL", "not an address")
@@ -613,26 +621,16 @@ def test_the_package_is_asked_for_when_it_is_needed(monkeypatch: pytest.MonkeyPa
 # -- The Hub
 
 
-class Hub(ThreadingHTTPServer):
+class Hub(Loopback):
     """As much of the Hugging Face Hub as a data set needs: a list of files, and the files."""
 
-    daemon_threads = True
-
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), HubHandler)
+        super().__init__(HubHandler)
         self.files: dict[str, dict[str, bytes]] = {}  # of each revision
-        self.faults: list[str] = []
-        threading.Thread(target=self.serve_forever, daemon=True).start()
 
 
-class HubHandler(BaseHTTPRequestHandler):
+class HubHandler(Quiet):
     server: Hub
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: Any) -> None: ...
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
 
     def do_GET(self) -> None:
         path = urllib.request.unquote(self.path.partition("?")[0])
@@ -672,10 +670,8 @@ class HubHandler(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[Hub]:
-    server = Hub()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with Hub() as server:
+        yield server
 
 
 def parquet(rows: list[tuple[str, str]]) -> bytes:
@@ -703,7 +699,7 @@ def from_hub(hub: Hub, own_cache: Path, folder: Path) -> Callable[[str], tuple[s
 
     def read(place: str) -> tuple[str, list[Any]]:
         environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"} | {
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_address[1]}",
+            "HF_ENDPOINT": hub.address,
             "HF_HOME": str(own_cache / "hub"),
             "HF_HUB_DISABLE_XET": "1",
         }
@@ -733,6 +729,7 @@ def test_a_data_set_of_the_hub_is_read_by_its_split(
     hub.faults = ["503"]
     assert from_hub("hf:owner/name") == ("hf:owner/name, default/train/0000.parquet", PAIRS)
     assert from_hub("hf:owner/name:test")[1] == PAIRS[:2]
+    assert from_hub("HF:owner/name:test")[1] == PAIRS[:2]
     message = from_hub("hf:owner/name:validation")[0]
     assert "no such part. Name one of: hf:owner/name:default/test" in message
 
