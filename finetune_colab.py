@@ -4067,6 +4067,10 @@ def optimizer_name(cfg: Config, device: Device) -> str:
     return cfg.OPTIMIZER
 
 
+def versions_here() -> dict[str, str | None]:
+    return {name: installed_version(name) for name in PACKAGES}
+
+
 @dataclass
 class Tally:
     """What is counted over the whole run, however often it was interrupted."""
@@ -4102,7 +4106,7 @@ class Tally:
     def record(self) -> dict[str, Any]:
         peaks = (self.peak_memory_gb, peak_memory_gb(self.device))
         self.peak_memory_gb = max(filter(None, peaks), default=None)
-        self.versions = {name: installed_version(name) for name in PACKAGES}
+        self.versions = versions_here()
         return asdict(self)
 
 
@@ -4223,7 +4227,7 @@ def run_trainer(
             raise UserError(
                 f"{near(start.folder)} is whole, but cannot be taken up here: "
                 f"{type(error).__name__}: {preview(str(error), 150)}\n"
-                f"It was written with {in_packages(versions)}; here: {in_packages(tally.versions)}.\n"
+                f"It was written with {in_packages(versions)}; here: {in_packages(versions_here())}.\n"
                 "Install those versions, or start again from the beginning with --no-resume."
             ) from error
     if stop.asked:
@@ -4444,8 +4448,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
-        "versions": {"python": sys.version.split()[0]}
-        | {p: installed_version(p) for p in PACKAGES},
+        "versions": {"python": sys.version.split()[0]} | versions_here(),
         "results": metrics_of(data, trained),
     }
 

@@ -14,6 +14,7 @@ import random
 import shutil
 import signal
 import sys
+import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -175,6 +176,9 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # a fork with more would wait for threads that it does not have
     place, argv = Path(sys.argv[1]), sys.argv[2:]
     dataset = place / "dataset.csv"
+    os.chdir(tempfile.mkdtemp(dir=place))
+    flags = ("--dataset-path", str(dataset))
+    ft.main([*argv, *flags])  # imports all that a run needs, and leaves it to the forks
     report = sweep(place, argv, dataset)
     steps = argv.index("--max-steps") + 1
     longer = [*argv[:steps], "20", *argv[steps + 1 :]]

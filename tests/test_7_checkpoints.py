@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PAIRS, in_words, write_workbook
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import finetune_colab as ft
@@ -24,6 +24,8 @@ import finetune_colab as ft
 Run = Callable[..., tuple[int, str]]
 FLAGS = ("--max-steps", 5, "--save-steps", 1, "--eval-steps", 3, "--batch-size", 4)
 FLAGS = (*FLAGS, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-2)
+
+OVERSHOOTING = ("--learning-rate", 0.3, "--lr-scheduler", "constant", "--eval-steps", 1)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +170,7 @@ def test_the_last_adapter_of_a_finished_run_can_still_be_had(
     home: Path, folder: Path, phi_folder: Path, run: Run
 ) -> None:
     shutil.copy(home / "dataset.xlsx", folder)
-    flags = ("--model-name", phi_folder, *FLAGS, "--learning-rate", 0.5, "--eval-steps", 1)
+    flags = ("--model-name", phi_folder, *FLAGS, *OVERSHOOTING)
     assert run(*flags)[0] == 0
     best = metrics(folder)["best_step"]
     assert best < 5, "the case is not the one meant"
@@ -183,7 +185,7 @@ def test_early_stopping_survives_an_interruption(
 ) -> None:
     """Killed between the last checkpoint and the outputs, it must not train on."""
     shutil.copy(home / "dataset.xlsx", folder)
-    flags = ("--model-name", phi_folder, *FLAGS, "--learning-rate", 0.5, "--eval-steps", 1)
+    flags = ("--model-name", phi_folder, *FLAGS, *OVERSHOOTING)
     flags = (*flags, "--max-steps", 9, "--early-stopping-patience", 2)
     assert run(*flags)[0] == 0
     first, kept = metrics(folder), adapter(folder)
@@ -474,6 +476,7 @@ def test_a_model_that_moved_is_the_same_model(here: Path, phi_folder: Path, run:
 # -- Which ones are kept
 
 
+@settings(deadline=None)
 @given(
     best=st.integers(1, 12),
     steps=st.sets(st.integers(1, 12), min_size=1),
@@ -500,7 +503,7 @@ def test_the_best_checkpoint_is_kept_and_goes_with_every_later_one(
     home: Path, folder: Path, phi_folder: Path, run: Run
 ) -> None:
     shutil.copy(home / "dataset.xlsx", folder)
-    flags = ("--model-name", phi_folder, *FLAGS, "--learning-rate", 0.5, "--eval-steps", 1)
+    flags = ("--model-name", phi_folder, *FLAGS, *OVERSHOOTING)
     assert run(*flags)[0] == 0
     best = metrics(folder)["best_step"]
     assert best < 4, "the case is not the one meant"
@@ -514,7 +517,7 @@ def test_the_best_checkpoint_is_kept_and_goes_with_every_later_one(
 def test_a_checkpoint_alone_is_enough(home: Path, folder: Path, phi_folder: Path, run: Run) -> None:
     """The best one lost, the newest still holds its adapter."""
     shutil.copy(home / "dataset.xlsx", folder)
-    flags = ("--model-name", phi_folder, *FLAGS, "--learning-rate", 0.5, "--eval-steps", 1)
+    flags = ("--model-name", phi_folder, *FLAGS, *OVERSHOOTING)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(4, patch)
         assert run(*flags)[0] == 130
