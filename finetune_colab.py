@@ -58,6 +58,7 @@ import logging
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
@@ -73,7 +74,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -2962,15 +2963,19 @@ def choose_device(cfg: Config, kind: str, capability: tuple[int, int] = (0, 0)) 
     return Device(kind, dtype, four_bit, f"{dtype} ({why}); {weights}")
 
 
-def pick_device(cfg: Config) -> Device:
+def device_here(cfg: Config) -> tuple[str, Device]:
+    """What this machine has to compute with, by name, and how it is used."""
     import torch
 
     if torch.cuda.is_available():
         device = choose_device(cfg, "cuda", torch.cuda.get_device_capability())
-        name = torch.cuda.get_device_name()
-    else:
-        device = choose_device(cfg, "mps" if torch.backends.mps.is_available() else "cpu")
-        name = "the processor" if device.kind == "cpu" else "the Apple GPU"
+        return torch.cuda.get_device_name(), device
+    device = choose_device(cfg, "mps" if torch.backends.mps.is_available() else "cpu")
+    return "the processor" if device.kind == "cpu" else "the Apple GPU", device
+
+
+def pick_device(cfg: Config) -> Device:
+    name, device = device_here(cfg)
     say("Device", f"{name}, {device.reason}")
     return device
 
@@ -3049,20 +3054,44 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
-    """For `check`: also where the Hub cannot be asked for the tokenizer."""
+def is_within_reach(cfg: Config, file: str) -> bool:
+    """Whether this file of the model is here, or else the Hub answers."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     name, revision = cfg.MODEL_NAME, model_revision(cfg)
-    local = name == DEMO_MODEL or local_path(name).exists()
     try:
-        if not local and not try_to_load_from_cache(name, TOKENIZER_FILE, revision=revision):
+        local = name == DEMO_MODEL or local_path(name).exists()
+        if not local and not try_to_load_from_cache(name, file, revision=revision):
             HfApi().model_info(name, timeout=10)
     except (errors.HfHubHTTPError, ValueError):
-        pass  # the Hub has answered, or the name is none: what is wrong is said below
+        pass  # the Hub has answered, or the name is none: what is wrong is said by load_tokenizer
     except Exception:  # of the network, each library has its own
-        return EstimatedTokenizer()
-    return load_tokenizer(cfg)
+        return False
+    return True
+
+
+def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
+    """For `check`: also where the Hub cannot be asked for the tokenizer."""
+    return load_tokenizer(cfg) if is_within_reach(cfg, TOKENIZER_FILE) else EstimatedTokenizer()
+
+
+def hollow_model(cfg: Config) -> PreTrainedModel | None:
+    """The model with its layers and without their weights, to be measured before a download."""
+    if not is_within_reach(cfg, "config.json"):
+        return None
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    safe = {"trust_remote_code": False}
+    try:
+        if cfg.MODEL_NAME == DEMO_MODEL:
+            shape = AutoConfig.for_model("phi", **DEMO_SHAPE)
+        else:
+            shape = AutoConfig.from_pretrained(cfg.MODEL_NAME, revision=model_revision(cfg), **safe)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, **safe)
+    except Exception:  # it is found again, and explained, when the model is loaded
+        return None
 
 
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
@@ -3124,19 +3153,26 @@ def usable_peft() -> Iterator[Any]:
         yield peft
 
 
-def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
+    """The layers that LORA_TARGETS names."""
     import torch
 
-    linear = {
-        name.rpartition(".")[2]
+    linear = [
+        (name.rpartition(".")[2], module)
         for name, module in base.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    if unknown := sorted(set(cfg.LORA_TARGETS) - linear):
+    ]
+    known = {name for name, _ in linear}
+    if unknown := sorted(set(cfg.LORA_TARGETS) - known):
         raise UserError(
             f"LORA_TARGETS names {', '.join(unknown)}, which {cfg.MODEL_NAME} does not have.\n"
-            f"Its layers are: {', '.join(sorted(linear))}"
+            f"Its layers are: {', '.join(sorted(known))}"
         )
+    return [module for name, module in linear if name in cfg.LORA_TARGETS]
+
+
+def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+    adapted_layers(cfg, base)
     with usable_peft() as peft:
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -3630,6 +3666,14 @@ def peak_memory_gb(device: Device) -> float | None:
 # 8  Report
 # ==================================================================================================
 
+# These are security floors, too: older versions run code that hides in files of weights, torch
+# before 2.10 in spite of weights_only, transformers up to 5.3.
+FLOORS = dict(
+    line.split(">=")
+    for line in """python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10
+    bitsandbytes>=0.48 openpyxl>=3.1.3 python-calamine>=0.3 pyarrow>=15.0 matplotlib>=3.8
+    pyyaml>=6.0""".split()
+)
 MOST_BARS = 12  # epochs; more are drawn as lines
 BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
 
@@ -3774,7 +3818,6 @@ def write_json(path: Path, content: Any) -> None:
 def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
     """run.json: what later commands need to know, so that nobody types a setting twice."""
     pairs = [pair.messages for pair in data.pairs.kept]
-    packages = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
     return {
         "settings": public_settings(cfg),
         "prompt_format": PROMPT_FORMAT,
@@ -3790,8 +3833,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
-        "versions": {"python": sys.version.split()[0]}
-        | {p: installed_version(p) for p in packages},
+        "versions": installed_versions(),
         "results": metrics_of(data, trained),
     }
 
@@ -3812,9 +3854,13 @@ def quality_record(quality: Quality) -> dict[str, Any]:
     }
 
 
+def installed_versions() -> dict[str, str | None]:
+    return {package: installed_version(package) for package in FLOORS}
+
+
 def installed_version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return platform.python_version() if package == "python" else metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -4204,13 +4250,12 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
-    run_training(cfg)
+    with cleared(cfg):
+        run_training(cfg)
     return 0
 
 
 def run_training(cfg: Config) -> Prepared:
-    check_output_folder(cfg)
-    check_packages(cfg)
     data = prepare(cfg)
     refuse_few(data.pairs)
     plan = plan_run(cfg, data.train)
@@ -4227,14 +4272,6 @@ def run_training(cfg: Config) -> Prepared:
     folder, archive = save_run(cfg, model, device, data, trained)
     say_result(trained, folder, archive)
     return data
-
-
-def check_packages(cfg: Config) -> None:
-    """Refuse in the first second what would fail after the training."""
-    import matplotlib.figure  # noqa: F401
-
-    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
-        raise UserError(f"REPORT_TO {cfg.REPORT_TO} is not installed. pip install {cfg.REPORT_TO}")
 
 
 def ask_about_quality(cfg: Config, quality: Quality) -> None:
@@ -4256,27 +4293,25 @@ def ask_about_quality(cfg: Config, quality: Quality) -> None:
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
     with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
-        data, problem, place = None, "", ""
-        try:
+        data, place = None, ""
+        problems = preflight(cfg)
+        with collecting(problems):
             place = without_secrets(cfg.DATASET_PATH)
-            check_output_folder(cfg)
-            check_packages(cfg)
             data = prepare(cfg, may_estimate=True)
             refuse_few(data.pairs)
-        except UserError as error:
-            problem = str(error)
+        for problem in problems:
             say("Problem", problem)
-        if data and not problem:
+        if data and not problems:
             say_plan(cfg, data, plan_run(cfg, data.train))
         report = say_report(cfg, data) if data else None
-        if not problem:
+        if not problems:
             say(
                 "Ready",
                 "training would go ahead. Start it with the same command without the word check.",
             )
     if cfg.JSON:
-        show(json.dumps(check_record(place, data, problem, report)))
-    return 1 if problem else 0
+        show(json.dumps(check_record(place, data, problems, report)))
+    return 1 if problems else 0
 
 
 def say_report(cfg: Config, data: Prepared) -> Path | None:
@@ -4299,7 +4334,7 @@ def say_report(cfg: Config, data: Prepared) -> Path | None:
 
 
 def check_record(
-    place: str, data: Prepared | None, problem: str, report: Path | None
+    place: str, data: Prepared | None, problems: list[str], report: Path | None
 ) -> dict[str, Any]:
     """What `check --json` prints; every name is there, whatever was found."""
     pairs = data.pairs if data else None
@@ -4307,7 +4342,7 @@ def check_record(
     record = quality_record(quality)
     kept = len(pairs.kept) if pairs else 0
     return {
-        "ready": not problem,
+        "ready": not problems,
         "file": pairs.name if pairs else place,
         "shape": pairs.shape if pairs else None,
         "sheet": (pairs.table.sheet or None) if pairs else None,
@@ -4319,7 +4354,7 @@ def check_record(
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
         "quality": record["score"],
         "quality_parts": record["parts"],
-        "problems": [problem] * bool(problem) + grouped(quality.flagged),
+        "problems": problems + grouped(quality.flagged),
         "tokens": token_figures(data),
         "report": str(report) if report else None,
     }
@@ -4328,7 +4363,8 @@ def check_record(
 def demo(cfg: Config) -> int:
     """The whole job on the built-in model, then the questions of the workbook, before and after."""
     say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
-    taught = run_training(cfg).train_pairs
+    with cleared(cfg):
+        taught = run_training(cfg).train_pairs
     model, tokenizer = load_tuned(output_folder(cfg))
     questions = [pair.question for pair in taught]
     with model.disable_adapter():
@@ -4386,10 +4422,106 @@ def near(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def check_output_folder(cfg: Config) -> None:
-    """Refuse in the first second what would fail, or do harm, when the training is over."""
+# -- Before training
+
+SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
+
+
+@contextmanager
+def cleared(cfg: Config) -> Iterator[None]:
+    """Refuse, all at once, what would fail later; then hold the folders of the run to its end."""
+    problems = preflight(cfg)
+    folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
+    with ExitStack() as held:
+        for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
+            with collecting(problems):
+                held.enter_context(only_run_in(folder, setting))
+        if problems:
+            raise UserError("\n\n".join(problems))
+        yield
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Let a refusal wait until all are found."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+    except ModuleNotFoundError:
+        if not problems:  # otherwise what is missing is among them
+            raise
+
+
+def preflight(cfg: Config) -> list[str]:
+    """What would stop a training later; what only may do so is said."""
+    problems = [*package_problems(installed_versions())]
+    complete = not problems
+    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
+        problems.append(f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}")
+    try:
+        with collecting(problems):
+            refuse_foreign_folder(cfg)
+    except OSError as error:
+        problems.append(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be looked into: {error.strerror}.")
+    for folder, setting in (
+        (output_folder(cfg).parent, "OUTPUT_DIR"),
+        (local_path(cfg.CHECKPOINT_DIR), "CHECKPOINT_DIR"),
+    ):
+        with collecting(problems):
+            refuse_unwritable(folder, setting)
+    if complete:
+        warn_of_pictures()
+        problems += model_problems(cfg)
+    return problems
+
+
+def package_problems(versions: dict[str, str | None]) -> Iterator[str]:
+    python, floor = str(versions["python"]), FLOORS["python"]
+    if [int(part) for part in python.split(".")[:2]] < [int(part) for part in floor.split(".")]:
+        yield (
+            f"Python {python} is too old; {floor} or newer is needed.\n"
+            "Install a newer one from python.org, or use Colab."
+        )
+    below = [
+        f"{package} {version or 'is missing'} ({FLOORS[package]} or newer)"
+        for package, version in versions.items()
+        if package not in ("python", "matplotlib")  # training goes on without pictures
+        and is_below(version, FLOORS[package])
+    ]
+    if below:
+        yield (
+            f"Packages are missing or too old: {', '.join(below)}.\n"
+            "pip install -r requirements-finetune.txt"
+        )
+
+
+def is_below(version: str | None, floor: str) -> bool:
+    if version is None:
+        return True
+    try:
+        from packaging.version import Version
+    except ModuleNotFoundError:  # it comes with transformers, so that this is refused anyway
+        return False
+    return Version(version).release < Version(floor).release  # a trial build counts as its release
+
+
+def warn_of_pictures() -> None:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken installation may raise anything
+        reason = preview(f"{type(error).__name__}: {error}", 100)
+        say(
+            "Warning",
+            f"matplotlib does not work, so there will be no pictures ({reason}).\n"
+            "pip install -r requirements-finetune.txt",
+        )
+
+
+def refuse_foreign_folder(cfg: Config) -> None:
+    """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
     final = output_folder(cfg)
-    if Path.cwd().is_relative_to(final.resolve()) or (final.exists() and not final.is_dir()):
+    if Path.cwd().is_relative_to(final) or (final.exists() and not final.is_dir()):
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
         )
@@ -4409,16 +4541,123 @@ def check_output_folder(cfg: Config) -> None:
                 f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
                 "Add --output-dir demo_model"
             )
-    for folder in (final.parent, local_path(cfg.CHECKPOINT_DIR)):
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        try:
-            with tempfile.TemporaryFile(dir=nearest) as probe:
-                probe.write(b"can this folder be written to?")
-        except OSError as error:
-            raise UserError(
-                f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
-                "Choose another with --output-dir and --checkpoint-dir"
-            ) from None
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or what is there already of the way to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def refuse_unwritable(folder: Path, setting: str) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".finetune", dir=nearest(folder)) as probe:
+            with Path(probe, "written").open("wb") as file:
+                file.write(b"can this folder be written to?")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(probe, "written").rename(Path(probe, "renamed"))
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
+            f"Choose another with {flag(setting)}"
+        ) from None
+
+
+def model_problems(cfg: Config) -> list[str]:
+    """What the shape of the model tells before its weights are here: layers, memory and disk."""
+    problems: list[str] = []
+    model = hollow_model(cfg)
+    if model is None:
+        return problems
+    layers: list[Any] = []
+    with collecting(problems):
+        layers = adapted_layers(cfg, model)
+    with collecting(problems):
+        _, device = device_here(cfg)
+        with collecting(problems):
+            optimizer_name(cfg, device)
+        refuse_small_memory(cfg, device, model.num_parameters())
+    trainable = sum(cfg.LORA_R * (layer.in_features + layer.out_features) for layer in layers)
+    with collecting(problems):
+        refuse_full_disk(cfg, trainable)
+    return problems
+
+
+def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
+    """Without an NVIDIA GPU the weights lie in the computer's own memory."""
+    import psutil
+
+    size = parameters * (1 if device.four_bit else 4)  # in 4 bits with all that comes along
+    memory = psutil.virtual_memory()
+    if device.kind == "cuda" or size <= memory.available:
+        return
+    needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
+    if size <= memory.total:
+        free = f"{memory.available / 1e9:.1f} GB are free"
+        say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
+        return
+    raise UserError(
+        f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
+        "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
+    )
+
+
+def disk_needed(trainable: int) -> tuple[int, int]:
+    """Bytes for OUTPUT_DIR and for CHECKPOINT_DIR at the worst moment, for so many weights."""
+    adapter = 4 * trainable
+    # a checkpoint holds the adapter, the best one's copy and two figures of the optimizer for each
+    # weight; there are four while the newest is written and the one before is not deleted yet.
+    # The finished model comes beside an earlier one, which lies there already, and so does its zip.
+    return 2 * (adapter + SMALL_FILES), 4 * 4 * adapter
+
+
+def refuse_full_disk(cfg: Config, trainable: int) -> None:
+    folders = (output_folder(cfg).parent, local_path(cfg.CHECKPOINT_DIR))
+    sizes = disk_needed(trainable)
+    with suppress(OSError):  # what cannot be measured is not judged
+        output, checkpoints = map(nearest, folders)
+        if output.stat().st_dev == checkpoints.stat().st_dev:
+            sizes = (sum(sizes), sum(sizes))
+        for folder, size, setting in zip(
+            (output, checkpoints), sizes, ("OUTPUT_DIR", "CHECKPOINT_DIR"), strict=True
+        ):
+            usage = shutil.disk_usage(folder)
+            if usage.total and usage.free < size:  # some mounted drives do not know their size
+                raise UserError(
+                    f"The disk of {folder.absolute()} is too full: the run needs up to "
+                    f"{size / 1e9:.1f} GB there, {usage.free / 1e9:.1f} GB are free.\nDelete something, "
+                    f"such as checkpoints of earlier runs, or take another disk with {flag(setting)}"
+                )
+
+
+@contextmanager
+def only_run_in(folder: Path, setting: str) -> Iterator[None]:
+    """Keep a second run out of a folder while this one lasts.
+
+    The lock is the system's, and goes with the process however that ends. It lies among the caches
+    of this computer: a mounted drive may know no locks, or keep those of other machines.
+    """
+    import filelock
+
+    place = cache_folder("locks", hashlib.sha256(str(folder).encode()).hexdigest()[:16])
+    holder = place.with_suffix(".txt")  # not the lock, which some systems let nobody else read
+    lock = filelock.FileLock(place.with_suffix(".lock"))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}")
+    except filelock.Timeout:
+        who = f": {holder.read_text()}" if holder.is_file() else ""
+        raise UserError(
+            f"Another run is at work in {setting} {folder}{who}.\n"
+            f"Wait until it has ended, or stop it, or take another folder with {flag(setting)}"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: of older filelocks
+        say("Note", f"a second run in {setting} would not be noticed: no locks here ({error})")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Parser(argparse.ArgumentParser):
@@ -4493,10 +4732,16 @@ def command_line() -> list[str]:
     return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
 
 
+def run_command(command: str, cfg: Config) -> int:
+    # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    return COMMANDS[command](cfg)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, cfg = read_command_line(command_line() if argv is None else argv)
-        return COMMANDS[command](cfg)
+        return run_command(command, cfg)
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:
