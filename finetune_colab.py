@@ -10,6 +10,7 @@ What a run leaves behind
     model/training_visuals/             pictures and figures of the training
     fine_tuned_model.zip                all of model/ in one file to download
     checkpoints/                        the state of the training, every SAVE_STEPS steps
+    logs/                               for each run all that it said and measured, with the time
 and what check leaves
     dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
 
@@ -55,6 +56,7 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import multiprocessing
 import os
@@ -127,6 +129,7 @@ class Config:
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
     CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
+    LOG_DIR: str = "./logs"  # what each training said and measured, a file for each
 
     # -- LoRA
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
@@ -204,6 +207,10 @@ TYPE_IN_WORDS = {
 }
 
 
+LOG = logging.getLogger("finetune_colab")
+SECRET_NAMES = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)  # of environment variables
+
+
 class UserError(Exception):
     """Something the person can mend: what was found, where, and what to do about it."""
 
@@ -222,6 +229,7 @@ def preview(text: str, width: int = 50) -> str:
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
+    LOG.info("%-11s%s", label, text)
     for line in text.split("\n"):
         wrapped = textwrap.fill(
             line,
@@ -320,6 +328,70 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     names = {name.casefold(): name for name in known}
     close = difflib.get_close_matches(wrong.casefold(), names, n=1)
     return f" Did you mean {names[close[0]]}?" if close else ""
+
+
+# -- The log
+
+
+class LogFormatter(logging.Formatter):
+    """The time before every line, and nothing that is secret or could steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
+        for secret in sorted(values, key=len, reverse=True):
+            if len(secret) > 5:  # less is no secret, as in TOKENIZERS_PARALLELISM=false
+                text = text.replace(secret, "[secret]")
+        # of links, what without_secrets leaves; here they stand within text
+        text = re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
+        stamp = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+        return "\n".join(
+            f"{stamp}  {''.join(c if c.isprintable() else ' ' for c in line)}"
+            for line in text.splitlines()
+        )
+
+
+class LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
+        """A full disk must not cost anybody the training: one warning, and the log ends here."""
+        if self in LOG.handlers:
+            LOG.removeHandler(self)
+            say("Warning", f"the log {self.baseFilename} breaks off here: {sys.exc_info()[1]}")
+
+
+@contextmanager
+def collected_log() -> Iterator[None]:
+    """Remember what is said until start_log has a file for it; without one it is forgotten."""
+    before = LOG.handlers[:]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    LOG.addHandler(logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in LOG.handlers if handler not in before]:
+            LOG.removeHandler(handler)
+            with suppress(OSError):  # a disk that is full has had its warning
+                handler.close()
+
+
+def start_log(path: Path) -> None:
+    """Put what was said so far at the end of this file, and then all that is said."""
+    for memory in LOG.handlers[:]:
+        if isinstance(memory, logging.handlers.MemoryHandler):
+            LOG.removeHandler(memory)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = LogFile(path, encoding="utf-8")
+            except OSError as error:
+                say("Warning", f"there will be no log: {path} cannot be written to: {error}")
+                return
+            file.setFormatter(LogFormatter())
+            LOG.addHandler(file)
+            memory.setTarget(file)
+            memory.close()
+            if file in LOG.handlers:
+                say("Log", f"{path} keeps all that is said here")
 
 
 def config_problems(cfg: Config) -> list[str]:
@@ -3560,8 +3632,32 @@ class Clock:
         self.mark = None
 
 
+def figures_to_log() -> Any:
+    """Everything that is measured, and the speed since the last entry."""
+    from transformers import TrainerCallback
+
+    class Figures(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.since = time.perf_counter(), state.num_input_tokens_seen
+
+        on_evaluate = on_save = on_train_begin  # what these take is no time of training
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            figures = {"step": state.global_step} | (logs or {})
+            if "loss" in figures:
+                start, tokens = self.since
+                self.since = time.perf_counter(), state.num_input_tokens_seen
+                figures["tokens_per_second"] = (self.since[1] - tokens) / (self.since[0] - start)
+            shown = (
+                f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
+            )
+            LOG.info("%-11s%s", "Measured", ", ".join(shown))
+
+    return Figures
+
+
 def add_callbacks(trainer: Trainer, clock: Clock) -> None:
-    """Time the steps, and show the losses in the progress bar rather than below it."""
+    """Time the steps, and show the losses in the progress bar and the log rather than below it."""
     from transformers import ProgressCallback, TrainerCallback
 
     class Timing(TrainerCallback):
@@ -3588,6 +3684,7 @@ def add_callbacks(trainer: Trainer, clock: Clock) -> None:
                 self.training_bar.set_postfix(self.shown, refresh=False)
 
     trainer.add_callback(Timing)
+    trainer.add_callback(figures_to_log())
     if trainer.pop_callback(ProgressCallback):  # a notebook kernel has a table instead: left alone
         trainer.add_callback(LossBar)
 
@@ -4268,6 +4365,7 @@ def run_training(cfg: Config) -> Prepared:
 
     set_seed(cfg.SEED)
     model = add_lora(cfg, base)
+    start_log(log_path(cfg))
     trained = train_adapter(cfg, model, data, plan, device)
     folder, archive = save_run(cfg, model, device, data, trained)
     say_result(trained, folder, archive)
@@ -4417,6 +4515,10 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     say("Download", f"{near(archive)} (on Colab: the folder icon at the left, then ⋮)")
 
 
+def log_path(cfg: Config) -> Path:
+    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
+
+
 def near(path: Path) -> str:
     """A path as short as it can be said from here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
@@ -4438,6 +4540,8 @@ def cleared(cfg: Config) -> Iterator[None]:
                 held.enter_context(only_run_in(folder, setting))
         if problems:
             raise UserError("\n\n".join(problems))
+        for name, value in (public_settings(cfg) | installed_versions()).items():
+            LOG.info("%-28s%s", name, as_text(value))
         yield
 
 
@@ -4733,11 +4837,21 @@ def command_line() -> list[str]:
 
 
 def run_command(command: str, cfg: Config) -> int:
+    """The command itself; an error that nobody foresaw is in its log, with all that led to it."""
     # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    return COMMANDS[command](cfg)
+    try:
+        return COMMANDS[command](cfg)
+    except (UserError, ModuleNotFoundError, BrokenPipeError):
+        raise
+    except Exception:
+        if command != "check":
+            start_log(log_path(cfg))
+        LOG.exception("Stopped    by an error that nobody foresaw:")
+        raise
 
 
+@collected_log()
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, cfg = read_command_line(command_line() if argv is None else argv)
