@@ -10,6 +10,7 @@ What a run leaves behind
     model/training_visuals/             pictures and figures of the training
     fine_tuned_model.zip                all of model/ in one file to download
     checkpoints/                        the state of the training, every SAVE_STEPS steps
+    logs/                               for each run all that it said and measured, with the time
 and what check leaves
     dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
 
@@ -54,9 +55,11 @@ import io
 import itertools
 import json
 import logging
+import logging.handlers
 import math
 import multiprocessing
 import os
+import platform
 import random
 import re
 import shutil
@@ -73,7 +76,7 @@ import urllib.request
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
@@ -129,6 +132,7 @@ class Config:
     CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
     CHECKPOINT_MIRROR: str = ""  # a folder for copies of them, such as one on a mounted Drive
     ARCHIVE_CHECKPOINTS: bool = False  # also zip each checkpoint, to download it by hand
+    LOG_DIR: str = "./logs"  # what each training said and measured, a file for each
 
     # -- LoRA
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
@@ -213,6 +217,20 @@ TYPE_IN_WORDS = {
 }
 
 
+LOG = logging.getLogger("finetune_colab")
+SECRET_NAMES = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)  # of environment variables
+
+
+# These are security floors, too: older versions run code that hides in files of weights, torch
+# before 2.10 in spite of weights_only, transformers up to 5.3.
+FLOORS = dict(
+    line.split(">=")
+    for line in """python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10
+    bitsandbytes>=0.48 openpyxl>=3.1.3 python-calamine>=0.3 pyarrow>=15.0 matplotlib>=3.8
+    pyyaml>=6.0""".split()
+)
+
+
 class UserError(Exception):
     """Something the person can mend: what was found, where, and what to do about it."""
 
@@ -231,6 +249,7 @@ def preview(text: str, width: int = 50) -> str:
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
+    LOG.info("%-11s%s", label, text)
     for line in text.split("\n"):
         wrapped = textwrap.fill(
             line,
@@ -331,6 +350,74 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     return f" Did you mean {names[close[0]]}?" if close else ""
 
 
+# -- The log
+
+
+class LogFormatter(logging.Formatter):
+    """The time before every line, and nothing that is secret or could steer a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
+        for secret in sorted(values, key=len, reverse=True):
+            if len(secret) > 5:  # less is no secret, as in TOKENIZERS_PARALLELISM=false
+                text = text.replace(secret, "[secret]")
+        # of links, what without_secrets leaves; here they stand within text
+        text = re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
+        stamp = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
+        return "\n".join(
+            f"{stamp}  {''.join(c if c.isprintable() else ' ' for c in line)}"
+            for line in text.splitlines()
+        )
+
+
+class LogFile(logging.FileHandler):
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
+        """A full disk must not cost anybody the training: one warning, and the log ends here."""
+        if self in LOG.handlers:
+            LOG.removeHandler(self)
+            say("Warning", f"the log {self.baseFilename} breaks off here: {sys.exc_info()[1]}")
+
+
+@contextmanager
+def collected_log() -> Iterator[None]:
+    """Remember what is said until start_log has a file for it; without one it is forgotten."""
+    before = LOG.handlers[:]
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    LOG.addHandler(logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))
+    try:
+        yield
+    finally:
+        for handler in [handler for handler in LOG.handlers if handler not in before]:
+            LOG.removeHandler(handler)
+            with suppress(OSError):  # a disk that is full has had its warning
+                handler.close()
+
+
+def start_log(path: Path) -> None:
+    """Put what was said so far at the end of this file, and then all that is said."""
+    for memory in LOG.handlers[:]:
+        if isinstance(memory, logging.handlers.MemoryHandler):
+            LOG.removeHandler(memory)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = LogFile(path, encoding="utf-8")
+            except OSError as error:
+                say("Warning", f"there will be no log: {path} cannot be written to: {error}")
+                return
+            file.setFormatter(LogFormatter())
+            LOG.addHandler(file)
+            memory.setTarget(file)
+            memory.close()
+            if file in LOG.handlers:
+                say("Log", f"{path} keeps all that is said here")
+
+
+def log_path(cfg: Config) -> Path:
+    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
+
+
 def config_problems(cfg: Config) -> list[str]:
     """Every fault in the settings, so that a person mends them all at once."""
     types = setting_types()
@@ -369,9 +456,13 @@ def near(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
+def installed_versions() -> dict[str, str | None]:
+    return {package: installed_version(package) for package in FLOORS}
+
+
 def installed_version(package: str) -> str | None:
     try:
-        return metadata.version(package)
+        return platform.python_version() if package == "python" else metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
 
@@ -2977,15 +3068,19 @@ def choose_device(cfg: Config, kind: str, capability: tuple[int, int] = (0, 0)) 
     return Device(kind, dtype, four_bit, f"{dtype} ({why}); {weights}")
 
 
-def pick_device(cfg: Config) -> Device:
+def device_here(cfg: Config) -> tuple[str, Device]:
+    """What this machine has to compute with, by name, and how it is used."""
     import torch
 
     if torch.cuda.is_available():
         device = choose_device(cfg, "cuda", torch.cuda.get_device_capability())
-        name = torch.cuda.get_device_name()
-    else:
-        device = choose_device(cfg, "mps" if torch.backends.mps.is_available() else "cpu")
-        name = "the processor" if device.kind == "cpu" else "the Apple GPU"
+        return torch.cuda.get_device_name(), device
+    device = choose_device(cfg, "mps" if torch.backends.mps.is_available() else "cpu")
+    return "the processor" if device.kind == "cpu" else "the Apple GPU", device
+
+
+def pick_device(cfg: Config) -> Device:
+    name, device = device_here(cfg)
     say("Device", f"{name}, {device.reason}")
     return device
 
@@ -3064,20 +3159,44 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
-    """For `check`: also where the Hub cannot be asked for the tokenizer."""
+def is_within_reach(cfg: Config, file: str) -> bool:
+    """Whether this file of the model is here, or else the Hub answers."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     name, revision = cfg.MODEL_NAME, model_revision(cfg)
-    local = name == DEMO_MODEL or local_path(name).exists()
     try:
-        if not local and not try_to_load_from_cache(name, TOKENIZER_FILE, revision=revision):
+        local = name == DEMO_MODEL or local_path(name).exists()
+        if not local and not try_to_load_from_cache(name, file, revision=revision):
             HfApi().model_info(name, timeout=10)
     except (errors.HfHubHTTPError, ValueError):
-        pass  # the Hub has answered, or the name is none: what is wrong is said below
+        pass  # the Hub has answered, or the name is none: what is wrong is said by load_tokenizer
     except Exception:  # of the network, each library has its own
-        return EstimatedTokenizer()
-    return load_tokenizer(cfg)
+        return False
+    return True
+
+
+def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
+    """For `check`: also where the Hub cannot be asked for the tokenizer."""
+    return load_tokenizer(cfg) if is_within_reach(cfg, TOKENIZER_FILE) else EstimatedTokenizer()
+
+
+def hollow_model(cfg: Config) -> PreTrainedModel | None:
+    """The model with its layers and without their weights, to be measured before a download."""
+    if not is_within_reach(cfg, "config.json"):
+        return None
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    safe = {"trust_remote_code": False}
+    try:
+        if cfg.MODEL_NAME == DEMO_MODEL:
+            shape = AutoConfig.for_model("phi", **DEMO_SHAPE)
+        else:
+            shape = AutoConfig.from_pretrained(cfg.MODEL_NAME, revision=model_revision(cfg), **safe)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(shape, **safe)
+    except Exception:  # it is found again, and explained, when the model is loaded
+        return None
 
 
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
@@ -3139,19 +3258,26 @@ def usable_peft() -> Iterator[Any]:
         yield peft
 
 
-def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
+    """The layers that LORA_TARGETS names."""
     import torch
 
-    linear = {
-        name.rpartition(".")[2]
+    linear = [
+        (name.rpartition(".")[2], module)
         for name, module in base.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    }
-    if unknown := sorted(set(cfg.LORA_TARGETS) - linear):
+    ]
+    known = {name for name, _ in linear}
+    if unknown := sorted(set(cfg.LORA_TARGETS) - known):
         raise UserError(
             f"LORA_TARGETS names {', '.join(unknown)}, which {cfg.MODEL_NAME} does not have.\n"
-            f"Its layers are: {', '.join(sorted(linear))}"
+            f"Its layers are: {', '.join(sorted(known))}"
         )
+    return [module for name, module in linear if name in cfg.LORA_TARGETS]
+
+
+def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+    adapted_layers(cfg, base)
     with usable_peft() as peft:
         lora = peft.LoraConfig(
             task_type="CAUSAL_LM",
@@ -3507,6 +3633,11 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     )
 
 
+def checkpoint_bytes(trainable: int) -> int:
+    """For each weight its value, that of the best adapter, and two figures of the optimizer."""
+    return 4 * 4 * trainable
+
+
 def seal(folder: Path, record: dict[str, Any]) -> Checkpoint:
     """Make a folder a checkpoint: COMMIT.json, written last, vouches for every other file."""
     paths = sorted(folder.iterdir())
@@ -3641,6 +3772,7 @@ class Keeper:
         mirror = local_path(cfg.CHECKPOINT_MIRROR).resolve()
         self.mirror = mirror / self.folder.name if cfg.CHECKPOINT_MIRROR else None
         self.saved_at = time.monotonic()
+        self.log = log_path(cfg)
 
     def starting_point(self) -> Checkpoint | None:
         """The checkpoint to go on from, if there is one; what is not used is set aside."""
@@ -3754,7 +3886,8 @@ class Keeper:
             prune(self.folder, best)
         except Exception as error:  # a full disk has as many faces as there are libraries
             shutil.rmtree(folder, ignore_errors=True)
-            raise UserError(self.not_saved(step, error)) from error
+            need = checkpoint_bytes(record["tally"]["trainable"])
+            raise UserError(self.not_saved(step, need, error)) from error
         self.saved_at = time.monotonic()
         self.copy_out(newest)
 
@@ -3767,15 +3900,16 @@ class Keeper:
                     return adapter
         raise OSError(f"no checkpoint holds the best adapter any more, that of step {best_step}")
 
-    def not_saved(self, step: int, error: Exception) -> str:
-        whole = [path for path in numbered(self.folder) if isinstance(verified(path), Checkpoint)]
-        room = ""
+    def not_saved(self, step: int, need: int, error: Exception) -> str:
+        last = self.latest()
+        free = ""
         with suppress(OSError):
-            room = f" {shutil.disk_usage(self.folder).free / 1e9:.2f} GB are free there."
-        kept = f"{whole[0].name} is whole" if whole else "there is no earlier one"
+            free = f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
+        kept = f"{last.folder.name} is whole" if last else "there is no earlier one"
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: "
-            f"{type(error).__name__}: {preview(str(error), 200)}.{room} Training stopped; {kept}.\n"
+            f"{type(error).__name__}: {preview(str(error), 200)}.\n"
+            f"It needs about {need / 1e6:,.0f} MB{free}. Training stopped; {kept}.\n"
             "Make room on the disk (old folders in CHECKPOINT_DIR may go), or choose another with "
             "--checkpoint-dir, and run the same command again: it goes on from there."
         )
@@ -3816,7 +3950,6 @@ LEVERS = (
     "Lower MAX_LENGTH (--max-length 256) or LORA_R (--lora-r 8), set LOAD_IN_4BIT "
     "(--load-in-4bit), or take a GPU with more memory."
 )
-PACKAGES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")  # that decide the result
 
 
 class Stopped(KeyboardInterrupt):
@@ -4067,10 +4200,6 @@ def optimizer_name(cfg: Config, device: Device) -> str:
     return cfg.OPTIMIZER
 
 
-def versions_here() -> dict[str, str | None]:
-    return {name: installed_version(name) for name in PACKAGES}
-
-
 @dataclass
 class Tally:
     """What is counted over the whole run, however often it was interrupted."""
@@ -4080,6 +4209,7 @@ class Tally:
     parameters: int = 0
     batch_size: int = 0
     device: str = ""
+    log: str = ""  # the name of its file
     seconds: float = (
         0.0  # in training steps: from the first to the last, without measuring and saving
     )
@@ -4106,8 +4236,32 @@ class Tally:
     def record(self) -> dict[str, Any]:
         peaks = (self.peak_memory_gb, peak_memory_gb(self.device))
         self.peak_memory_gb = max(filter(None, peaks), default=None)
-        self.versions = versions_here()
+        self.versions = installed_versions()
         return asdict(self)
+
+
+def figures_to_log() -> Any:
+    """Everything that is measured, and the speed since the last entry."""
+    from transformers import TrainerCallback
+
+    class Figures(TrainerCallback):
+        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            self.since = time.perf_counter(), state.num_input_tokens_seen
+
+        on_evaluate = on_save = on_train_begin  # what these take is no time of training
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            figures = {"step": state.global_step} | (logs or {})
+            if "loss" in figures:
+                start, tokens = self.since
+                self.since = time.perf_counter(), state.num_input_tokens_seen
+                figures["tokens_per_second"] = (self.since[1] - tokens) / (self.since[0] - start)
+            shown = (
+                f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
+            )
+            LOG.info("%-11s%s", "Measured", ", ".join(shown))
+
+    return Figures
 
 
 def pace(
@@ -4177,7 +4331,7 @@ def train_adapter(
     first = start.record["tally"] if start else first_figures(cfg, model, data, device)
     while True:
         tally = Tally(**(start.record["tally"] if start else first))
-        tally.batch_size, tally.device = cfg.BATCH_SIZE, device.kind
+        tally.batch_size, tally.device, tally.log = cfg.BATCH_SIZE, device.kind, keeper.log.name
         try:
             run_trainer(cfg, model, data, device, keeper, tally, start)
             break
@@ -4217,25 +4371,31 @@ def run_trainer(
     trainer = build_trainer(cfg, model, data, device, keeper, tally)
     with flat_rows(model), Interruption() as stop:
         trainer.add_callback(pace(trainer, cfg, data, keeper, tally, stop))
+        trainer.add_callback(figures_to_log())
         show_losses(trainer)
         try:
             trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
         except Exception as error:
             if tally.begun or not start or memory_fault(error) or isinstance(error, UserError):
                 raise
-            versions = start.record["tally"]["versions"]
             raise UserError(
                 f"{near(start.folder)} is whole, but cannot be taken up here: "
                 f"{type(error).__name__}: {preview(str(error), 150)}\n"
-                f"It was written with {in_packages(versions)}; here: {in_packages(versions_here())}.\n"
+                f"It was written with {other_versions(tally.versions)}.\n"
                 "Install those versions, or start again from the beginning with --no-resume."
             ) from error
     if stop.asked:
         raise Stopped(stop.asked, f"Step {trainer.state.global_step} of {trainer.state.max_steps}")
 
 
-def in_packages(versions: dict[str, str | None]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def other_versions(there: dict[str, str | None]) -> str:
+    here = installed_versions()
+    changed = [
+        f"{name} {version} (here {here.get(name)})"
+        for name, version in there.items()
+        if version != here.get(name)
+    ]
+    return ", ".join(changed) or "the versions that are here, too"
 
 
 # -- What a training came to
@@ -4448,7 +4608,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
-        "versions": {"python": sys.version.split()[0]} | versions_here(),
+        "versions": installed_versions(),
         "results": metrics_of(data, trained),
     }
 
@@ -4853,13 +5013,12 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
-    run_training(cfg)
+    with cleared(cfg):
+        run_training(cfg)
     return 0
 
 
 def run_training(cfg: Config) -> Prepared:
-    check_output_folder(cfg)
-    check_packages(cfg)
     data = prepare(cfg)
     refuse_few(data.pairs)
     plan = plan_run(cfg, data.train)
@@ -4868,6 +5027,7 @@ def run_training(cfg: Config) -> Prepared:
     device = pick_device(cfg)
     keeper = Keeper(cfg, identity_of(cfg, data, device))
     last = keeper.starting_point()
+    start_log(keeper.log.with_name(last.record["tally"]["log"]) if last else keeper.log)
     say_start(cfg, plan, keeper, last)
     if not last or not last.record["tally"]["finished"]:
         base = load_base(cfg, device)
@@ -4878,14 +5038,6 @@ def run_training(cfg: Config) -> Prepared:
     folder, archive = save_run(cfg, device, data, last)
     say_result(outcome(cfg, last), folder, archive)
     return data
-
-
-def check_packages(cfg: Config) -> None:
-    """Refuse in the first second what would fail after the training."""
-    import matplotlib.figure  # noqa: F401
-
-    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
-        raise UserError(f"REPORT_TO {cfg.REPORT_TO} is not installed. pip install {cfg.REPORT_TO}")
 
 
 def ask_about_quality(cfg: Config, quality: Quality) -> None:
@@ -4907,27 +5059,25 @@ def ask_about_quality(cfg: Config, quality: Quality) -> None:
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
     with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
-        data, problem, place = None, "", ""
-        try:
+        data, place = None, ""
+        problems = preflight(cfg)
+        with collecting(problems):
             place = without_secrets(cfg.DATASET_PATH)
-            check_output_folder(cfg)
-            check_packages(cfg)
             data = prepare(cfg, may_estimate=True)
             refuse_few(data.pairs)
-        except UserError as error:
-            problem = str(error)
+        for problem in problems:
             say("Problem", problem)
-        if data and not problem:
+        if data and not problems:
             say_plan(cfg, data, plan_run(cfg, data.train))
         report = say_report(cfg, data) if data else None
-        if not problem:
+        if not problems:
             say(
                 "Ready",
                 "training would go ahead. Start it with the same command without the word check.",
             )
     if cfg.JSON:
-        show(json.dumps(check_record(place, data, problem, report)))
-    return 1 if problem else 0
+        show(json.dumps(check_record(place, data, problems, report)))
+    return 1 if problems else 0
 
 
 def say_report(cfg: Config, data: Prepared) -> Path | None:
@@ -4950,7 +5100,7 @@ def say_report(cfg: Config, data: Prepared) -> Path | None:
 
 
 def check_record(
-    place: str, data: Prepared | None, problem: str, report: Path | None
+    place: str, data: Prepared | None, problems: list[str], report: Path | None
 ) -> dict[str, Any]:
     """What `check --json` prints; every name is there, whatever was found."""
     pairs = data.pairs if data else None
@@ -4958,7 +5108,7 @@ def check_record(
     record = quality_record(quality)
     kept = len(pairs.kept) if pairs else 0
     return {
-        "ready": not problem,
+        "ready": not problems,
         "file": pairs.name if pairs else place,
         "shape": pairs.shape if pairs else None,
         "sheet": (pairs.table.sheet or None) if pairs else None,
@@ -4970,7 +5120,7 @@ def check_record(
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
         "quality": record["score"],
         "quality_parts": record["parts"],
-        "problems": [problem] * bool(problem) + grouped(quality.flagged),
+        "problems": problems + grouped(quality.flagged),
         "tokens": token_figures(data),
         "report": str(report) if report else None,
     }
@@ -4979,7 +5129,8 @@ def check_record(
 def demo(cfg: Config) -> int:
     """The whole job on the built-in model, then the questions of the workbook, before and after."""
     say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
-    taught = run_training(cfg).train_pairs
+    with cleared(cfg):
+        taught = run_training(cfg).train_pairs
     model, tokenizer = load_tuned(output_folder(cfg))
     questions = [pair.question for pair in taught]
     with model.disable_adapter():
@@ -5043,10 +5194,112 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     say("Download", f"{near(archive)} (on Colab: the folder icon at the left, then ⋮)")
 
 
-def check_output_folder(cfg: Config) -> None:
-    """Refuse in the first second what would fail, or do harm, when the training is over."""
+# -- Before training
+
+SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
+
+
+@contextmanager
+def cleared(cfg: Config) -> Iterator[None]:
+    """Refuse, all at once, what would fail later; then hold the folders of the run to its end."""
+    problems = preflight(cfg)
+    folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
+    with ExitStack() as held:
+        for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
+            with collecting(problems):
+                held.enter_context(only_run_in(folder, setting))
+        if problems:
+            raise UserError("\n\n".join(problems))
+        for name, value in (public_settings(cfg) | installed_versions()).items():
+            LOG.info("%-28s%s", name, as_text(value))
+        yield
+
+
+@contextmanager
+def collecting(problems: list[str]) -> Iterator[None]:
+    """Let a refusal wait until all are found."""
+    try:
+        yield
+    except UserError as error:
+        problems.append(str(error))
+    except ModuleNotFoundError:
+        if not problems:  # otherwise what is missing is among them
+            raise
+
+
+def preflight(cfg: Config) -> list[str]:
+    """What would stop a training later; what only may do so is said."""
+    problems = [*package_problems(installed_versions())]
+    complete = not problems
+    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
+        problems.append(f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}")
+    try:
+        with collecting(problems):
+            refuse_foreign_folder(cfg)
+    except OSError as error:
+        problems.append(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be looked into: {error.strerror}.")
+    for folder, setting in (
+        (output_folder(cfg).parent, "OUTPUT_DIR"),
+        (local_path(cfg.CHECKPOINT_DIR), "CHECKPOINT_DIR"),
+    ):
+        with collecting(problems):
+            refuse_unwritable(folder, setting)
+    if cfg.CHECKPOINT_MIRROR and not local_path(cfg.CHECKPOINT_MIRROR).is_dir():
+        problems.append(
+            f"CHECKPOINT_MIRROR {cfg.CHECKPOINT_MIRROR} is not there. Mount the drive, or make the folder."
+        )
+    if complete:
+        warn_of_pictures()
+        problems += model_problems(cfg)
+    return problems
+
+
+def package_problems(versions: dict[str, str | None]) -> Iterator[str]:
+    python, floor = str(versions["python"]), FLOORS["python"]
+    if [int(part) for part in python.split(".")[:2]] < [int(part) for part in floor.split(".")]:
+        yield (
+            f"Python {python} is too old; {floor} or newer is needed.\n"
+            "Install a newer one from python.org, or use Colab."
+        )
+    below = [
+        f"{package} {version or 'is missing'} ({FLOORS[package]} or newer)"
+        for package, version in versions.items()
+        if package not in ("python", "matplotlib")  # training goes on without pictures
+        and is_below(version, FLOORS[package])
+    ]
+    if below:
+        yield (
+            f"Packages are missing or too old: {', '.join(below)}.\n"
+            "pip install -r requirements-finetune.txt"
+        )
+
+
+def is_below(version: str | None, floor: str) -> bool:
+    if version is None:
+        return True
+    try:
+        from packaging.version import Version
+    except ModuleNotFoundError:  # it comes with transformers, so that this is refused anyway
+        return False
+    return Version(version).release < Version(floor).release  # a trial build counts as its release
+
+
+def warn_of_pictures() -> None:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except Exception as error:  # a broken installation may raise anything
+        reason = preview(f"{type(error).__name__}: {error}", 100)
+        say(
+            "Warning",
+            f"matplotlib does not work, so there will be no pictures ({reason}).\n"
+            "pip install -r requirements-finetune.txt",
+        )
+
+
+def refuse_foreign_folder(cfg: Config) -> None:
+    """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
     final = output_folder(cfg)
-    if Path.cwd().is_relative_to(final.resolve()) or (final.exists() and not final.is_dir()):
+    if Path.cwd().is_relative_to(final) or (final.exists() and not final.is_dir()):
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
         )
@@ -5066,16 +5319,124 @@ def check_output_folder(cfg: Config) -> None:
                 f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
                 "Add --output-dir demo_model"
             )
-    for folder in (final.parent, local_path(cfg.CHECKPOINT_DIR)):
-        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-        try:
-            with tempfile.TemporaryFile(dir=nearest) as probe:
-                probe.write(b"can this folder be written to?")
-        except OSError as error:
-            raise UserError(
-                f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
-                "Choose another with --output-dir and --checkpoint-dir"
-            ) from None
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or what is there already of the way to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def refuse_unwritable(folder: Path, setting: str) -> None:
+    try:
+        with tempfile.TemporaryDirectory(prefix=".finetune", dir=nearest(folder)) as probe:
+            with Path(probe, "written").open("wb") as file:
+                file.write(b"can this folder be written to?")
+                file.flush()
+                os.fsync(file.fileno())
+            Path(probe, "written").rename(Path(probe, "renamed"))
+    except OSError as error:
+        raise UserError(
+            f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
+            f"Choose another with {flag(setting)}"
+        ) from None
+
+
+def model_problems(cfg: Config) -> list[str]:
+    """What the shape of the model tells before its weights are here: layers, memory and disk."""
+    problems: list[str] = []
+    model = hollow_model(cfg)
+    if model is None:
+        return problems
+    layers: list[Any] = []
+    with collecting(problems):
+        layers = adapted_layers(cfg, model)
+    with collecting(problems):
+        _, device = device_here(cfg)
+        with collecting(problems):
+            optimizer_name(cfg, device)
+        refuse_small_memory(cfg, device, model.num_parameters())
+    trainable = sum(cfg.LORA_R * (layer.in_features + layer.out_features) for layer in layers)
+    with collecting(problems):
+        refuse_full_disk(cfg, trainable)
+    return problems
+
+
+def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
+    """Without an NVIDIA GPU the weights lie in the computer's own memory."""
+    import psutil
+
+    size = parameters * (1 if device.four_bit else 4)  # in 4 bits with all that comes along
+    memory = psutil.virtual_memory()
+    if device.kind == "cuda" or size <= memory.available:
+        return
+    needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
+    if size <= memory.total:
+        free = f"{memory.available / 1e9:.1f} GB are free"
+        say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
+        return
+    raise UserError(
+        f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
+        "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
+    )
+
+
+def disk_needed(trainable: int, checkpoints: int = 0) -> tuple[int, int]:
+    """Bytes for OUTPUT_DIR and for CHECKPOINT_DIR at the worst moment, for so many weights.
+
+    There are four checkpoints while the newest is written and an older one is not deleted yet; some
+    may lie there already. The finished model comes beside an earlier one, and so does its zip.
+    """
+    to_come = max(1, 4 - checkpoints)
+    return 2 * (4 * trainable + SMALL_FILES), to_come * checkpoint_bytes(trainable)
+
+
+def refuse_full_disk(cfg: Config, trainable: int) -> None:
+    folders = (output_folder(cfg).parent, local_path(cfg.CHECKPOINT_DIR))
+    sizes = disk_needed(trainable, len([*folders[1].glob("*/checkpoint-*/" + COMMIT)]))
+    with suppress(OSError):  # what cannot be measured is not judged
+        output, checkpoints = map(nearest, folders)
+        if output.stat().st_dev == checkpoints.stat().st_dev:
+            sizes = (sum(sizes), sum(sizes))
+        for folder, size, setting in zip(
+            (output, checkpoints), sizes, ("OUTPUT_DIR", "CHECKPOINT_DIR"), strict=True
+        ):
+            usage = shutil.disk_usage(folder)
+            if usage.total and usage.free < size:  # some mounted drives do not know their size
+                raise UserError(
+                    f"The disk of {folder.absolute()} is too full: the run needs up to "
+                    f"{size / 1e9:.1f} GB there, {usage.free / 1e9:.1f} GB are free.\nDelete something, "
+                    f"such as checkpoints of earlier runs, or take another disk with {flag(setting)}"
+                )
+
+
+@contextmanager
+def only_run_in(folder: Path, setting: str) -> Iterator[None]:
+    """Keep a second run out of a folder while this one lasts.
+
+    The lock is the system's, and goes with the process however that ends. It lies among the caches
+    of this computer: a mounted drive may know no locks, or keep those of other machines.
+    """
+    import filelock
+
+    place = cache_folder("locks", hashlib.sha256(str(folder).encode()).hexdigest()[:16])
+    holder = place.with_suffix(".txt")  # not the lock, which some systems let nobody else read
+    lock = filelock.FileLock(place.with_suffix(".lock"))
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}")
+    except filelock.Timeout:
+        who = f": {holder.read_text()}" if holder.is_file() else ""
+        raise UserError(
+            f"Another run is at work in {setting} {folder}{who}.\n"
+            f"Wait until it has ended, or stop it, or take another folder with {flag(setting)}"
+        ) from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: of older filelocks
+        say("Note", f"a second run in {setting} would not be noticed: no locks here ({error})")
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class Parser(argparse.ArgumentParser):
@@ -5150,10 +5511,26 @@ def command_line() -> list[str]:
     return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
 
 
+def run_command(command: str, cfg: Config) -> int:
+    """The command itself; an error that nobody foresaw is in its log, with all that led to it."""
+    # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    try:
+        return COMMANDS[command](cfg)
+    except (UserError, ModuleNotFoundError, BrokenPipeError):
+        raise
+    except Exception:
+        if command != "check":
+            start_log(log_path(cfg))
+        LOG.exception("Stopped    by an error that nobody foresaw:")
+        raise
+
+
+@collected_log()
 def main(argv: Sequence[str] | None = None) -> int:
     try:
         command, cfg = read_command_line(command_line() if argv is None else argv)
-        return COMMANDS[command](cfg)
+        return run_command(command, cfg)
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:
@@ -5170,7 +5547,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         done = (
             f"{saved} is saved, and" if saved else "Nothing that was finished or saved is touched;"
         )
-        show(f"\nInterrupted. {done} the same command goes on from there.", sys.stderr)
+        print(file=sys.stderr)
+        say("Stopped", f"Interrupted. {done} the same command goes on from there.", sys.stderr)
         return 128 + getattr(end, "number", signal.SIGINT)
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)

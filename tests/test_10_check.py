@@ -140,7 +140,6 @@ REFUSED: dict[str, tuple[bytes | None, list[str], str]] = {
     "no rows": (b"question,answer\n", [], "holds no rows"),
     "no columns": (b"one,two,three\n1,2,3\n4,5,6\n", [], "was found"),
     "a wrong column": (b"question,answer\na,b\n", ["--answer-column", "x"], "no column 'x'"),
-    "output": (b"question,answer\na,b\n", ["--output-dir", "."], "OUTPUT_DIR '.'"),
     "a picture": (b"GIF89a", [], "is a picture"),
 }
 
@@ -158,6 +157,16 @@ def test_json_of_a_refused_file_has_the_same_keys(name: str, folder: Path, as_js
     assert (told["file"], told["rows_read"], told["pairs_kept"]) == ("data.csv", 0, 0)
     assert (told["dropped"], told["quality"], told["quality_parts"]) == ([], None, {})
     assert told["shape"] is told["sheet"] is told["question_column"] is told["report"] is None
+
+
+def test_json_lists_what_is_wrong_beside_the_data_and_in_it(folder: Path, as_json: Json) -> None:
+    (folder / "data.csv").write_text("question,answer\nWhy is it?,So.\n")
+    code, told = as_json("--dataset-path", "data.csv", "--output-dir", ".", "--lora-targets", "x")
+    assert (code, told["ready"], told["pairs_kept"]) == (1, False, 1)
+    output, layers, data = told["problems"]
+    assert "OUTPUT_DIR '.'" in output
+    assert "LORA_TARGETS names x" in layers
+    assert "1 pairs to learn from" in data
 
 
 def test_json_of_a_link_that_is_none_holds_no_secret(folder: Path, as_json: Json) -> None:

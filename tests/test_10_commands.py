@@ -229,7 +229,7 @@ def write_record(folder: Path, base_model: str) -> None:
 @pytest.mark.parametrize("name", ["model", "new/model", "model/"])
 def test_a_new_or_empty_output_folder_is_accepted(name: str, folder: Path) -> None:
     (folder / "model").mkdir()
-    ft.check_output_folder(ft.Config(OUTPUT_DIR=name))
+    assert ft.preflight(ft.Config(OUTPUT_DIR=name)) == []
     assert not [path for path in folder.rglob("*") if path.is_file()]
 
 
@@ -248,11 +248,8 @@ def test_an_earlier_run_is_replaced_but_never_by_the_toy(
     write_record(folder / "model", there)
     before = contents(folder / "model")
     cfg = ft.Config(OUTPUT_DIR="model", MODEL_NAME=wanted)
-    if accepted:
-        ft.check_output_folder(cfg)
-    else:
-        with pytest.raises(ft.UserError, match="--output-dir demo_model"):
-            ft.check_output_folder(cfg)
+    problems = ft.preflight(cfg)
+    assert problems == [] if accepted else "--output-dir demo_model" in problems[0]
     assert contents(folder / "model") == before
 
 
