@@ -241,16 +241,21 @@ def show(text: str, file: TextIO | None = None) -> None:
     print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
 
 
+def harmless(text: str) -> str:
+    """A text without signs that could steer a terminal: names of files and sheets may hold them."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
 def preview(text: str, width: int = 50) -> str:
     """A text on one line, with nothing in it that could steer a terminal."""
-    plain = " ".join("".join(c if c.isprintable() else " " for c in text[: 20 * width]).split())
+    plain = " ".join(harmless(text[: 20 * width]).split())
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
     LOG.info("%-11s%s", label, text)
-    for line in text.split("\n"):
+    for line in harmless(text).split("\n"):
         wrapped = textwrap.fill(
             line,
             79,
@@ -470,20 +475,22 @@ def installed_version(package: str) -> str | None:
 # -- Files that are whole or not there
 
 
-def sync(path: Path) -> None:
-    """Have the disk hold what was written, before anything relies on it."""
-    if os.name == "nt":  # which syncs open files only
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def checksum(path: Path, kind: str = "sha256") -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, kind).hexdigest()
+
+
+def settle(path: Path) -> None:
+    """Wait for the disk itself, or a power cut could leave an empty file under a final name."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:  # some disks of other computers cannot, and Windows not for folders
+        if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 @contextmanager
@@ -492,7 +499,9 @@ def staged_file(final: Path) -> Iterator[Path]:
     staged = final.with_name(f"{final.name}.{os.getpid()}.partial")
     try:
         yield staged
+        settle(staged)
         staged.replace(final)
+        settle(final.parent)
     finally:
         staged.unlink(missing_ok=True)
 
@@ -505,20 +514,32 @@ def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
     """
     staged = final.with_name(f"{final.name}.partial")
     earlier = final.with_name(f"{final.name}.{'old' if same else 'previous'}")
-    shutil.rmtree(staged, ignore_errors=True)
+    remove(staged)
     staged.mkdir(parents=True)
     yield staged
+    for path in (*staged.rglob("*"), staged):
+        settle(path)
     if final.exists():
-        earlier.unlink() if earlier.is_file() else shutil.rmtree(earlier, ignore_errors=True)
+        remove(earlier)
         final.rename(earlier)
     staged.rename(final)
+    settle(final.parent)
     if same:
-        shutil.rmtree(earlier, ignore_errors=True)
+        remove(earlier)
+
+
+def remove(path: Path) -> None:
+    """A file, a folder or a link, if there is one; never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    path.write_text(text + "\n", encoding="utf-8")
+    with staged_file(path) as staged:
+        staged.write_text(text + "\n", encoding="utf-8")
 
 
 # ==================================================================================================
@@ -3107,6 +3128,8 @@ NOISY = (
     "transformers.trainer_utils",
 )
 DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
+BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
+PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
 DEMO_STEPS = (
     100  # of reading before the demo model is taught anything; fewer leave it without words
 )
@@ -3128,20 +3151,53 @@ def model_revision(cfg: Config) -> str | None:
     return cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
 
 
+def local_base(cfg: Config) -> Path | None:
+    """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
+    folder = local_path(cfg.MODEL_NAME)
+    return folder if folder.is_dir() and cfg.MODEL_NAME != DEMO_MODEL else None
+
+
+def base_name(cfg: Config) -> str:
+    """The base model as others may read it: its name on the Hub, or its folder's without the path."""
+    if cfg.MODEL_NAME == DEMO_MODEL:
+        return f"./{DEMO_BASE}"
+    folder = local_base(cfg)
+    return f"./{folder.resolve().name}" if folder else cfg.MODEL_NAME
+
+
+def pinned_revision(cfg: Config) -> str:
+    """The commit of the model, which from here on is set: what is newest may change at any time."""
+    from huggingface_hub import hf_hub_download
+
+    config = hf_hub_download(cfg.MODEL_NAME, "config.json", revision=model_revision(cfg))
+    cfg.MODEL_REVISION = Path(config).parent.name  # where the Hub's client keeps this commit
+    return cfg.MODEL_REVISION
+
+
 @contextmanager
 def explained_model_errors(cfg: Config) -> Iterator[None]:
     """Turn what the Hub's client says about a name or a network into one message."""
     try:
         yield
-    except (UserError, ImportError, RuntimeError):
+    except (UserError, ModuleNotFoundError):
         raise
     except Exception as error:  # of the Hub's client, the network, or a damaged file
+        found = f"{type(error).__name__}: {error}"
+        full = isinstance(error, (RuntimeError, MemoryError))
+        if full and re.search("memory|cuda|cublas", found, re.IGNORECASE):
+            raise
         revision = f" at revision {model_revision(cfg)}" if model_revision(cfg) else ""
-        raise UserError(
-            f"The model {cfg.MODEL_NAME}{revision} could not be loaded.\n"
-            f"{type(error).__name__}: {preview(str(error), 200)}\n"
+        advice = (
             "Check MODEL_NAME and the internet connection, and run the same command again: what was "
             "downloaded is kept. A model behind a licence needs HF_TOKEN and the licence accepted."
+        )
+        if local_base(cfg):
+            advice = (
+                "The folder has to hold a whole model, with its weights as .safetensors and no code of "
+                "its own. Copy it once more, or use another model."
+            )
+        raise UserError(
+            f"The model {cfg.MODEL_NAME}{revision} could not be loaded.\n{preview(found, 200)}\n{advice}"
         ) from None
 
 
@@ -3151,7 +3207,12 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
     if cfg.MODEL_NAME == DEMO_MODEL:
         return demo_tokenizer()
     with explained_model_errors(cfg):
-        tokenizer = AutoTokenizer.from_pretrained(cfg.MODEL_NAME, revision=model_revision(cfg))
+        folder = local_base(cfg)
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder or cfg.MODEL_NAME),
+            revision=None if folder else pinned_revision(cfg),
+            trust_remote_code=False,  # or else transformers asks, and a y runs the model's own code
+        )
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
             raise OSError("it has no tokenizer")
     if tokenizer.pad_token_id is None:
@@ -3208,9 +3269,11 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
         logging.getLogger(library).setLevel(logging.ERROR)
     if folder is None and cfg.MODEL_NAME == DEMO_MODEL:
         folder = demo_folder()
+    folder = folder or local_base(cfg)
     source = str(folder or cfg.MODEL_NAME)
-    options: dict[str, Any] = {"revision": None if folder else model_revision(cfg)}
     with explained_model_errors(cfg):
+        revision = None if folder else pinned_revision(cfg)
+        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         shape = AutoConfig.from_pretrained(source, **options)
         if getattr(shape, "hidden_act", "") == "gelu_new":
             shape.hidden_act = "gelu_pytorch_tanh"  # the same function as one kernel, not eight
@@ -3225,16 +3288,19 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
                 bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             )
-        return AutoModelForCausalLM.from_pretrained(
+        model, loaded = AutoModelForCausalLM.from_pretrained(
             source,
             config=shape,
             dtype=dtype,  # "auto" would load phi-2 as float16 even on a processor
             attn_implementation="sdpa",  # sums in float32; plain attention overflows phi-2's float16
             use_safetensors=True,
-            trust_remote_code=False,
             device_map={"": device.kind},
+            output_loading_info=True,
             **options,
         )
+        if loaded["missing_keys"]:  # transformers would go on with weights of chance
+            raise OSError(f"it lacks weights, among them {min(loaded['missing_keys'])}")
+    return model
 
 
 @contextmanager
@@ -3288,6 +3354,7 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
             revision=model_revision(cfg),
         )
         model = peft.get_peft_model(base, lora)
+    model.peft_config["default"].base_model_name_or_path = base_name(cfg)
     for module in model.modules():
         # On some processors bitsandbytes repacks a 4-bit layer at its first use without gradients;
         # a repacked layer hands no gradient on, so measuring once would end all learning.
@@ -3300,14 +3367,69 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
 
 def load_tuned(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """The tuned model and its tokenizer from a finished run, with the settings it was made with."""
+    from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    cfg = Config(**json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"])
-    own_base = folder / DEMO_BASE
-    base = load_base(cfg, pick_device(cfg), own_base if own_base.is_dir() else None)
-    with usable_peft() as peft:
-        model = peft.PeftModel.from_pretrained(base, folder)
-    return model.eval(), AutoTokenizer.from_pretrained(folder)
+    cfg = settings_of(folder)
+    refuse_pickles(folder)
+    base = load_base(cfg, pick_device(cfg), base_of(folder, cfg))
+    model = add_lora(cfg, base)  # not from adapter_config.json, which can name code to be run
+    try:
+        weights = load_file(folder / "adapter_model.safetensors")
+        with usable_peft() as peft:
+            found = peft.set_peft_model_state_dict(model, weights)
+        if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
+            raise ValueError("its layers are others than those of LORA_TARGETS")
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # of safetensors, peft, tokenizers or the disk
+        raise UserError(
+            f"The adapter in {folder} could not be loaded.\n{type(error).__name__}: "
+            f"{preview(str(error), 150)}\nUnpack its zip once more, or train again."
+        ) from None
+    return model.eval(), tokenizer
+
+
+def refuse_pickles(folder: Path) -> None:
+    """This script writes no file that can run a program when it is read, so somebody else did."""
+    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
+    if found:
+        raise UserError(
+            f"{folder} holds {', '.join(found[:3])}, a kind of file that can run programs.\n"
+            "It is not from this script. Delete it, if you trust the other files, or train again."
+        )
+
+
+def settings_of(folder: Path) -> Config:
+    """The settings of a finished run."""
+    try:
+        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
+        cfg = Config(**{name: settings[name] for name in setting_types() if name in settings})
+        problems = config_problems(cfg)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        problems = [f"{type(error).__name__}: {error}"]
+    if problems:
+        raise UserError(
+            f"{folder} holds no finished run: its run.json cannot be used.\n{preview(problems[0], 150)}\n"
+            "Name the folder that a training has written, such as ./model"
+        )
+    return cfg
+
+
+def base_of(folder: Path, cfg: Config) -> Path | None:
+    """The folder of the base model that a finished run was made with, unless it is on the Hub."""
+    if cfg.MODEL_NAME == DEMO_MODEL:
+        return folder / DEMO_BASE if (folder / DEMO_BASE).is_dir() else None
+    if not cfg.MODEL_NAME.startswith("./"):
+        return None
+    place, beside = folder / BASE_PLACE, folder / cfg.MODEL_NAME
+    known = Path(place.read_text(encoding="utf-8")) if place.is_file() else beside
+    for base in (beside, known):
+        if base.is_dir():
+            return base
+    raise UserError(
+        f"{folder} needs its base model, the folder {beside.name}, which is not in {known.parent}\n"
+        f"Copy that folder into {folder}"
+    )
 
 
 def attend_in_each_example(
@@ -3642,13 +3764,12 @@ def seal(folder: Path, record: dict[str, Any]) -> Checkpoint:
     """Make a folder a checkpoint: COMMIT.json, written last, vouches for every other file."""
     paths = sorted(folder.iterdir())
     for path in paths:
-        sync(path)
+        settle(path)
     record = record | {
         "files": {path.name: [path.stat().st_size, checksum(path)] for path in paths}
     }
-    with staged_file(folder / COMMIT) as staged:
-        write_json(staged, {"sha256": fingerprint(record), "record": record})
-    sync(folder.parent)
+    write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
+    settle(folder.parent)
     return Checkpoint(folder, record)
 
 
@@ -3710,11 +3831,11 @@ def copied(source: Checkpoint, folder: Path) -> Checkpoint:
     staged.mkdir()
     for name in (*source.record["files"], COMMIT):
         shutil.copyfile(source.folder / name, staged / name)
-        sync(staged / name)
+        settle(staged / name)
     if isinstance(copy := verified(staged), str):
         raise OSError(f"the copy of {target.name} came back wrong: {copy}")
     staged.rename(target)
-    sync(folder)
+    settle(folder)
     return copy._replace(folder=target)
 
 
@@ -4571,8 +4692,19 @@ def series(history: Sequence[dict[str, float]], key: str) -> tuple[list[int], li
 
 
 def public_settings(cfg: Config) -> dict[str, Any]:
-    """The settings as they may be written down."""
-    return setting_values(cfg) | {"DATASET_PATH": without_secrets(cfg.DATASET_PATH)}
+    """The settings as others may read them: without keys, and without folders of this computer."""
+    places = ("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR")
+    model = cfg.MODEL_NAME if cfg.MODEL_NAME == DEMO_MODEL else base_name(cfg)
+    public = {name: public_place(getattr(cfg, name)) for name in places}
+    return setting_values(cfg) | public | {"MODEL_NAME": model}
+
+
+def public_place(place: str) -> str:
+    """A path without its folders; of a link the server only: who has a shared link has the file."""
+    if link := re.match("https?://", place.strip(), re.IGNORECASE):
+        return link[0] + urllib.parse.urlsplit(without_secrets(place)).netloc + "/…"
+    path = local_path(place)
+    return path.name if path.is_absolute() else without_secrets(place)
 
 
 def write_visuals(
@@ -4582,12 +4714,17 @@ def write_visuals(
     write_json(folder / "training_metrics.json", metrics_of(data, trained))
     write_json(folder / "training_config.json", public_settings(cfg) | {"device": device._asdict()})
     fields = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
-    with (folder / "training_metrics.csv").open("w", newline="", encoding="utf-8") as file:
+    with (
+        staged_file(folder / "training_metrics.csv") as staged,
+        staged.open("w", newline="", encoding="utf-8") as file,
+    ):
         table = csv.DictWriter(file, fields, extrasaction="ignore")
         table.writeheader()
         table.writerows(e for e in trained.history if "loss" in e or "eval_loss" in e)
-    draw_training_curves(trained).savefig(folder / "training_curves.png")
-    draw_loss_comparison(trained).savefig(folder / "loss_comparison.png")
+    pictures = {"training_curves": draw_training_curves, "loss_comparison": draw_loss_comparison}
+    for name, draw in pictures.items():
+        with staged_file(folder / f"{name}.png") as staged:
+            draw(trained).savefig(staged, format="png")
 
 
 def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
@@ -4596,11 +4733,11 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
     return {
         "settings": public_settings(cfg),
         "prompt_format": PROMPT_FORMAT,
-        "base_model": cfg.MODEL_NAME,
+        "base_model": public_settings(cfg)["MODEL_NAME"],
         "base_revision": model_revision(cfg),
         "device": device._asdict(),
         "dataset": {
-            "file": data.pairs.name,
+            "file": public_place(data.pairs.name),  # several files keep the path of their pattern
             "sheet": data.pairs.table.sheet,
             "shape": data.pairs.shape,
             **column_names(data.pairs),
@@ -4630,13 +4767,9 @@ def quality_record(quality: Quality) -> dict[str, Any]:
 
 
 def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
-    toy = cfg.MODEL_NAME == DEMO_MODEL
-    local = Path(cfg.MODEL_NAME).is_dir()
-    shown = (
-        "the built-in demo model" if toy else Path(cfg.MODEL_NAME).name if local else cfg.MODEL_NAME
-    )
-    source = DEMO_BASE if toy else shown
-    revision = model_revision(cfg)
+    source, revision = base_name(cfg), model_revision(cfg)
+    toy, local = cfg.MODEL_NAME == DEMO_MODEL, source.startswith("./")
+    name = preview(source.removeprefix("./"), 100).replace("<", "&lt;")
     front = [
         "library_name: peft",
         "pipeline_tag: text-generation",
@@ -4644,8 +4777,8 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
         "- lora",
         "- question-answering",
     ]
-    if not toy and not local:
-        front.insert(0, f"base_model: {cfg.MODEL_NAME}")
+    if not local:
+        front.insert(0, f"base_model: {source}")
     figures = {
         "Pairs trained on / held out": f"{len(data.train_pairs)} / {len(data.held_out_pairs)}",
         "Steps / epochs": f"{trained.steps} / {trained.epochs:g}",
@@ -4658,9 +4791,10 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return CARD.format(
         front="\n".join(front),
-        base=shown,
-        source=source,
-        revision=f', revision="{revision}"' if revision else "",
+        base="the built-in demo model" if toy else name,
+        copy=f"Copy `{name}`, the base model, into this folder.\n" if local and not toy else "",
+        source=json.dumps(source),
+        revision=f", revision={json.dumps(revision)}" if revision and not local else "",
         prompt=PROMPT_FORMAT,
         prompt_code=repr(PROMPT_FORMAT),
         rows=rows,
@@ -4688,7 +4822,7 @@ The adapter knows one form of question, exactly this, and its answer ends by its
 {prompt}
 ```
 
-Run this in the folder of this file (packages: torch, transformers from 5, peft). On Colab, first run
+{copy}Run this in the folder of this file (packages: torch, transformers from 5, peft). On Colab, first run
 `pip uninstall -y torchao`: the version there is too old for peft.
 
 ```python
@@ -4698,7 +4832,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 dtype = torch.float16 if device == "cuda" else torch.float32
-base = AutoModelForCausalLM.from_pretrained("{source}", dtype=dtype{revision})
+base = AutoModelForCausalLM.from_pretrained({source}, dtype=dtype{revision})
 model = PeftModel.from_pretrained(base, ".").to(device).eval()
 tokenizer = AutoTokenizer.from_pretrained(".")
 
@@ -4721,19 +4855,36 @@ answers are foreseen, not whether answers are true: read some before you rely on
 
 
 def write_zip(folder: Path) -> Path:
-    """All files of the folder in one zip beside it, read back before it gets its name."""
+    """What others may have of the folder, in one zip beside it, read back before it gets its name."""
     target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
-    partial = target.with_suffix(".partial")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in sorted(folder.rglob("*")):
-            if path.is_file() and not path.is_symlink():
-                archive.write(path, path.relative_to(folder))
-    with zipfile.ZipFile(partial) as archive:
-        if broken := archive.testzip():
-            raise UserError(
-                f"{target} could not be written: {broken} came back damaged. Is the disk full?"
-            )
-    partial.replace(target)
+    for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
+        cut_off.unlink()
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+        if path.name != BASE_PLACE and path.suffix.lower() not in PICKLES
+    ]
+    need = sum(path.stat().st_size for path in files)
+    try:
+        if shutil.disk_usage(folder.parent).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with staged_file(target) as staged:
+            with zipfile.ZipFile(
+                staged, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False
+            ) as archive:
+                for path in files:
+                    archive.write(path, path.relative_to(folder))
+            with zipfile.ZipFile(staged) as archive:
+                if broken := archive.testzip():
+                    raise zipfile.BadZipFile(f"{broken} came back damaged")
+    except (OSError, zipfile.BadZipFile) as error:
+        have = shutil.disk_usage(folder.parent).free
+        raise UserError(
+            f"The adapter is safe in {folder}, but {target.name} could not be written: {error}.\n"
+            f"It needs up to {need / 1e6:,.1f} MB, and {have / 1e6:,.1f} MB are free in {folder.parent}.\n"
+            "Make room and run the same command again, or take the folder as it is."
+        ) from None
     return target
 
 
@@ -4745,19 +4896,38 @@ def run_of(folder: Path) -> str:
         return ""
 
 
+@contextmanager
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """A full or lost disk as one message; a library of another language brings no OSError."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        free = ""
+        with suppress(OSError):
+            free = f"{shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free there. "
+        raise UserError(
+            f"The training is done, but {folder} could not be written: {preview(str(error), 200)}.\n"
+            f"{free}Make room, or choose another --output-dir, and run the same command again: it "
+            "takes the adapter from the last checkpoint and does not train."
+        ) from error
+
+
 def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
     final, trained = output_folder(cfg), outcome(cfg, last)
-    with staged_folder(final, same=run_of(final) == last.folder.parent.name) as staged:
+    same = run_of(final) == last.folder.parent.name
+    with explained_disk_errors(final), staged_folder(final, same) as staged:
         shutil.copyfile(trained.adapter, staged / ADAPTER)
         shutil.copyfile(last.folder / "adapter_config.json", staged / "adapter_config.json")
         data.tokenizer.save_pretrained(staged)
         if cfg.MODEL_NAME == DEMO_MODEL:
             shutil.copytree(demo_folder(), staged / DEMO_BASE)
-        write_json(
-            staged / "run.json",
-            {"run": last.folder.parent.name} | run_record(cfg, device, data, trained),
-        )
+        if base := local_base(cfg):
+            (staged / BASE_PLACE).write_text(str(base.resolve()), encoding="utf-8")
+        record = run_record(cfg, device, data, trained)
+        write_json(staged / "run.json", {"run": last.folder.parent.name} | record)
         (staged / "README.md").write_text(model_card(cfg, data, trained), encoding="utf-8")
         try:
             write_visuals(staged / "training_visuals", cfg, device, data, trained)
@@ -4893,7 +5063,7 @@ def report_cell(sheet: Any, value: Any, bold: bool = False) -> Any:
 def report_text(text: str) -> str:
     """A text as a cell can hold it, and which no program takes for a formula."""
     text = NOT_IN_A_WORKBOOK.sub("", text)
-    if text.startswith(("=", "+", "-", "@", "\t", "\r")):
+    if text.startswith(tuple("=+-@\t\r\n＝＋－＠")):
         text = f"'{text}"
     units = text.encode("utf-16-le")
     if len(units) <= 2 * LONGEST_REPORT_CELL:

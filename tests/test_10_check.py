@@ -305,7 +305,7 @@ def test_no_secret_of_an_address_is_written_down(workbook: Path, tokenizer: Any)
     cfg = ft.Config(DATASET_PATH="https://example.org/data.csv?key=secret", MODEL_NAME="demo")
     data = ft.prepare(ft.Config(MODEL_NAME="demo"))
     ft.write_report(cfg, data)
-    assert ("DATASET_PATH", "https://example.org/data.csv") in sheet(
+    assert ("DATASET_PATH", "https://example.org/…") in sheet(
         workbook.parent / "dataset_report.xlsx", "Settings"
     )
 
@@ -320,7 +320,18 @@ def prepared(answer: str) -> ft.Prepared:
     return ft.Prepared(None, pairs, quality, [3], [], pairs.kept, [], [], [])
 
 
-FORMULAS = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "'=1", "=cmd|' /C calc'!A0", "#N/A"]
+FORMULAS = [
+    "=1+1",
+    "＝1+1",
+    "+1",
+    "-1",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "'=1",
+    "=cmd|' /C calc'!A0",
+    "#N/A",
+]
 
 
 @settings(max_examples=60, deadline=None)
@@ -333,9 +344,9 @@ def test_nothing_in_the_report_is_a_formula(
     book = openpyxl.load_workbook(path)
     cells = [cell for one in book for row in one.iter_rows() for cell in row]
     assert not {cell.data_type for cell in cells} & {"f", "e"}
-    assert not any(str(cell.value or "").startswith(tuple("=+-@\t\r")) for cell in cells)
+    assert not any(str(cell.value or "").startswith(tuple("=+-@\t\r\n＝＋－＠")) for cell in cells)
     expected = ft.NOT_IN_A_WORKBOOK.sub("", text)
-    expected = f"'{expected}" if expected.startswith(tuple("=+-@\t\r")) else expected
+    expected = f"'{expected}" if expected.startswith(tuple("=+-@\t\r\n＝＋－＠")) else expected
     found = str(book["Kept"]["D2"].value or "")
     assert found == expected.replace("\r\n", "\n").replace("\r", "\n")
 

@@ -90,7 +90,7 @@ def test_everything_promised_is_there(finished: Path, phi_folder: Path) -> None:
         *("tokenizer.json", "tokenizer_config.json"),
     }
     with zipfile.ZipFile(finished.parent / "fine_tuned_model.zip") as archive:
-        assert set(archive.namelist()) == names
+        assert set(archive.namelist()) == names - {ft.BASE_PLACE}
         assert archive.testzip() is None
         assert (
             archive.read("adapter_model.safetensors")
@@ -131,11 +131,11 @@ def test_the_record_holds_what_later_commands_need(finished: Path, phi_folder: P
     assert record["settings"]["NUM_EPOCHS"] == 2
     assert record["settings"].keys() == ft.setting_types().keys()
     assert record["prompt_format"] == ft.PROMPT_FORMAT
-    assert record["base_model"] == str(phi_folder)
+    assert record["base_model"] == "./tiny-phi"
     assert record["dataset"]["question_column"] == "question"
     assert record["results"] == read(finished / "training_visuals" / "training_metrics.json")
     assert read(finished / "training_visuals" / "training_config.json")["LEARNING_RATE"] == 1e-2
-    assert read(finished / "adapter_config.json")["base_model_name_or_path"] == str(phi_folder)
+    assert read(finished / "adapter_config.json")["base_model_name_or_path"] == "./tiny-phi"
 
 
 RELOAD = """
