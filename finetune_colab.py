@@ -3895,6 +3895,9 @@ class Keeper:
         self.saved_at = time.monotonic()
         self.log = log_path(cfg)
 
+    def path_of(self, step: int) -> Path:
+        return self.folder / f"checkpoint-{step}"
+
     def starting_point(self) -> Checkpoint | None:
         """The checkpoint to go on from, if there is one; what is not used is set aside."""
         self.say_other_run()
@@ -3996,7 +3999,7 @@ class Keeper:
     def saving(self, state: Any, record: dict[str, Any]) -> Iterator[None]:
         """Around the Trainer's own saving: afterwards the checkpoint counts, or there is none."""
         step, best = state.global_step, state.best_global_step
-        folder = self.folder / f"checkpoint-{step}"
+        folder = self.path_of(step)
         try:
             yield
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
@@ -4264,20 +4267,22 @@ def build_trainer(
     class AnswerTrainer(Trainer):
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
-            self.control.should_save = True
             loss = measured_loss(cfg, model, data.held_out, device)
-            if loss is None:  # then it is not the best
-                return {"eval_loss": math.inf}
-            metrics = {"eval_loss": loss}
-            self.log(metrics)
+            metrics = {
+                "eval_loss": math.inf if loss is None else loss
+            }  # never the best, if unknown
+            if loss is not None:
+                self.log(metrics)
             self.control: TrainerControl = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
-            if is_finished(cfg, self.state):
-                self.control.should_training_stop = True
+            self.control.should_save = True
+            self.control.should_training_stop |= is_finished(cfg, self.state)
             return metrics
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
+            if (keeper.path_of(self.state.global_step) / COMMIT).exists():
+                return  # it is saved, and what is saved is never changed
             refuse_nan(model)
             tally.finished = is_finished(cfg, self.state)
             with keeper.saving(self.state, {"tally": tally.record()}):

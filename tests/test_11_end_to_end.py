@@ -184,6 +184,33 @@ def test_the_script_pasted_into_a_cell_runs(phi_folder: Path, workbook: Path) ->
     assert (workbook.parent / "fine_tuned_model.zip").is_file()
 
 
+ENDED_IN = """
+import os, signal, sys, time
+import finetune_colab as ft
+
+def ended(*_, **__):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(60)
+
+setattr(ft, {phase!r}, ended)
+sys.exit(ft.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("phase", ["encode", "load_base", "write_visuals", "write_zip"])
+def test_an_end_outside_of_the_training_comes_at_once(
+    phase: str, phi_folder: Path, workbook: Path
+) -> None:
+    flags = ("--model-name", phi_folder, "--max-steps", 1)
+    process = start(*flags, cwd=workbook.parent, code=ENDED_IN.format(phase=phase))
+    code, out, err = finish(process)
+    assert code == -signal.SIGTERM
+    assert "Traceback" not in err
+    left = {path.name for path in workbook.parent.iterdir()}
+    assert not left & {"fine_tuned_model.zip"}
+    assert ("model" in left) == (phase == "write_zip")
+
+
 @pytest.mark.parametrize("sign, expected", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_run_that_is_stopped_leaves_the_model_before_it(
     phi_folder: Path, workbook: Path, sign: signal.Signals, expected: int

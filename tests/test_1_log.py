@@ -180,7 +180,7 @@ def test_runs_in_one_kernel_have_a_log_each(
     names = iter(["one.log", "two.log"])
     monkeypatch.setattr(ft, "log_path", lambda cfg: ft.local_path(cfg.LOG_DIR) / next(names))
     for _ in range(2):
-        assert train()[0] == 0
+        assert train("--no-resume")[0] == 0
         assert left_over() == []
     for path in logs(folder):
         assert sum(line.startswith("Plan") for line in lines(path)) == 1

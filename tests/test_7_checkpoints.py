@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import threading
@@ -25,7 +26,7 @@ Run = Callable[..., tuple[int, str]]
 FLAGS = ("--max-steps", 5, "--save-steps", 1, "--eval-steps", 3, "--batch-size", 4)
 FLAGS = (*FLAGS, "--gradient-accumulation-steps", 2, "--learning-rate", 1e-2)
 
-OVERSHOOTING = ("--learning-rate", 0.3, "--lr-scheduler", "constant", "--eval-steps", 1)
+OVERSHOOTING = ("--learning-rate", 0.05, "--lr-scheduler", "constant", "--eval-steps", 1)
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,17 @@ def test_the_figures_cover_the_run_whatever_is_logged_when(
         metrics(undisturbed)["train_loss"], rel=1e-6
     )
     assert adapter(here) == adapter(undisturbed)
+
+
+def test_the_log_of_a_run_is_one_file_however_often_it_was_stopped(
+    here: Path, phi_folder: Path, run: Run
+) -> None:
+    assert run("--model-name", phi_folder, *FLAGS)[0] == 0
+    (log,) = (here / "logs").iterdir()
+    text = log.read_text(encoding="utf-8")
+    assert re.findall(r"Measured +step (\d+), loss", text) == ["1", "2", "3", "4", "5"]
+    assert "Stopped Interrupted. Step 3 of 5 is saved" in in_words(text)
+    assert len(re.findall(r"Resume +from step 3 of 5", text)) == 1
 
 
 def test_a_finished_run_is_not_trained_again(
@@ -388,8 +400,7 @@ def test_a_checkpoint_of_other_versions_names_them(
     code, printed = run("--model-name", phi_folder, *FLAGS)
     assert code == 2
     printed = in_words(printed)
-    assert "transformers 6.7.8" in printed
-    assert f"transformers {ft.installed_version('transformers')}" in printed
+    assert f"transformers 6.7.8 (here {ft.installed_version('transformers')})" in printed
     assert "--no-resume" in printed
     assert isinstance(ft.verified(path), ft.Checkpoint)
     assert run("--model-name", phi_folder, *FLAGS, "--no-resume")[0] == 0
