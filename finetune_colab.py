@@ -512,20 +512,21 @@ def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
 
     What stood under that name stays beside it as NAME.previous, unless this is the same anew.
     """
-    staged = final.with_name(f"{final.name}.partial")
-    earlier = final.with_name(f"{final.name}.{'old' if same else 'previous'}")
+    staged, previous, old = (
+        final.with_name(f"{final.name}.{end}") for end in ("partial", "previous", "old")
+    )
     remove(staged)
     staged.mkdir(parents=True)
     yield staged
     for path in (*staged.rglob("*"), staged):
         settle(path)
     if final.exists():
+        earlier = old if same else previous
         remove(earlier)
         final.rename(earlier)
     staged.rename(final)
     settle(final.parent)
-    if same:
-        remove(earlier)
+    remove(old)
 
 
 def remove(path: Path) -> None:

@@ -203,7 +203,7 @@ def test_an_end_outside_of_the_training_comes_at_once(
 ) -> None:
     flags = ("--model-name", phi_folder, "--max-steps", 1)
     process = start(*flags, cwd=workbook.parent, code=ENDED_IN.format(phase=phase))
-    code, out, err = finish(process)
+    code, _, err = finish(process)
     assert code == -signal.SIGTERM
     assert "Traceback" not in err
     left = {path.name for path in workbook.parent.iterdir()}

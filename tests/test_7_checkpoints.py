@@ -620,7 +620,7 @@ def hostile(here: Path, form: str) -> Path:
                 link.external_attr = 0o120777 << 16
                 archive.writestr(link, "/etc/passwd")
             elif name == ft.COMMIT and form == "outside":
-                record["files"]["../../outside"] = [4, ft.hashlib.sha256(b"evil").hexdigest()]
+                record["files"]["../../beyond-all"] = [4, ft.hashlib.sha256(b"evil").hexdigest()]
                 sealed = {"sha256": ft.fingerprint(record), "record": record}
                 archive.writestr(name, json.dumps(sealed))
             elif name == ft.COMMIT and form == "huge":
@@ -630,8 +630,8 @@ def hostile(here: Path, form: str) -> Path:
             else:
                 archive.write(good / name, name)
         if form == "outside":
-            archive.writestr("../../outside", "evil")
-            archive.writestr("/tmp/outside-of-all", "evil")
+            archive.writestr("../../beyond-all", "evil")
+            archive.writestr("/tmp/beyond-all", "evil")
     if form == "no zip":
         path.write_bytes(b"PK\x03\x04 and rubbish")
     if form == "cut":
@@ -651,8 +651,8 @@ def test_a_hostile_zip_leaves_nothing_behind(
     assert "cannot be used: " in in_words(printed)
     assert "Traceback" not in printed
     assert content(here) == before
-    assert not list(here.parent.rglob("outside"))
-    assert not Path("/tmp/outside-of-all").exists()
+    assert not list(here.parent.rglob("beyond-all"))
+    assert not Path("/tmp/beyond-all").exists()
 
 
 def test_other_members_of_a_zip_are_left_alone(here: Path, phi_folder: Path, run: Run) -> None:

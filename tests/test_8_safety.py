@@ -545,14 +545,14 @@ def test_what_stands_in_the_way_of_a_model_is_moved_aside(
 
 @pytest.fixture(scope="module")
 def saving(private: Run, phi_folder: Path) -> tuple[Any, ...]:
-    """What save_run needs but the settings: a model, its data, and what came of the training."""
+    """What save_run needs but the settings: a device, the data, and the last checkpoint."""
     cfg = ft.Config(MODEL_NAME=str(phi_folder), DATASET_PATH=str(private.home / "qa.xlsx"))
+    cfg.CHECKPOINT_DIR, cfg.MAX_STEPS = str(private.home / "saving"), 1
     data = ft.prepare(cfg)
-    history = [{"step": 1, "epoch": 1.0, "loss": 2.0, "learning_rate": 1e-4}]
-    clock = ft.Clock()
-    clock.wall = 1.0
-    trained = ft.Trained(history, None, None, None, 1, 1.0, 9, clock, None, 9, 99)
-    return ft.add_lora(cfg, ft.load_base(cfg, CPU)), CPU, data, trained
+    keeper = ft.Keeper(cfg, ft.identity_of(cfg, data, CPU))
+    assert keeper.starting_point() is None
+    model = ft.add_lora(cfg, ft.load_base(cfg, CPU))
+    return CPU, data, ft.train_adapter(cfg, model, data, CPU, keeper)
 
 
 class Killed(BaseException):
@@ -620,18 +620,15 @@ def test_a_run_that_dies_while_saving_leaves_only_whole_files(
         stop_at(tmp_path / "nothing", 0)
         for source, target in renamed:
             assert Path(source).parent == Path(target).parent  # never across two disks
-        models = [path for path in (out / "model", out / "model.previous") if path.exists()]
+        names = ("model", "model.previous", "model.old")
+        models = [out / name for name in names if (out / name).exists()]
         assert models
         assert all(map(is_whole, models))
         with zipfile.ZipFile(out / "fine_tuned_model.zip") as archive:
             assert archive.testzip() is None
             assert "adapter_model.safetensors" in archive.namelist()
     assert stops > 20
-    assert sorted(path.name for path in out.iterdir()) == [
-        "fine_tuned_model.zip",
-        "model",
-        "model.previous",
-    ]
+    assert sorted(path.name for path in out.iterdir()) == ["fine_tuned_model.zip", "model"]
 
 
 @pytest.fixture
