@@ -9,7 +9,7 @@ What a run leaves behind
     model/                              the LoRA adapter, its tokenizer, a model card, run.json
     model/training_visuals/             pictures and figures of the training
     fine_tuned_model.zip                all of model/ in one file to download
-    checkpoints/                        the state of the training, every SAVE_STEPS steps
+    checkpoints/                        the state of the training: the same command goes on from it
     logs/                               for each run all that it said and measured, with the time
 and what check leaves
     dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
@@ -130,8 +130,8 @@ class Config:
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
     CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
-    CHECKPOINT_MIRROR: str = ""  # a folder for copies of them, such as one on a mounted Drive
-    ARCHIVE_CHECKPOINTS: bool = False  # also zip each checkpoint, to download it by hand
+    CHECKPOINT_MIRROR: str = ""  # a folder for copies of these, such as one on a mounted Drive
+    ARCHIVE_CHECKPOINTS: bool = False  # also zip each of these, to download it by hand
     LOG_DIR: str = "./logs"  # what each training said and measured, a file for each
 
     # -- LoRA
@@ -3903,6 +3903,9 @@ class Keeper:
         """The checkpoint to go on from, if there is one; what is not used is set aside."""
         self.say_other_run()
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.mirror:
+            with suppress(OSError):  # what is wrong with it is said when it is used
+                self.mirror.parent.mkdir(exist_ok=True)
         for leftover in (*self.folder.glob("removed-*"), *self.folder.glob("*.partial")):
             leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
         whole, torn = self.sorted_out()
@@ -5420,9 +5423,10 @@ def preflight(cfg: Config) -> list[str]:
     ):
         with collecting(problems):
             refuse_unwritable(folder, setting)
-    if cfg.CHECKPOINT_MIRROR and not local_path(cfg.CHECKPOINT_MIRROR).is_dir():
+    if cfg.CHECKPOINT_MIRROR and not local_path(cfg.CHECKPOINT_MIRROR).resolve().parent.is_dir():
         problems.append(
-            f"CHECKPOINT_MIRROR {cfg.CHECKPOINT_MIRROR} is not there. Mount the drive, or make the folder."
+            f"The folder in which CHECKPOINT_MIRROR {cfg.CHECKPOINT_MIRROR} would lie is not there.\n"
+            "Mount the drive first, or make the folder."
         )
     if complete:
         warn_of_pictures()

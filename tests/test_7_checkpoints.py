@@ -742,12 +742,12 @@ def test_a_mirror_that_fails_is_a_warning(
 def test_an_unmounted_mirror_is_not_taken_for_an_empty_one(
     here: Path, drive: Path, phi_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    flags = ("--model-name", phi_folder, *FLAGS, "--checkpoint-mirror", drive)
+    flags = ("--model-name", phi_folder, *FLAGS, "--checkpoint-mirror", drive / "copies")
     monkeypatch.setattr(ft, "MIRROR_PAUSES", (0.01,))
     real = ft.train_adapter
 
     def unmount(*args: Any) -> ft.Checkpoint:
-        drive.rmdir()
+        shutil.rmtree(drive)
         return real(*args)
 
     monkeypatch.setattr(ft, "train_adapter", unmount)
