@@ -3680,13 +3680,9 @@ COMMIT = "COMMIT.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no other to end the run
 STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-LOADABLE = (
-    ".safetensors",
-    ".pt",
-    ".pth",
-    ".bin",
-    ".pkl",
-)  # what a library might take up by its name
+# What a library might take up by its name.
+LOADABLE = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
+FORM = 1  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
 NEWEST_KEPT = 2  # and the best one
 MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
 # The settings that decide the result. Runs that differ in others are the same run.
@@ -3742,6 +3738,7 @@ def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
         "LOAD_IN_4BIT": device.four_bit,
         "the base model": base_identity(cfg),
         "the data": fingerprint([data.train, data.held_out]),
+        "the script": FORM,
     }
 
 
@@ -3781,8 +3778,9 @@ def record_in(content: bytes) -> dict[str, Any] | None:
         record, files = sealed["record"], sealed["record"]["files"]
         plain = all(Path(name).name == name for name in files)
         whole = sealed["sha256"] == fingerprint(record) and set(files) >= STATE_FILES
-        return record if whole and plain and isinstance(record["step"], int) else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        complete = record.keys() >= {"step", "best_step", "identity", "tally"}
+        return record if whole and plain and complete else None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -3824,9 +3822,10 @@ def copied(source: Checkpoint, folder: Path) -> Checkpoint:
     """A copy of a checkpoint in another folder, read back before it takes its name."""
     target = folder / f"checkpoint-{source.step}"
     if target.is_dir():
-        if isinstance(present := verified(target), Checkpoint):
+        present = verified(target)
+        if isinstance(present, Checkpoint) and present.record == source.record:
             return present
-        set_aside(target, "incomplete")
+        set_aside(target, "incomplete" if isinstance(present, str) else "unused")
     staged = target.with_suffix(".partial")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir()
@@ -3934,11 +3933,17 @@ class Keeper:
                 f"other than the one in {near(folder)}, which stays as it is: {changed}",
             )
 
+    def own(self, path: Path) -> Checkpoint | str:
+        found = verified(path)
+        if isinstance(found, Checkpoint) and found.record["identity"] != self.identity:
+            return "it belongs to another run"
+        return found
+
     def sorted_out(self) -> tuple[list[Checkpoint], int]:
         """The whole checkpoints, newest first; how many others there were, which are set aside."""
         whole, torn = [], 0
         for path in numbered(self.folder):
-            found = verified(path)
+            found = self.own(path)
             if isinstance(found, Checkpoint):
                 whole.append(found)
                 continue
@@ -3954,7 +3959,7 @@ class Keeper:
             for path in numbered(self.mirror) if self.mirror else ():
                 if here and int(path.name.partition("-")[2]) <= here.step:
                     break
-                found = verified(path)
+                found = self.own(path)
                 if isinstance(found, Checkpoint):
                     say("Mirror", f"{path.name} is fetched from {path.parent}")
                     return copied(found, self.folder)
@@ -4011,12 +4016,15 @@ class Keeper:
                 shutil.copyfile(self.adapter_of(best), folder / BEST_ADAPTER)
             record = record | {"step": step, "best_step": best, "identity": self.identity}
             newest = seal(folder, record)
-            prune(self.folder, best)
         except Exception as error:  # a full disk has as many faces as there are libraries
             shutil.rmtree(folder, ignore_errors=True)
             need = checkpoint_bytes(record["tally"]["trainable"])
             raise UserError(self.not_saved(step, need, error)) from error
         self.saved_at = time.monotonic()
+        try:
+            prune(self.folder, best)
+        except OSError as error:
+            say("Warning", f"an old checkpoint could not be deleted: {error}")
         self.copy_out(newest)
 
     def adapter_of(self, best_step: int) -> Path:

@@ -320,6 +320,32 @@ def test_what_was_not_saved_with_a_checkpoint_spoils_it(
     assert isinstance(ft.verified(checkpoint(here, 3)), str)
 
 
+def test_a_checkpoint_of_another_run_in_the_folder_is_not_used(
+    here: Path, phi_folder: Path, run: Run
+) -> None:
+    other = here / "other"
+    flags = ("--model-name", phi_folder, *FLAGS, "--lora-alpha", 8, "--checkpoint-dir", other)
+    assert run(*flags, "--output-dir", "elsewhere")[0] == 0
+    shutil.copytree(next(other.glob("*/checkpoint-5")), checkpoint(here, 5))
+    code, printed = run("--model-name", phi_folder, *FLAGS)
+    assert code == 0
+    assert "checkpoint-5 is not used: it belongs to another run" in in_words(printed)
+    assert "from step 3 of 5" in in_words(printed)
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
+    here: Path, undisturbed: Path, phi_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stuck(*_: Any) -> None:
+        raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+
+    monkeypatch.setattr(ft, "prune", stuck)
+    code, printed = run("--model-name", phi_folder, *FLAGS)
+    assert code == 0
+    assert "an old checkpoint could not be deleted" in in_words(printed)
+    assert adapter(here) == adapter(undisturbed)
+
+
 def test_a_note_of_the_file_manager_spoils_nothing(here: Path) -> None:
     (checkpoint(here, 3) / "desktop.ini").write_text("[.ShellClassInfo]")
     assert isinstance(ft.verified(checkpoint(here, 3)), ft.Checkpoint)
@@ -503,7 +529,7 @@ def test_the_newest_two_and_the_best_are_kept(
         for name in ft.STATE_FILES:
             (path / name).write_bytes(b"x")
         if step not in torn:
-            ft.seal(path, {"step": step})
+            ft.seal(path, {"step": step, "best_step": None, "identity": {}, "tally": {}})
     ft.prune(folder, best)
     whole = sorted(steps - torn)
     kept = {int(path.name.split("-")[1]) for path in folder.iterdir()}
@@ -871,3 +897,23 @@ def test_off_the_main_thread_it_trains_and_says_what_is_missing(
     assert code == 0
     assert "outside the main thread Ctrl+C cannot save" in in_words(printed)
     assert adapter(folder) == adapter(undisturbed)
+
+
+# -- In 4 bits
+
+
+def test_a_run_in_4_bits_goes_on_and_ends_the_same(
+    home: Path, folder: Path, phi_folder: Path, run: Run
+) -> None:
+    shutil.copy(home / "dataset.xlsx", folder)
+    flags = ("--model-name", phi_folder, *FLAGS, "--max-steps", 2, "--load-in-4bit")
+    assert run(*flags)[0] == 0
+    expected = adapter(folder)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(1, patch)
+        assert run(*flags)[0] == 130
+    code, printed = run(*flags)
+    assert code == 0
+    assert "from step 1 of 2" in printed
+    assert adapter(folder) == expected
