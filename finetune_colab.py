@@ -4280,11 +4280,9 @@ def build_trainer(
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
             loss = measured_loss(cfg, model, data.held_out, device)
-            metrics = {
-                "eval_loss": math.inf if loss is None else loss
-            }  # never the best, if unknown
             if loss is not None:
-                self.log(metrics)
+                self.log({"eval_loss": loss})
+            metrics = {"eval_loss": math.inf if loss is None else loss}  # unknown is never the best
             self.control: TrainerControl = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
@@ -4348,9 +4346,7 @@ class Tally:
     batch_size: int = 0
     device: str = ""
     log: str = ""  # the name of its file
-    seconds: float = (
-        0.0  # in training steps: from the first to the last, without measuring and saving
-    )
+    seconds: float = 0.0  # from the first step to the last, without measuring and saving
     cpu_seconds: float = 0.0
     peak_memory_gb: float | None = None
     finished: bool = False
@@ -5214,7 +5210,9 @@ def run_training(cfg: Config) -> Prepared:
     device = pick_device(cfg)
     keeper = Keeper(cfg, identity_of(cfg, data, device))
     last = keeper.starting_point()
-    start_log(keeper.log.with_name(last.record["tally"]["log"]) if last else keeper.log)
+    if last:  # one log for the whole run
+        keeper.log = keeper.log.with_name(Path(last.record["tally"]["log"]).name)
+    start_log(keeper.log)
     say_start(cfg, plan, keeper, last)
     if not last or not last.record["tally"]["finished"]:
         base = load_base(cfg, device)

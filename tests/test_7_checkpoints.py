@@ -154,6 +154,9 @@ def test_the_figures_cover_the_run_whatever_is_logged_when(
 def test_the_log_of_a_run_is_one_file_however_often_it_was_stopped(
     here: Path, phi_folder: Path, run: Run
 ) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(1, patch)
+        assert run("--model-name", phi_folder, *FLAGS)[0] == 130
     assert run("--model-name", phi_folder, *FLAGS)[0] == 0
     (log,) = (here / "logs").iterdir()
     text = log.read_text(encoding="utf-8")
