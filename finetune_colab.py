@@ -75,6 +75,8 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -94,7 +96,7 @@ from typing import (
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
     import torch
     from matplotlib.figure import Figure
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
     from transformers import (
         PreTrainedModel,
         PreTrainedTokenizerBase,
@@ -177,6 +179,11 @@ DEMO_MODEL = "demo"
 MAY_BE_EMPTY = (
     *("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"),
     *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT"),
+)
+# On the person's own disk, which is nobody else's business.
+PLACES = (
+    *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR"),
 )
 
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
@@ -370,10 +377,7 @@ class LogFormatter(logging.Formatter):
         # of links, what without_secrets leaves; here they stand within text
         text = re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
         stamp = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-        return "\n".join(
-            f"{stamp}  {''.join(c if c.isprintable() else ' ' for c in line)}"
-            for line in text.splitlines()
-        )
+        return "\n".join(f"{stamp}  {harmless(line)}" for line in text.splitlines())
 
 
 class LogFile(logging.FileHandler):
@@ -449,6 +453,14 @@ def config_problems(cfg: Config) -> list[str]:
     return problems
 
 
+def checked(values: dict[str, Any]) -> Config:
+    """The settings, each in its own type and within its bounds."""
+    cfg = Config(**values)
+    if problems := config_problems(cfg):
+        raise UserError("\n".join(problems))
+    return Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+
+
 def fold(text: str) -> str:
     """Equal for texts that differ only in spaces, letter case or look-alike code points."""
     text = str(text)
@@ -517,7 +529,12 @@ def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
     )
     remove(staged)
     staged.mkdir(parents=True)
-    yield staged
+    try:
+        yield staged
+    except BaseException:
+        with suppress(OSError):  # a full disk wants its room back
+            remove(staged)
+        raise
     for path in (*staged.rglob("*"), staged):
         settle(path)
     if final.exists():
@@ -527,6 +544,19 @@ def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
     staged.rename(final)
     settle(final.parent)
     remove(old)
+
+
+def room(folder: Path, need: float) -> str:
+    """What a disk should have and has, as a sentence; nothing about one that does not say."""
+    with suppress(OSError):
+        free = shutil.disk_usage(nearest(folder)).free
+        return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
+    return ""
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or what is there already of the way to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def remove(path: Path) -> None:
@@ -3131,9 +3161,7 @@ NOISY = (
 DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
 BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
-DEMO_STEPS = (
-    100  # of reading before the demo model is taught anything; fewer leave it without words
-)
+DEMO_STEPS = 100  # of reading before it is taught anything; fewer leave it without words
 DEMO_SHAPE: dict[str, Any] = {
     "vocab_size": 1024,
     "hidden_size": 320,  # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need
@@ -3166,7 +3194,7 @@ def base_name(cfg: Config) -> str:
     return f"./{folder.resolve().name}" if folder else cfg.MODEL_NAME
 
 
-def pinned_revision(cfg: Config) -> str:
+def pin_revision(cfg: Config) -> str:
     """The commit of the model, which from here on is set: what is newest may change at any time."""
     from huggingface_hub import hf_hub_download
 
@@ -3211,7 +3239,7 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
         folder = local_base(cfg)
         tokenizer = AutoTokenizer.from_pretrained(
             str(folder or cfg.MODEL_NAME),
-            revision=None if folder else pinned_revision(cfg),
+            revision=None if folder else pin_revision(cfg),
             trust_remote_code=False,  # or else transformers asks, and a y runs the model's own code
         )
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
@@ -3273,7 +3301,7 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
     folder = folder or local_base(cfg)
     source = str(folder or cfg.MODEL_NAME)
     with explained_model_errors(cfg):
-        revision = None if folder else pinned_revision(cfg)
+        revision = None if folder else pin_revision(cfg)
         options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
         shape = AutoConfig.from_pretrained(source, **options)
         if getattr(shape, "hidden_act", "") == "gelu_new":
@@ -3343,10 +3371,9 @@ def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
     return [module for name, module in linear if name in cfg.LORA_TARGETS]
 
 
-def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
-    adapted_layers(cfg, base)
+def lora_config(cfg: Config) -> PeftConfig:
     with usable_peft() as peft:
-        lora = peft.LoraConfig(
+        return peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=cfg.LORA_R,
             lora_alpha=cfg.LORA_ALPHA,
@@ -3354,7 +3381,12 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
             target_modules=list(cfg.LORA_TARGETS),
             revision=model_revision(cfg),
         )
-        model = peft.get_peft_model(base, lora)
+
+
+def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+    adapted_layers(cfg, base)
+    with usable_peft() as peft:
+        model = peft.get_peft_model(base, lora_config(cfg))
     model.peft_config["default"].base_model_name_or_path = base_name(cfg)
     for module in model.modules():
         # On some processors bitsandbytes repacks a 4-bit layer at its first use without gradients;
@@ -3400,20 +3432,24 @@ def refuse_pickles(folder: Path) -> None:
         )
 
 
+def record_of(folder: Path) -> dict[str, Any]:
+    """The run.json of a finished run; empty where none can be read."""
+    try:
+        return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
 def settings_of(folder: Path) -> Config:
     """The settings of a finished run."""
     try:
-        settings = json.loads((folder / "run.json").read_text(encoding="utf-8"))["settings"]
-        cfg = Config(**{name: settings[name] for name in setting_types() if name in settings})
-        problems = config_problems(cfg)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        problems = [f"{type(error).__name__}: {error}"]
-    if problems:
+        settings = record_of(folder)["settings"]
+        return checked({name: settings[name] for name in setting_types() if name in settings})
+    except (KeyError, TypeError, UserError) as error:
         raise UserError(
-            f"{folder} holds no finished run: its run.json cannot be used.\n{preview(problems[0], 150)}\n"
+            f"{folder} holds no finished run: its run.json cannot be used.\n{preview(repr(error), 150)}\n"
             "Name the folder that a training has written, such as ./model"
-        )
-    return cfg
+        ) from None
 
 
 def base_of(folder: Path, cfg: Config) -> Path | None:
@@ -3680,8 +3716,7 @@ COMMIT = "COMMIT.json"
 ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no other to end the run
 STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-# What a library might take up by its name.
-LOADABLE = (".safetensors", ".pt", ".pth", ".bin", ".pkl")
+LOADABLE = (".safetensors", *PICKLES)  # what a library might take up by its name
 FORM = 1  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
 NEWEST_KEPT = 2  # and the best one
 MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
@@ -3707,11 +3742,6 @@ class Checkpoint(NamedTuple):
         """The adapter with the lowest validation loss so far."""
         return self.folder / (BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)
 
-    @property
-    def state(self) -> dict[str, Any]:
-        """What the Trainer knows of the run: the history of its figures above all."""
-        return dict(json.loads((self.folder / "trainer_state.json").read_text(encoding="utf-8")))
-
 
 def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
@@ -3719,14 +3749,10 @@ def fingerprint(content: Any) -> str:
 
 def base_identity(cfg: Config) -> str:
     """What tells the weights of one base model from another's."""
-    from huggingface_hub import hf_hub_download
-
-    folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_path(cfg.MODEL_NAME)
-    if folder.is_dir():
+    if folder := demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_base(cfg):
         return fingerprint([checksum(path) for path in sorted(folder.glob("*.safetensors"))])
     with explained_model_errors(cfg):
-        config = hf_hub_download(cfg.MODEL_NAME, "config.json", revision=model_revision(cfg))
-    return Path(config).parent.name  # the commit
+        return pin_revision(cfg)
 
 
 def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
@@ -3742,15 +3768,13 @@ def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
     }
 
 
-def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
+def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
     """What sets two runs apart, for the person."""
-    return ", ".join(
-        f"{name} {as_text(here.get(name))} (there {as_text(there.get(name))})"
-        if name.isupper()
-        else name
-        for name in here
-        if here[name] != there.get(name)
-    )
+    return [
+        f"{name} {as_text(value)} (there {as_text(there.get(name))})" if name.isupper() else name
+        for name, value in here.items()
+        if value != there.get(name)
+    ]
 
 
 def checkpoint_bytes(trainable: int) -> int:
@@ -3760,7 +3784,7 @@ def checkpoint_bytes(trainable: int) -> int:
 
 def seal(folder: Path, record: dict[str, Any]) -> Checkpoint:
     """Make a folder a checkpoint: COMMIT.json, written last, vouches for every other file."""
-    paths = sorted(folder.iterdir())
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
     for path in paths:
         settle(path)
     record = record | {
@@ -3776,7 +3800,10 @@ def record_in(content: bytes) -> dict[str, Any] | None:
     try:
         sealed = json.loads(content)
         record, files = sealed["record"], sealed["record"]["files"]
-        plain = all(Path(name).name == name for name in files)
+        plain = all(
+            Path(name).name == name and isinstance(size, int) and isinstance(digest, str)
+            for name, (size, digest) in files.items()
+        )
         whole = sealed["sha256"] == fingerprint(record) and set(files) >= STATE_FILES
         complete = record.keys() >= {"step", "best_step", "identity", "tally"}
         return record if whole and plain and complete else None
@@ -3802,20 +3829,22 @@ def verified(folder: Path, thorough: bool = True) -> Checkpoint | str:
             if flaw := flaw_of(folder / name, size, digest if thorough else ""):
                 return flaw
         for path in folder.iterdir():
-            if path.name not in record["files"] and (path.is_dir() or path.suffix in LOADABLE):
+            loadable = path.is_dir() or path.suffix.lower() in LOADABLE
+            hidden = path.name.startswith(".")  # .ipynb_checkpoints: a notebook was opened there
+            if path.name not in record["files"] and loadable and not hidden:
                 return f"{path.name} was not saved with it"
     except FileNotFoundError:
-        return "it was never finished"
+        return "it was never finished" if folder.exists() else "it is not there"
     except OSError as error:
         return f"it cannot be read ({error.strerror})"
     return Checkpoint(folder, record)
 
 
-def numbered(folder: Path) -> list[Path]:
+def numbered(folder: Path) -> list[tuple[int, Path]]:
     """The checkpoints in a folder, whole or not, newest first: by step, since clocks jump."""
     steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("*")}
     found = [(int(match[1]), path) for path, match in steps.items() if match and path.is_dir()]
-    return [path for _, path in sorted(found, reverse=True)]
+    return sorted(found, reverse=True)
 
 
 def copied(source: Checkpoint, folder: Path) -> Checkpoint:
@@ -3826,17 +3855,21 @@ def copied(source: Checkpoint, folder: Path) -> Checkpoint:
         if isinstance(present, Checkpoint) and present.record == source.record:
             return present
         set_aside(target, "incomplete" if isinstance(present, str) else "unused")
-    staged = target.with_suffix(".partial")
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir()
-    for name in (*source.record["files"], COMMIT):
-        shutil.copyfile(source.folder / name, staged / name)
-        settle(staged / name)
-    if isinstance(copy := verified(staged), str):
-        raise OSError(f"the copy of {target.name} came back wrong: {copy}")
-    staged.rename(target)
-    settle(folder)
+    with staged_folder(target) as staged:
+        for name in (*source.record["files"], COMMIT):
+            shutil.copyfile(source.folder / name, staged / name)
+            settle(staged / name)
+        if isinstance(copy := verified(staged), str):
+            raise OSError(f"the copy of {target.name} came back wrong: {copy}")
     return copy._replace(folder=target)
+
+
+def way_on(cfg: Config) -> str:
+    """What to type after an end that came too early."""
+    if cfg.RESUME_FROM_CHECKPOINT:
+        return "the same command, without --resume-from-checkpoint, goes on from there"
+    without = "" if cfg.RESUME else ", without --no-resume,"
+    return f"the same command{without} goes on from there"
 
 
 def set_aside(path: Path, word: str) -> Path:
@@ -3849,11 +3882,16 @@ def set_aside(path: Path, word: str) -> Path:
     return path.rename(target)
 
 
+def whole(folder: Path, thorough: bool = True) -> Iterator[Checkpoint]:
+    """The whole checkpoints in a folder, newest first."""
+    for _, path in numbered(folder):
+        if isinstance(found := verified(path, thorough), Checkpoint):
+            yield found
+
+
 def prune(folder: Path, best_step: int | None) -> None:
-    """Keep the newest two and the best; each of them is whole, so there are never fewer than two."""
-    found = [verified(path, thorough=False) for path in numbered(folder)]
-    whole = [checkpoint for checkpoint in found if isinstance(checkpoint, Checkpoint)]
-    for checkpoint in whole[NEWEST_KEPT:]:
+    """Of those that are whole, keep the newest two and the best; what is torn is not counted."""
+    for checkpoint in [*whole(folder, thorough=False)][NEWEST_KEPT:]:
         if checkpoint.step != best_step:
             checkpoint.folder.with_suffix(".zip").unlink(missing_ok=True)
             # under another name first: half of a removed checkpoint must not look like a torn one
@@ -3879,8 +3917,8 @@ def unzipped(path: Path, folder: Path) -> Checkpoint | str:
                 with archive.open(members[name]) as file, (folder / name).open("wb") as target:
                     shutil.copyfileobj(file, target)
         (folder / COMMIT).write_bytes(content)
-    except (OSError, KeyError, ValueError, NotImplementedError, RuntimeError, zipfile.BadZipFile):
-        return "it is damaged, or no zip of a checkpoint"
+    except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
+        return f"it is damaged, or no zip of a checkpoint ({type(error).__name__})"
     return verified(folder)
 
 
@@ -3890,8 +3928,8 @@ class Keeper:
     def __init__(self, cfg: Config, identity: dict[str, Any]) -> None:
         self.cfg, self.identity = cfg, identity
         self.folder = local_path(cfg.CHECKPOINT_DIR).resolve() / fingerprint(identity)[:12]
-        mirror = local_path(cfg.CHECKPOINT_MIRROR).resolve()
-        self.mirror = mirror / self.folder.name if cfg.CHECKPOINT_MIRROR else None
+        mirror = cfg.CHECKPOINT_MIRROR
+        self.mirror = local_path(mirror).resolve() / self.folder.name if mirror else None
         self.saved_at = time.monotonic()
         self.log = log_path(cfg)
 
@@ -3905,15 +3943,15 @@ class Keeper:
         if self.mirror:
             with suppress(OSError):  # what is wrong with it is said when it is used
                 self.mirror.parent.mkdir(exist_ok=True)
-        for leftover in (*self.folder.glob("removed-*"), *self.folder.glob("*.partial")):
-            leftover.unlink() if leftover.is_file() else shutil.rmtree(leftover)
-        whole, torn = self.sorted_out()
-        if self.cfg.RESUME_FROM_CHECKPOINT:
-            start: Checkpoint | None = self.imported(local_path(self.cfg.RESUME_FROM_CHECKPOINT))
-        elif self.cfg.RESUME:
-            return self.newest(whole, torn)
-        else:
-            start = None
+        for folder in filter(None, (self.folder, self.mirror)):
+            with suppress(OSError):
+                for leftover in (*folder.glob("removed-*"), *folder.glob("*.partial")):
+                    remove(leftover)
+        torn = self.sorted_out()
+        named = self.cfg.RESUME_FROM_CHECKPOINT
+        if self.cfg.RESUME and not named:
+            return self.newest(torn)
+        start = self.imported(local_path(named)) if named else None
         self.retire(start.step if start else 0)
         return start
 
@@ -3927,10 +3965,10 @@ class Keeper:
                 if record := record_in(path.read_bytes()):
                     others[path.parents[1]] = differences(self.identity, record["identity"])
         if others:
-            folder, changed = min(others.items(), key=lambda other: other[1].count(", "))
+            folder, changed = min(others.items(), key=lambda other: len(other[1]))
             say(
                 "New run",
-                f"other than the one in {near(folder)}, which stays as it is: {changed}",
+                f"other than the one in {near(folder)}, which stays as it is: {', '.join(changed)}",
             )
 
     def own(self, path: Path) -> Checkpoint | str:
@@ -3939,25 +3977,22 @@ class Keeper:
             return "it belongs to another run"
         return found
 
-    def sorted_out(self) -> tuple[list[Checkpoint], int]:
-        """The whole checkpoints, newest first; how many others there were, which are set aside."""
-        whole, torn = [], 0
-        for path in numbered(self.folder):
-            found = self.own(path)
-            if isinstance(found, Checkpoint):
-                whole.append(found)
-                continue
-            torn += 1
-            aside = set_aside(path, "incomplete")
-            say("Checkpoint", f"{near(path)} is not used: {found}. It is now {aside.name}.")
-        return whole, torn
+    def sorted_out(self) -> int:
+        """Set aside what is torn or not of this run, and say how many that were."""
+        torn = 0
+        for _, path in numbered(self.folder):
+            if isinstance(flaw := self.own(path), str):
+                torn += 1
+                aside = set_aside(path, "incomplete")
+                say("Checkpoint", f"{near(path)} is not used: {flaw}. It is now {aside.name}.")
+        return torn
 
-    def newest(self, whole: list[Checkpoint], torn: int) -> Checkpoint | None:
+    def newest(self, torn: int) -> Checkpoint | None:
         """The newest whole checkpoint, here or in the mirror."""
-        here = whole[0] if whole else None
+        here = next(whole(self.folder, thorough=False), None)
         try:
-            for path in numbered(self.mirror) if self.mirror else ():
-                if here and int(path.name.partition("-")[2]) <= here.step:
+            for step, path in numbered(self.mirror) if self.mirror else ():
+                if here and step <= here.step:
                     break
                 found = self.own(path)
                 if isinstance(found, Checkpoint):
@@ -3971,8 +4006,7 @@ class Keeper:
         return here
 
     def latest(self) -> Checkpoint | None:
-        found = map(verified, numbered(self.folder))
-        return next((one for one in found if isinstance(one, Checkpoint)), None)
+        return next(whole(self.folder), None)
 
     def imported(self, place: Path) -> Checkpoint:
         """The checkpoint that the person names, copied to the others of this run."""
@@ -3982,7 +4016,7 @@ class Keeper:
             elif (place / COMMIT).exists() or not numbered(place):
                 found = verified(place)
             else:
-                found = verified(numbered(place)[0])
+                found = verified(numbered(place)[0][1])
             if isinstance(found, str):
                 raise UserError(
                     f"RESUME_FROM_CHECKPOINT {place} cannot be used: {found}.\n"
@@ -3990,7 +4024,7 @@ class Keeper:
                 )
             if changed := differences(self.identity, found.record["identity"]):
                 raise UserError(
-                    f"{place} belongs to another run. What differs: {changed}.\n"
+                    f"{place} belongs to another run. What differs: {', '.join(changed)}.\n"
                     "Run with the settings and the data of that run, or leave the checkpoint out."
                 )
             return copied(found, self.folder)
@@ -3998,11 +4032,15 @@ class Keeper:
     def retire(self, step: int) -> None:
         """Put checkpoints beyond this step out of the way of those to come."""
         for folder in filter(None, (self.folder, self.mirror)):
-            with suppress(OSError) if folder == self.mirror else nullcontext():
-                for path in numbered(folder):
-                    if int(path.name.partition("-")[2]) > step:
+            try:
+                for number, path in numbered(folder):
+                    if number > step:
                         aside = set_aside(path, "unused")
                         say("Checkpoint", f"{near(path)} is not used and is now {aside.name}")
+            except OSError as error:
+                if folder == self.folder:
+                    raise
+                say("Warning", f"the mirror {folder} cannot be changed: {error}")
 
     @contextmanager
     def saving(self, state: Any, record: dict[str, Any]) -> Iterator[None]:
@@ -4028,26 +4066,20 @@ class Keeper:
         self.copy_out(newest)
 
     def adapter_of(self, best_step: int) -> Path:
-        for path in numbered(self.folder):
-            found = verified(path, thorough=False)
-            if isinstance(found, Checkpoint) and found.record["best_step"] == best_step:
-                adapter = found.best_adapter
-                if checksum(adapter) == found.record["files"][adapter.name][1]:
-                    return adapter
+        for found in whole(self.folder):
+            if found.record["best_step"] == best_step:
+                return found.best_adapter
         raise OSError(f"no checkpoint holds the best adapter any more, that of step {best_step}")
 
     def not_saved(self, step: int, need: int, error: Exception) -> str:
         last = self.latest()
-        free = ""
-        with suppress(OSError):
-            free = f", {shutil.disk_usage(self.folder).free / 1e6:,.0f} MB are free"
         kept = f"{last.folder.name} is whole" if last else "there is no earlier one"
         return (
             f"The checkpoint of step {step} could not be written to {self.folder}: "
             f"{type(error).__name__}: {preview(str(error), 200)}.\n"
-            f"It needs about {need / 1e6:,.0f} MB{free}. Training stopped; {kept}.\n"
-            "Make room on the disk (old folders in CHECKPOINT_DIR may go), or choose another with "
-            "--checkpoint-dir, and run the same command again: it goes on from there."
+            f"{room(self.folder, need)}Training stopped; {kept}.\n"
+            "Make room on the disk (old folders in CHECKPOINT_DIR may go), or move CHECKPOINT_DIR to "
+            f"another and name it with --checkpoint-dir; then {way_on(self.cfg)}."
         )
 
     def copy_out(self, newest: Checkpoint) -> None:
@@ -4058,8 +4090,8 @@ class Keeper:
                     staged_file(newest.folder.with_suffix(".zip")) as staged,
                     zipfile.ZipFile(staged, "w") as archive,
                 ):
-                    for path in sorted(newest.folder.iterdir()):
-                        archive.write(path, path.name)
+                    for name in (*newest.record["files"], COMMIT):
+                        archive.write(newest.folder / name, name)
         except OSError as error:
             say("Warning", f"{newest.folder.name}.zip could not be written: {error}")
         if not self.mirror:
@@ -4091,9 +4123,9 @@ LEVERS = (
 class Stopped(KeyboardInterrupt):
     """Somebody wants an end: with Ctrl+C, or the machine with a signal."""
 
-    def __init__(self, number: int, saved: str = "") -> None:
-        super().__init__()
-        self.number, self.saved = number, saved
+    def __init__(self, number: int, outcome: str = "") -> None:
+        super().__init__(outcome)
+        self.number = number
 
 
 class Interruption:
@@ -4208,21 +4240,19 @@ def measured_loss(
 ) -> float | None:
     """The mean loss with as many pairs at once as fit; None when not even one does."""
     size = cfg.BATCH_SIZE
-    while True:
+    while size:
         try:
             loss = mean_loss(model, examples, size, device)
-            break
+            if not math.isfinite(loss):
+                raise UserError(NOT_A_NUMBER)
+            return loss
         except (RuntimeError, MemoryError) as error:
             if memory_fault(error) != "full":
                 raise
-        release_memory()
-        if size == 1:
-            say("Warning", "memory ran out while the validation loss was measured; it is left out")
-            return None
+        release_memory()  # not before here, since the error holds on to what filled it
         size //= 2
-    if not math.isfinite(loss):
-        raise UserError(NOT_A_NUMBER)
-    return loss
+    say("Warning", "memory ran out while the validation loss was measured; it is left out")
+    return None
 
 
 # -- The training itself
@@ -4356,7 +4386,7 @@ class Tally:
         self.begun = False
         self.mark: tuple[float, float] | None = None
 
-    def run(self) -> None:
+    def start(self) -> None:
         self.pause()
         self.begun = True
         self.mark = time.perf_counter(), time.process_time()
@@ -4391,7 +4421,9 @@ def figures_to_log() -> Any:
                 self.since = time.perf_counter(), state.num_input_tokens_seen
                 figures["tokens_per_second"] = (self.since[1] - tokens) / (self.since[0] - start)
             shown = (
-                f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}" for k, v in figures.items()
+                f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
+                for k, v in figures.items()
+                if not k.startswith("train_")  # the Trainer's own sums, of this sitting only
             )
             LOG.info("%-11s%s", "Measured", ", ".join(shown))
 
@@ -4411,7 +4443,7 @@ def pace(
                 try_longest_batch(trainer, cfg, data.train)
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            tally.run()
+            tally.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             overdue = time.monotonic() - keeper.saved_at > 60 * cfg.SAVE_MINUTES
@@ -4510,6 +4542,8 @@ def run_trainer(
         try:
             trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
         except Exception as error:
+            if stop.asked and memory_fault(error):
+                raise Stopped(stop.asked) from None
             if tally.begun or not start or memory_fault(error) or isinstance(error, UserError):
                 raise
             raise UserError(
@@ -4519,7 +4553,8 @@ def run_trainer(
                 "Install those versions, or start again from the beginning with --no-resume."
             ) from error
     if stop.asked:
-        raise Stopped(stop.asked, f"Step {trainer.state.global_step} of {trainer.state.max_steps}")
+        step = f"Step {trainer.state.global_step} of {trainer.state.max_steps}"
+        raise Stopped(stop.asked, f"{step} is saved, and {way_on(cfg)}.")
 
 
 def other_versions(there: dict[str, str | None]) -> str:
@@ -4551,7 +4586,7 @@ class Trained:
 
 
 def outcome(cfg: Config, last: Checkpoint) -> Trained:
-    state = last.state
+    state = json.loads((last.folder / "trainer_state.json").read_text(encoding="utf-8"))
     best_step = state["best_global_step"] if cfg.KEEP_BEST else None
     history = state["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
@@ -4706,9 +4741,8 @@ def series(history: Sequence[dict[str, float]], key: str) -> tuple[list[int], li
 
 def public_settings(cfg: Config) -> dict[str, Any]:
     """The settings as others may read them: without keys, and without folders of this computer."""
-    places = ("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR")
     model = cfg.MODEL_NAME if cfg.MODEL_NAME == DEMO_MODEL else base_name(cfg)
-    public = {name: public_place(getattr(cfg, name)) for name in places}
+    public = {name: public_place(getattr(cfg, name)) for name in PLACES}
     return setting_values(cfg) | public | {"MODEL_NAME": model}
 
 
@@ -4783,15 +4817,6 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
     source, revision = base_name(cfg), model_revision(cfg)
     toy, local = cfg.MODEL_NAME == DEMO_MODEL, source.startswith("./")
     name = preview(source.removeprefix("./"), 100).replace("<", "&lt;")
-    front = [
-        "library_name: peft",
-        "pipeline_tag: text-generation",
-        "tags:",
-        "- lora",
-        "- question-answering",
-    ]
-    if not local:
-        front.insert(0, f"base_model: {source}")
     figures = {
         "Pairs trained on / held out": f"{len(data.train_pairs)} / {len(data.held_out_pairs)}",
         "Steps / epochs": f"{trained.steps} / {trained.epochs:g}",
@@ -4803,7 +4828,7 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return CARD.format(
-        front="\n".join(front),
+        base_model="" if local else f"base_model: {source}\n",
         base="the built-in demo model" if toy else name,
         copy=f"Copy `{name}`, the base model, into this folder.\n" if local and not toy else "",
         source=json.dumps(source),
@@ -4820,7 +4845,11 @@ def in_words(loss: float | None) -> str:
 
 CARD = """\
 ---
-{front}
+{base_model}library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- question-answering
 ---
 
 # A LoRA adapter for {base}
@@ -4867,6 +4896,14 @@ answers are foreseen, not whether answers are true: read some before you rely on
 """
 
 
+SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
+
+
+def output_bytes(trainable: int) -> int:
+    """The finished model comes beside an earlier one, and so does its zip."""
+    return 2 * (4 * trainable + SMALL_FILES)
+
+
 def write_zip(folder: Path) -> Path:
     """What others may have of the folder, in one zip beside it, read back before it gets its name."""
     target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
@@ -4891,38 +4928,26 @@ def write_zip(folder: Path) -> Path:
             with zipfile.ZipFile(staged) as archive:
                 if broken := archive.testzip():
                     raise zipfile.BadZipFile(f"{broken} came back damaged")
-    except (OSError, zipfile.BadZipFile) as error:
-        have = shutil.disk_usage(folder.parent).free
+    except (OSError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(
             f"The adapter is safe in {folder}, but {target.name} could not be written: {error}.\n"
-            f"It needs up to {need / 1e6:,.1f} MB, and {have / 1e6:,.1f} MB are free in {folder.parent}.\n"
+            f"{room(folder.parent, need)}\n"
             "Make room and run the same command again, or take the folder as it is."
         ) from None
     return target
 
 
-def run_of(folder: Path) -> str:
-    """Which run the model in this folder is from."""
-    try:
-        return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["run"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
-
-
 @contextmanager
-def explained_disk_errors(folder: Path) -> Iterator[None]:
+def explained_disk_errors(folder: Path, need: float) -> Iterator[None]:
     """A full or lost disk as one message; a library of another language brings no OSError."""
     try:
         yield
     except Exception as error:
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
-        free = ""
-        with suppress(OSError):
-            free = f"{shutil.disk_usage(folder.parent).free / 1e6:,.1f} MB are free there. "
         raise UserError(
             f"The training is done, but {folder} could not be written: {preview(str(error), 200)}.\n"
-            f"{free}Make room, or choose another --output-dir, and run the same command again: it "
+            f"{room(folder.parent, need)}Make room, or choose another --output-dir, and run the same command again: it "
             "takes the adapter from the last checkpoint and does not train."
         ) from error
 
@@ -4930,10 +4955,13 @@ def explained_disk_errors(folder: Path) -> Iterator[None]:
 def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
     final, trained = output_folder(cfg), outcome(cfg, last)
-    same = run_of(final) == last.folder.parent.name
-    with explained_disk_errors(final), staged_folder(final, same) as staged:
+    same = record_of(final).get("run") == last.folder.parent.name
+    need = output_bytes(trained.tally.trainable)
+    with explained_disk_errors(final, need), staged_folder(final, same) as staged:
         shutil.copyfile(trained.adapter, staged / ADAPTER)
-        shutil.copyfile(last.folder / "adapter_config.json", staged / "adapter_config.json")
+        adapter = lora_config(cfg)  # not the checkpoint's, which may have come from elsewhere
+        adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
+        adapter.save_pretrained(str(staged))
         data.tokenizer.save_pretrained(staged)
         if cfg.MODEL_NAME == DEMO_MODEL:
             shutil.copytree(demo_folder(), staged / DEMO_BASE)
@@ -5355,7 +5383,7 @@ def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None)
     """Where the training begins, and what a person can count on."""
     if not start:
         often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
-        say("Safe", f"saved in {near(keeper.folder)} {often}; the same command goes on from there")
+        say("Safe", f"saved in {near(keeper.folder)} {often}; {way_on(cfg)}")
     elif start.record["tally"]["finished"]:
         say("Resume", "this run is finished: nothing is trained, its files are written anew")
     else:
@@ -5380,8 +5408,6 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
 
 
 # -- Before training
-
-SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
 
 
 @contextmanager
@@ -5496,10 +5522,7 @@ def refuse_foreign_folder(cfg: Config) -> None:
             f"Choose a new folder: --output-dir {final / 'model'}"
         )
     if record.is_file() and cfg.MODEL_NAME == DEMO_MODEL:
-        try:
-            model = json.loads(record.read_text(encoding="utf-8"))["base_model"]
-        except (OSError, ValueError, KeyError):
-            model = "model"
+        model = record_of(final).get("base_model", "model")
         if model != DEMO_MODEL:
             raise UserError(
                 f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
@@ -5507,19 +5530,10 @@ def refuse_foreign_folder(cfg: Config) -> None:
             )
 
 
-def nearest(folder: Path) -> Path:
-    """The folder, or what is there already of the way to it."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
 def refuse_unwritable(folder: Path, setting: str) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix=".finetune", dir=nearest(folder)) as probe:
-            with Path(probe, "written").open("wb") as file:
-                file.write(b"can this folder be written to?")
-                file.flush()
-                os.fsync(file.fileno())
-            Path(probe, "written").rename(Path(probe, "renamed"))
+            write_json(Path(probe, "written"), "can this folder be written to?")
     except OSError as error:
         raise UserError(
             f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
@@ -5566,19 +5580,20 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     )
 
 
-def disk_needed(trainable: int, checkpoints: int = 0) -> tuple[int, int]:
+def disk_needed(cfg: Config, trainable: int, checkpoints: int = 0) -> tuple[int, int]:
     """Bytes for OUTPUT_DIR and for CHECKPOINT_DIR at the worst moment, for so many weights.
 
     There are four checkpoints while the newest is written and an older one is not deleted yet; some
-    may lie there already. The finished model comes beside an earlier one, and so does its zip.
+    may lie there already.
     """
-    to_come = max(1, 4 - checkpoints)
-    return 2 * (4 * trainable + SMALL_FILES), to_come * checkpoint_bytes(trainable)
+    to_come = max(1, 4 - checkpoints) * (2 if cfg.ARCHIVE_CHECKPOINTS else 1)
+    return output_bytes(trainable), to_come * checkpoint_bytes(trainable)
 
 
 def refuse_full_disk(cfg: Config, trainable: int) -> None:
     folders = (output_folder(cfg).parent, local_path(cfg.CHECKPOINT_DIR))
-    sizes = disk_needed(trainable, len([*folders[1].glob("*/checkpoint-*/" + COMMIT)]))
+    present = Counter(path.parents[1] for path in folders[1].glob("*/checkpoint-*/" + COMMIT))
+    sizes = disk_needed(cfg, trainable, max(present.values(), default=0))
     with suppress(OSError):  # what cannot be measured is not judged
         output, checkpoints = map(nearest, folders)
         if output.stat().st_dev == checkpoints.stat().st_dev:
@@ -5638,7 +5653,8 @@ def build_parser() -> Parser:
         prog="finetune_colab.py",
         usage="%(prog)s [train | check | demo] [--SETTING VALUE ...]",
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend; "
+        "130, 143 or 129 after Ctrl+C, SIGTERM or SIGHUP.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
     )
     summaries = "; ".join(f"{name}: {first_sentence(run)}" for name, run in COMMANDS.items())
@@ -5683,10 +5699,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     flags = vars(build_parser().parse_args(list(argv)))
     command, file = flags.pop("command"), flags.pop("config")
     demo_settings = DEMO_SETTINGS if command == "demo" else {}
-    cfg = Config(**demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
-    if problems := config_problems(cfg):
-        raise UserError("\n".join(problems))
-    cfg = Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+    cfg = checked(demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
     if cfg.JSON and command != "check":
         raise UserError(f"JSON (--json) goes with the command check, not with {command}.")
     return command, cfg
@@ -5697,47 +5710,35 @@ def command_line() -> list[str]:
     return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
 
 
-def run_command(command: str, cfg: Config) -> int:
-    """The command itself; an error that nobody foresaw is in its log, with all that led to it."""
-    # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-    try:
-        return COMMANDS[command](cfg)
-    except (UserError, ModuleNotFoundError, BrokenPipeError):
-        raise
-    except Exception:
-        if command != "check":
-            start_log(log_path(cfg))
-        LOG.exception("Stopped    by an error that nobody foresaw:")
-        raise
-
-
 @collected_log()
 def main(argv: Sequence[str] | None = None) -> int:
+    command, cfg = "", Config()
     try:
         command, cfg = read_command_line(command_line() if argv is None else argv)
-        return run_command(command, cfg)
+        # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
+        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+        return COMMANDS[command](cfg)
     except UserError as error:
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
-    except (RuntimeError, MemoryError) as error:
-        if not memory_fault(error):
-            raise
-        message = f"Memory ran out: {preview(str(error), 100)}\n{LEVERS}"
     except BrokenPipeError:  # nobody reads on, as behind "| head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 1
     except KeyboardInterrupt as end:
-        saved = getattr(end, "saved", "")
-        done = (
-            f"{saved} is saved, and" if saved else "Nothing that was finished or saved is touched;"
-        )
+        done = str(end) or f"Nothing that was finished or saved is touched; {way_on(cfg)}."
         print(file=sys.stderr)
-        say("Stopped", f"Interrupted. {done} the same command goes on from there.", sys.stderr)
+        say("Stopped", f"Interrupted. {done}", sys.stderr)
         return 128 + getattr(end, "number", signal.SIGINT)
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
+    except Exception as error:
+        if not memory_fault(error):
+            if command in ("train", "demo"):
+                start_log(log_path(cfg))
+            LOG.exception("Stopped    by an error that nobody foresaw:")
+            raise
+        message = f"Memory ran out: {preview(str(error), 100)}\n{LEVERS}"
     print(file=sys.stderr)
     say("Stopped", message, sys.stderr)
     return 2

@@ -209,7 +209,7 @@ def test_a_folder_that_only_others_may_look_into_is_refused(place: Path) -> None
     assert f"OUTPUT_DIR {place}/model cannot be looked into: Permission denied" in found
 
 
-@pytest.mark.parametrize("fails", ["fsync", "rename"])
+@pytest.mark.parametrize("fails", ["fsync", "replace"])
 def test_a_folder_is_written_to_in_earnest(
     fails: str, cfg: ft.Config, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -324,7 +324,7 @@ def test_the_adapter_is_counted_without_the_weights(cfg: ft.Config) -> None:
 
 
 def test_phi_2s_adapter_needs_less_than_two_gigabytes() -> None:
-    output, checkpoints = ft.disk_needed(23_592_960)
+    output, checkpoints = ft.disk_needed(ft.Config(), 23_592_960)
     assert 1.5e9 < output + checkpoints < 2e9
 
 
@@ -337,7 +337,7 @@ def test_a_run_takes_no_more_room_than_was_foreseen(cfg: ft.Config, folder: Path
     cfg.LORA_R = 512
     layers = ft.adapted_layers(cfg, ft.hollow_model(cfg))  # type: ignore[arg-type]
     trainable = sum(512 * (layer.in_features + layer.out_features) for layer in layers)
-    output, checkpoints = ft.disk_needed(trainable)
+    output, checkpoints = ft.disk_needed(cfg, trainable)
     assert trainable * 4 < size(folder / "model") < output / 2
     assert trainable * 12 < size(next(folder.glob("checkpoints/*/*"))) < checkpoints / 4
 
@@ -357,13 +357,40 @@ def test_a_disk_that_is_too_small_is_refused(
 def test_two_folders_on_one_disk_share_its_room(
     cfg: ft.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, checkpoints = ft.disk_needed(1_000_000)
+    output, checkpoints = ft.disk_needed(cfg, 1_000_000)
     free = max(output, checkpoints)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 0, free))
     with pytest.raises(ft.UserError, match="too full"):
         ft.refuse_full_disk(cfg, 1_000_000)
     cfg.CHECKPOINT_DIR = "/proc/none"  # another disk
     ft.refuse_full_disk(cfg, 1_000_000)
+
+
+def test_what_lies_there_already_and_zips_are_counted(cfg: ft.Config, folder: Path) -> None:
+    def need() -> int:
+        room = [10**12]
+
+        def usage(_: object) -> Usage:
+            return Usage(10**13, 0, room[0])
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(shutil, "disk_usage", usage)
+            while True:
+                try:
+                    ft.refuse_full_disk(cfg, 1_000_000)
+                except ft.UserError:
+                    return room[0]
+                room[0] -= 10**9 if room[0] > 2 * 10**9 else 10**6
+
+    one, alone = ft.checkpoint_bytes(1_000_000) / 1e6, need()
+    for run, step in (("a", 1), ("a", 2), ("b", 1)):  # of this run are two at most
+        place = folder / f"checkpoints/{run}/checkpoint-{step}"
+        place.mkdir(parents=True)
+        (place / ft.COMMIT).touch()
+    assert (alone - need()) / 1e6 == pytest.approx(2 * one, abs=2)
+    shutil.rmtree(folder / "checkpoints")
+    cfg.ARCHIVE_CHECKPOINTS = True
+    assert (need() - alone) / 1e6 == pytest.approx(4 * one, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,19 @@ def test_an_error_that_nobody_foresaw_is_in_the_log_with_its_traceback(
     assert left_over() == []
 
 
+def test_a_lack_of_memory_is_foreseen(
+    train: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> NoReturn:
+        raise MemoryError("out of memory")
+
+    monkeypatch.setattr(ft, "load_base", full)
+    assert train()[0] == 2
+    written = lines(logs(folder)[0])
+    assert "Stopped    Memory ran out: out of memory" in written
+    assert not any("nobody foresaw" in line for line in written)
+
+
 # -- What never is
 
 

@@ -351,13 +351,25 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
 
 def test_a_note_of_the_file_manager_spoils_nothing(here: Path) -> None:
     (checkpoint(here, 3) / "desktop.ini").write_text("[.ShellClassInfo]")
+    (checkpoint(here, 3) / ".ipynb_checkpoints").mkdir()
     assert isinstance(ft.verified(checkpoint(here, 3)), ft.Checkpoint)
 
 
-def test_a_commit_cannot_name_files_elsewhere(here: Path) -> None:
+@pytest.mark.parametrize(
+    "name, entry",
+    [
+        ("../../../dataset.xlsx", [1, "0"]),
+        ("adapter_model.safetensors", None),
+        ("adapter_model.safetensors", ["1", "0"]),
+        ("adapter_model.safetensors", [1]),
+    ],
+)
+def test_a_commit_names_files_of_its_folder_and_their_sizes(
+    name: str, entry: object, here: Path
+) -> None:
     path = checkpoint(here, 3)
     record = json.loads((path / ft.COMMIT).read_text())["record"]
-    record["files"]["../../../dataset.xlsx"] = [1, "0"]
+    record["files"][name] = entry
     ft.write_json(path / ft.COMMIT, {"sha256": ft.fingerprint(record), "record": record})
     assert ft.verified(path) == "COMMIT.json is damaged"
 
@@ -635,6 +647,16 @@ def test_a_checkpoint_of_another_run_is_refused_with_the_difference(
     assert content(here / "checkpoints") == before
 
 
+def garble(path: Path, name: str) -> Path:
+    """Damage what is deflated, so that it is no checksum that fails but zlib."""
+    with zipfile.ZipFile(path) as archive:
+        begins = archive.getinfo(name).header_offset + 30 + len(name)
+    content = bytearray(path.read_bytes())
+    content[begins : begins + 100] = b"\xff" * 100
+    path.write_bytes(content)
+    return path
+
+
 def hostile(here: Path, form: str) -> Path:
     path = here / "hostile.zip"
     good = checkpoint(here, 2)
@@ -668,20 +690,44 @@ def hostile(here: Path, form: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("form", ["bomb", "link", "outside", "huge", "no zip", "cut", "missing"])
+FORMS = ("bomb", "link", "outside", "huge", "garbled", "no zip", "cut", "missing")
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_a_hostile_zip_leaves_nothing_behind(
     form: str, here: Path, phi_folder: Path, run: Run
 ) -> None:
     path = here / "nowhere" if form == "missing" else hostile(here, form)
+    if form == "garbled":
+        garble(path, "optimizer.pt")
     before = content(here)
     flags = ("--model-name", phi_folder, *FLAGS, "--resume-from-checkpoint", path)
     code, printed = run(*flags)
     assert code == 2
     assert "cannot be used: " in in_words(printed)
+    assert (form != "missing") or "cannot be used: it is not there." in in_words(printed)
     assert "Traceback" not in printed
     assert content(here) == before
     assert not list(here.parent.rglob("beyond-all"))
     assert not Path("/tmp/beyond-all").exists()
+
+
+def test_only_the_weights_of_a_foreign_checkpoint_get_into_the_model(
+    undisturbed: Path, folder: Path, phi_folder: Path, run: Run
+) -> None:
+    """What adapter_config.json says comes from the settings: peft might run what it names."""
+    shutil.copytree(undisturbed, folder, dirs_exist_ok=True)
+    written = json.loads((folder / "model/adapter_config.json").read_text())
+    foreign = json.loads((checkpoint(folder, 5) / "adapter_config.json").read_text())
+    assert written == foreign
+    foreign["auto_mapping"] = {"parent_library": "os", "base_model_class": "abort"}
+    (checkpoint(folder, 5) / "adapter_config.json").write_text(json.dumps(foreign))
+    reseal(checkpoint(folder, 5))
+    upload = zipped(checkpoint(folder, 5), folder / "upload.zip")
+    shutil.rmtree(folder / "checkpoints")
+    flags = ("--model-name", phi_folder, *FLAGS, "--resume-from-checkpoint", upload)
+    assert run(*flags)[0] == 0
+    assert json.loads((folder / "model/adapter_config.json").read_text()) == written
 
 
 def test_other_members_of_a_zip_are_left_alone(here: Path, phi_folder: Path, run: Run) -> None:
@@ -789,6 +835,41 @@ def test_an_unmounted_mirror_is_not_taken_for_an_empty_one(
     assert "CHECKPOINT_MIRROR" in printed
 
 
+def test_what_was_left_unfinished_in_the_mirror_is_cleared_away(
+    here: Path, phi_folder: Path, run: Run
+) -> None:
+    mirror = here / "drive" / run_folder(here).name
+    for name in ("removed-1", "checkpoint-2.partial"):
+        (mirror / name).mkdir(parents=True)
+        (mirror / name / "optimizer.pt").write_bytes(b"half")
+    flags = ("--model-name", phi_folder, *FLAGS, "--checkpoint-mirror", here / "drive")
+    assert run(*flags)[0] == 0
+    assert {path.name for path in mirror.iterdir()} <= {
+        "checkpoint-3",
+        "checkpoint-4",
+        "checkpoint-5",
+    }
+
+
+def test_a_mirror_that_cannot_be_changed_is_told(
+    here: Path, phi_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mirror = here / "drive" / run_folder(here).name
+    shutil.copytree(checkpoint(here, 3), mirror / "checkpoint-3")
+    real = ft.set_aside
+
+    def read_only(path: Path, word: str) -> Path:
+        if path.is_relative_to(mirror):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return real(path, word)
+
+    monkeypatch.setattr(ft, "set_aside", read_only)
+    flags = ("--no-resume", "--checkpoint-mirror", here / "drive")
+    code, printed = run("--model-name", phi_folder, *FLAGS, *flags)
+    assert code == 0
+    assert f"the mirror {mirror} cannot be changed" in in_words(printed)
+
+
 def test_archives_come_and_go_with_their_checkpoints(
     home: Path, folder: Path, undisturbed: Path, phi_folder: Path, run: Run
 ) -> None:
@@ -834,6 +915,43 @@ def test_a_signal_saves_at_the_next_step_and_ends(
     assert signal.getsignal(number) is before
     assert run(*flags)[0] == 0
     assert adapter(folder) == adapter(undisturbed)
+
+
+@pytest.mark.parametrize("flag", ["--no-resume", "--resume-from-checkpoint"])
+def test_the_way_on_is_the_command_without_what_started_it_elsewhere(
+    flag: str, here: Path, undisturbed: Path, phi_folder: Path, run: Run
+) -> None:
+    flags = ("--model-name", phi_folder, *FLAGS)
+    elsewhere = [flag, *([checkpoint(here, 2)] if flag != "--no-resume" else [])]
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(1, patch)
+        code, printed = run(*flags, *elsewhere)
+    assert code == 130
+    step = 1 if flag == "--no-resume" else 3
+    assert (
+        f"Step {step} of 5 is saved, and the same command, without {flag}, goes on from there."
+        in in_words(printed)
+    )
+    assert f"from step {step} of 5" in in_words(run(*flags)[1])
+    assert adapter(here) == adapter(undisturbed)
+
+
+def test_a_lack_of_memory_in_the_step_of_a_signal_is_still_an_end(
+    here: Path, undisturbed: Path, phi_folder: Path, run: Run
+) -> None:
+    flags = ("--model-name", phi_folder, *FLAGS)
+    with pytest.MonkeyPatch.context() as patch:
+
+        def step_loss(*_: Any, **__: Any) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        patch.setattr(ft, "step_loss", step_loss)
+        code, printed = run(*flags)
+    assert code == 143
+    assert "Nothing that was finished or saved is touched" in in_words(printed)
+    assert run(*flags)[0] == 0
+    assert adapter(here) == adapter(undisturbed)
 
 
 def test_a_second_signal_ends_at_once(

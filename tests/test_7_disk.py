@@ -60,9 +60,9 @@ def ends_with_the_way_on(code: int, printed: str) -> None:
     assert code == 2
     assert "Traceback" not in printed
     assert "could not be written to" in printed
-    assert "It needs about" in printed
+    assert "MB are needed there" in printed
     assert "MB are free" in printed
-    assert "run the same command again: it goes on from there" in printed
+    assert "then the same command goes on from there" in printed
 
 
 SIZES = [("the adapter", 200_000), ("the optimizer", 900_000)]

@@ -74,6 +74,7 @@ def start(home: Path, model_name: object, **environment: object) -> Run:
     data = write_workbook(home / "qa.xlsx", [("question", "answer"), *PAIRS])
     flags = ["--model-name", model_name, "--max-steps", 1, "--output-dir", home / "model"]
     flags += ["--checkpoint-dir", home / "states", "--dataset-path", LINK]
+    flags += ["--log-dir", home / "notes", "--checkpoint-mirror", home / "her-drive"]
     changes = {**SECRETS, "DATA": data, "PYTHONPATH": ROOT, **environment}
     done = subprocess.run(
         [sys.executable, "-c", RUNNER, *map(str, flags)],
@@ -382,7 +383,9 @@ def test_nothing_that_is_passed_on_tells_where_it_was_made(private: Run, tmp_pat
     settings = json.loads(found["run.json"])["settings"]
     assert settings["MODEL_NAME"] == "./tiny-phi"
     assert settings["DATASET_PATH"] == "https://data.example.org/…"
-    assert (settings["OUTPUT_DIR"], settings["CHECKPOINT_DIR"]) == ("model", "states")
+    places = [settings[name] for name in ("OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR")]
+    assert places == ["model", "states", "notes"]
+    assert settings["CHECKPOINT_MIRROR"] == "her-drive"
     named = json.loads(found["adapter_config.json"])["base_model_name_or_path"]
     assert named == "./tiny-phi"
     assert "Copy `tiny-phi`, the base model, into this folder" in found["README.md"].decode()
@@ -659,7 +662,7 @@ def test_a_zip_is_not_begun_without_room_for_it(
     monkeypatch.setattr(zipfile.ZipFile, "write", None)
     message = zip_refused(packed)
     assert f"The adapter is safe in {packed}" in message
-    assert "needs up to 3.0 MB, and 2.0 MB are free" in message
+    assert "Up to 3.0 MB are needed there, 2.0 MB are free" in message
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
