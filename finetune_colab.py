@@ -79,7 +79,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
 from typing import (
@@ -225,6 +225,7 @@ TYPE_IN_WORDS = {
 
 
 LOG = logging.getLogger("finetune_colab")
+LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
 SECRET_NAMES = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)  # of environment variables
 
 
@@ -243,9 +244,14 @@ class UserError(Exception):
 
 
 def show(text: str, file: TextIO | None = None) -> None:
-    """Print, also where the console has no signs for some letters."""
-    encoding = getattr(file or sys.stdout, "encoding", None) or "utf-8"
-    print(text.encode(encoding, "replace").decode(encoding), file=file, flush=True)
+    """Print, also where the console has no signs for some letters, or is there no more."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+    except (OSError, ValueError):  # a window that was closed costs nobody the training
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def harmless(text: str) -> str:
@@ -411,7 +417,7 @@ def start_log(path: Path) -> None:
             LOG.removeHandler(memory)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                file = LogFile(path, encoding="utf-8")
+                file = LogFile(path, encoding="utf-8", errors="backslashreplace")
             except OSError as error:
                 say("Warning", f"there will be no log: {path} cannot be written to: {error}")
                 return
@@ -519,14 +525,14 @@ def staged_file(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
+def staged_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
     """A folder to fill, which takes its final name only when everything in it is complete.
 
-    What stood under that name stays beside it as NAME.previous, unless this is the same anew.
+    What stood under that name becomes `earlier`, or goes.
     """
-    staged, previous, old = (
-        final.with_name(f"{final.name}.{end}") for end in ("partial", "previous", "old")
-    )
+    staged, old = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
+    if old.exists() and not final.exists():  # the program was killed between two renames
+        old.rename(final)
     remove(staged)
     staged.mkdir(parents=True)
     try:
@@ -538,11 +544,13 @@ def staged_folder(final: Path, same: bool = False) -> Iterator[Path]:
     for path in (*staged.rglob("*"), staged):
         settle(path)
     if final.exists():
-        earlier = old if same else previous
-        remove(earlier)
-        final.rename(earlier)
+        remove(old)
+        final.rename(old)
     staged.rename(final)
     settle(final.parent)
+    if earlier and old.exists():
+        remove(earlier)
+        old.rename(earlier)
     remove(old)
 
 
@@ -559,6 +567,14 @@ def nearest(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
+def unused(path: Path) -> Path:
+    """This name, or the first of NAME.2, NAME.3, … that nothing has."""
+    names = itertools.chain(
+        [path], (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
+    )
+    return next(name for name in names if not name.exists())
+
+
 def remove(path: Path) -> None:
     """A file, a folder or a link, if there is one; never what a link leads to."""
     if path.is_dir() and not path.is_symlink():
@@ -570,7 +586,7 @@ def remove(path: Path) -> None:
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     with staged_file(path) as staged:
-        staged.write_text(text + "\n", encoding="utf-8")
+        staged.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
 # ==================================================================================================
@@ -726,10 +742,10 @@ def refuse_large(place: str, size: int) -> None:
         raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Split it.")
 
 
-Fetched = TypeVar("Fetched")
+Result = TypeVar("Result")
 
 
-def persistently(place: str, fetch: Callable[[], Fetched]) -> Fetched:
+def persistently(place: str, fetch: Callable[[], Result]) -> Result:
     """Five tries with growing pauses. Where another try is of no use, `fetch` raises UserError."""
     for pause in (*PAUSES, None):
         try:
@@ -3459,7 +3475,7 @@ def base_of(folder: Path, cfg: Config) -> Path | None:
     if not cfg.MODEL_NAME.startswith("./"):
         return None
     place, beside = folder / BASE_PLACE, folder / cfg.MODEL_NAME
-    known = Path(place.read_text(encoding="utf-8")) if place.is_file() else beside
+    known = Path(os.fsdecode(place.read_bytes())) if place.is_file() else beside
     for base in (beside, known):
         if base.is_dir():
             return base
@@ -3718,6 +3734,7 @@ BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no othe
 STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 LOADABLE = (".safetensors", *PICKLES)  # what a library might take up by its name
 FORM = 1  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
+TAKEN_UP = "taken_up.json"  # which checkpoint the person has named, and where it lay
 NEWEST_KEPT = 2  # and the best one
 MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
 # The settings that decide the result. Runs that differ in others are the same run.
@@ -3748,11 +3765,16 @@ def fingerprint(content: Any) -> str:
 
 
 def base_identity(cfg: Config) -> str:
-    """What tells the weights of one base model from another's."""
-    if folder := demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_base(cfg):
-        return fingerprint([checksum(path) for path in sorted(folder.glob("*.safetensors"))])
+    """What tells one base model from another."""
     with explained_model_errors(cfg):
-        return pin_revision(cfg)
+        folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_base(cfg)
+        if folder is None:
+            return pin_revision(cfg)
+        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        for name in ("_name_or_path", "transformers_version"):  # who saved it, and where
+            shape.pop(name, None)
+        weights = sorted(folder.glob("*.safetensors"))
+        return fingerprint([shape, *map(checksum, weights)])
 
 
 def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
@@ -3805,8 +3827,11 @@ def record_in(content: bytes) -> dict[str, Any] | None:
             for name, (size, digest) in files.items()
         )
         whole = sealed["sha256"] == fingerprint(record) and set(files) >= STATE_FILES
-        complete = record.keys() >= {"step", "best_step", "identity", "tally"}
-        return record if whole and plain and complete else None
+        known = isinstance(record["step"], int) and isinstance(record["best_step"], int | None)
+        known &= isinstance(record["identity"], dict) and vars(Tally()).keys() >= set(
+            record["tally"]
+        )
+        return record if whole and plain and known else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
 
@@ -3866,20 +3891,23 @@ def copied(source: Checkpoint, folder: Path) -> Checkpoint:
 
 def way_on(cfg: Config) -> str:
     """What to type after an end that came too early."""
-    if cfg.RESUME_FROM_CHECKPOINT:
-        return "the same command, without --resume-from-checkpoint, goes on from there"
     without = "" if cfg.RESUME else ", without --no-resume,"
     return f"the same command{without} goes on from there"
 
 
+def retried(act: Callable[[], Result]) -> Result:
+    """On a mounted drive, what fails now may work in a moment."""
+    for pause in MIRROR_PAUSES:
+        try:
+            return act()
+        except OSError:
+            time.sleep(pause)
+    return act()
+
+
 def set_aside(path: Path, word: str) -> Path:
     """Rename what is not used: nothing is deleted that somebody might want."""
-    target = first = path.with_name(path.name.replace("checkpoint", word))
-    for number in itertools.count(2):
-        if not target.exists():
-            break
-        target = first.with_name(f"{first.name}.{number}")
-    return path.rename(target)
+    return path.rename(unused(path.with_name(path.name.replace("checkpoint", word))))
 
 
 def whole(folder: Path, thorough: bool = True) -> Iterator[Checkpoint]:
@@ -3895,7 +3923,7 @@ def prune(folder: Path, best_step: int | None) -> None:
         if checkpoint.step != best_step:
             checkpoint.folder.with_suffix(".zip").unlink(missing_ok=True)
             # under another name first: half of a removed checkpoint must not look like a torn one
-            shutil.rmtree(set_aside(checkpoint.folder, "removed"))
+            remove(set_aside(checkpoint.folder, "removed"))
 
 
 def unzipped(path: Path, folder: Path) -> Checkpoint | str:
@@ -3944,16 +3972,17 @@ class Keeper:
             with suppress(OSError):  # what is wrong with it is said when it is used
                 self.mirror.parent.mkdir(exist_ok=True)
         for folder in filter(None, (self.folder, self.mirror)):
-            with suppress(OSError):
-                for leftover in (*folder.glob("removed-*"), *folder.glob("*.partial")):
+            for leftover in (*folder.glob("removed-*"), *folder.glob("*.partial")):
+                with suppress(OSError):
                     remove(leftover)
         torn = self.sorted_out()
-        named = self.cfg.RESUME_FROM_CHECKPOINT
-        if self.cfg.RESUME and not named:
+        if self.cfg.RESUME_FROM_CHECKPOINT:
+            return self.imported(local_path(self.cfg.RESUME_FROM_CHECKPOINT), torn)
+        if self.cfg.RESUME:
             return self.newest(torn)
-        start = self.imported(local_path(named)) if named else None
-        self.retire(start.step if start else 0)
-        return start
+        self.retire(0)
+        remove(self.folder / TAKEN_UP)
+        return None
 
     def say_other_run(self) -> None:
         """Name what has changed since the most similar run whose checkpoints lie beside."""
@@ -3975,6 +4004,8 @@ class Keeper:
         found = verified(path)
         if isinstance(found, Checkpoint) and found.record["identity"] != self.identity:
             return "it belongs to another run"
+        if isinstance(found, Checkpoint) and path.name != f"checkpoint-{found.step}":
+            return f"it is a copy of checkpoint-{found.step}"
         return found
 
     def sorted_out(self) -> int:
@@ -3990,44 +4021,75 @@ class Keeper:
     def newest(self, torn: int) -> Checkpoint | None:
         """The newest whole checkpoint, here or in the mirror."""
         here = next(whole(self.folder, thorough=False), None)
-        try:
-            for step, path in numbered(self.mirror) if self.mirror else ():
-                if here and step <= here.step:
-                    break
-                found = self.own(path)
-                if isinstance(found, Checkpoint):
-                    say("Mirror", f"{path.name} is fetched from {path.parent}")
-                    return copied(found, self.folder)
-                say("Warning", f"{path} is not used: {found}.")
-        except OSError as error:
-            say("Warning", f"the mirror {self.mirror} cannot be read: {error}")
+        for step, path in numbered(self.mirror) if self.mirror else ():
+            if here and step <= here.step:
+                break
+            found = self.own(path)
+            if isinstance(found, Checkpoint):
+                return self.fetched(found)
+            say("Warning", f"{path} is not used: {found}.")
+            torn += 1
         if torn and not here:
             say("Warning", "no checkpoint is whole, so the training starts from the beginning.")
         return here
 
+    def fetched(self, mirrored: Checkpoint) -> Checkpoint:
+        say("Mirror", f"{mirrored.folder.name} is fetched from {mirrored.folder.parent}")
+        try:
+            return retried(lambda: copied(mirrored, self.folder))
+        except OSError as error:
+            need = sum(size for size, _ in mirrored.record["files"].values())
+            raise UserError(
+                f"{mirrored.folder.name} could not be fetched from the mirror to {self.folder}: {error}.\n"
+                f"{room(self.folder, need)}Make room, or wait until the drive answers, and run the same "
+                'command again. To train without what lies there: --checkpoint-mirror ""'
+            ) from None
+
     def latest(self) -> Checkpoint | None:
         return next(whole(self.folder), None)
 
-    def imported(self, place: Path) -> Checkpoint:
-        """The checkpoint that the person names, copied to the others of this run."""
+    def imported(self, place: Path, torn: int) -> Checkpoint | None:
+        """The checkpoint that the person names, copied to the others of this run.
+
+        When it was named before, the run has begun there, and goes on from its newest checkpoint.
+        """
+        mark, name, before = self.folder / TAKEN_UP, str(place.resolve()), {}
+        with suppress(OSError, ValueError, TypeError):
+            before = dict(json.loads(mark.read_text(encoding="utf-8")))
+        if before.get("place") == name and not place.exists():
+            return self.newest(torn)
         with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
-            if place.is_file():
-                found = unzipped(place, Path(unpacked))
-            elif (place / COMMIT).exists() or not numbered(place):
-                found = verified(place)
-            else:
-                found = verified(numbered(place)[0][1])
-            if isinstance(found, str):
-                raise UserError(
-                    f"RESUME_FROM_CHECKPOINT {place} cannot be used: {found}.\n"
-                    "Name a folder checkpoint-N or its zip, or leave the setting out."
-                )
-            if changed := differences(self.identity, found.record["identity"]):
-                raise UserError(
-                    f"{place} belongs to another run. What differs: {', '.join(changed)}.\n"
-                    "Run with the settings and the data of that run, or leave the checkpoint out."
-                )
-            return copied(found, self.folder)
+            found = self.named(place, Path(unpacked))
+            seal = fingerprint(found.record)
+            if before.get("seal") == seal:
+                return self.newest(torn)
+            try:
+                start = copied(found, self.folder)
+            except OSError as error:
+                raise UserError(f"{place} could not be copied to {self.folder}: {error}") from None
+        self.retire(start.step)
+        write_json(mark, {"place": name, "seal": seal})
+        return start
+
+    def named(self, place: Path, unpacked: Path) -> Checkpoint:
+        """The checkpoint in a folder, in a folder of checkpoints, or in a zip."""
+        if place.is_file():
+            found = unzipped(place, unpacked)
+        elif (place / COMMIT).exists() or not numbered(place):
+            found = verified(place)
+        else:
+            found = verified(numbered(place)[0][1])
+        if isinstance(found, str):
+            raise UserError(
+                f"RESUME_FROM_CHECKPOINT {place} cannot be used: {found}.\n"
+                "Name a folder checkpoint-N or its zip, or leave the setting out."
+            )
+        if changed := differences(self.identity, found.record["identity"]):
+            raise UserError(
+                f"{place} belongs to another run. What differs: {', '.join(changed)}.\n"
+                "Run with the settings and the data of that run, or leave the checkpoint out."
+            )
+        return found
 
     def retire(self, step: int) -> None:
         """Put checkpoints beyond this step out of the way of those to come."""
@@ -4088,26 +4150,23 @@ class Keeper:
             if self.cfg.ARCHIVE_CHECKPOINTS:
                 with (
                     staged_file(newest.folder.with_suffix(".zip")) as staged,
-                    zipfile.ZipFile(staged, "w") as archive,
+                    zipfile.ZipFile(staged, "w", strict_timestamps=False) as archive,
                 ):
                     for name in (*newest.record["files"], COMMIT):
                         archive.write(newest.folder / name, name)
-        except OSError as error:
+        except Exception as error:
             say("Warning", f"{newest.folder.name}.zip could not be written: {error}")
-        if not self.mirror:
-            return
-        for pause in (*MIRROR_PAUSES, None):
-            try:
-                self.mirror.mkdir(exist_ok=True)  # not its parents: an unmounted drive must not
-                copied(newest, self.mirror)  # be taken for an empty one
-                prune(self.mirror, newest.record["best_step"])
-                break
-            except OSError as error:
-                reason = str(error)
-            if pause:
-                time.sleep(pause)
-        else:
-            say("Warning", f"{newest.folder.name} could not be copied to the mirror: {reason}")
+        try:
+            if self.mirror:
+                retried(lambda: self.to_mirror(newest))
+        except OSError as error:
+            say("Warning", f"{newest.folder.name} could not be copied to the mirror: {error}")
+
+    def to_mirror(self, newest: Checkpoint) -> None:
+        assert self.mirror
+        self.mirror.mkdir(exist_ok=True)  # not its parents: an unmounted drive is not an empty one
+        copied(newest, self.mirror)
+        prune(self.mirror, newest.record["best_step"])
 
 
 NOT_A_NUMBER = (
@@ -4154,7 +4213,7 @@ class Interruption:
         if self.asked:
             raise Stopped(number)
         self.asked = number
-        with suppress(RuntimeError):  # the signal may have come in the middle of another output
+        with suppress(RuntimeError):  # the signal may come in the middle of another output
             show("\nStopping after this step, with a checkpoint. Once more, and it stops at once.")
 
 
@@ -4627,26 +4686,30 @@ BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
 
 def mean_train_loss(history: Sequence[dict[str, float]]) -> float:
     """Mean over all steps; a logged loss is the mean of the steps since the one before it."""
-    logged = [(int(entry["step"]), entry["loss"]) for entry in history if "loss" in entry]
-    starts = [0, *(step for step, _ in logged)]
-    total = sum(loss * (step - start) for (step, loss), start in zip(logged, starts, strict=False))
-    return total / starts[-1]
+    logged = [entry for entry in history if "loss" in entry]
+    return statistics.fmean([entry["loss"] for entry in logged], steps_of(logged))
+
+
+def steps_of(logged: Sequence[dict[str, float]]) -> list[float]:
+    """How many steps each logged loss is the mean of."""
+    ends = [entry["step"] for entry in logged]
+    return [end - start for end, start in zip(ends, [0, *ends], strict=False)]
 
 
 def epoch_losses(history: Sequence[dict[str, float]]) -> list[tuple[int, float, float | None]]:
     """For every epoch its mean training loss, and the last validation loss measured in it."""
-    epochs: dict[int, tuple[list[float], list[float]]] = {}
-    for entry in history:
-        train, measured = epochs.setdefault(math.ceil(entry["epoch"] - 1e-6), ([], []))
-        if "loss" in entry:
-            train.append(entry["loss"])
-        if "eval_loss" in entry:
-            measured.append(entry["eval_loss"])
-    return [
-        (epoch, statistics.fmean(train), measured[-1] if measured else None)
-        for epoch, (train, measured) in sorted(epochs.items())
-        if train
-    ]
+
+    def epoch_of(entry: dict[str, float]) -> int:
+        return math.ceil(entry["epoch"] - 1e-6)
+
+    logged = [entry for entry in history if "loss" in entry]
+    measured = {epoch_of(entry): entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    epochs: list[tuple[int, float, float | None]] = []
+    weighted = zip(logged, steps_of(logged), strict=True)
+    for epoch, entries in itertools.groupby(weighted, key=lambda one: epoch_of(one[0])):
+        losses, steps = zip(*((entry["loss"], count) for entry, count in entries), strict=True)
+        epochs.append((epoch, statistics.fmean(losses, steps), measured.get(epoch)))
+    return epochs
 
 
 def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
@@ -4937,6 +5000,26 @@ def write_zip(folder: Path) -> Path:
     return target
 
 
+def foreign_files(folder: Path) -> list[str]:
+    """Files in the folder of a model that no run has put there."""
+    ours = record_of(folder).get("files", [])
+    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+    return [name for name in found if name not in ours and not Path(name).name.startswith(".")]
+
+
+def place_for_earlier(final: Path, run: str) -> Path | None:
+    """Where the model goes that a new one replaces; nowhere when they are the same run's.
+
+    What somebody else has put beside it is never deleted.
+    """
+    if record_of(final).get("run") == run and not foreign_files(final):
+        return None
+    previous = final.with_name(f"{final.name}.previous")
+    if previous.is_symlink() or not previous.is_dir() or not foreign_files(previous):
+        return previous
+    return unused(previous)
+
+
 @contextmanager
 def explained_disk_errors(folder: Path, need: float) -> Iterator[None]:
     """A full or lost disk as one message; a library of another language brings no OSError."""
@@ -4955,9 +5038,9 @@ def explained_disk_errors(folder: Path, need: float) -> Iterator[None]:
 def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
     final, trained = output_folder(cfg), outcome(cfg, last)
-    same = record_of(final).get("run") == last.folder.parent.name
-    need = output_bytes(trained.tally.trainable)
-    with explained_disk_errors(final, need), staged_folder(final, same) as staged:
+    run, need = last.folder.parent.name, output_bytes(trained.tally.trainable)
+    earlier = place_for_earlier(final, run)
+    with explained_disk_errors(final, need), staged_folder(final, earlier) as staged:
         shutil.copyfile(trained.adapter, staged / ADAPTER)
         adapter = lora_config(cfg)  # not the checkpoint's, which may have come from elsewhere
         adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
@@ -4966,14 +5049,16 @@ def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> t
         if cfg.MODEL_NAME == DEMO_MODEL:
             shutil.copytree(demo_folder(), staged / DEMO_BASE)
         if base := local_base(cfg):
-            (staged / BASE_PLACE).write_text(str(base.resolve()), encoding="utf-8")
-        record = run_record(cfg, device, data, trained)
-        write_json(staged / "run.json", {"run": last.folder.parent.name} | record)
-        (staged / "README.md").write_text(model_card(cfg, data, trained), encoding="utf-8")
+            (staged / BASE_PLACE).write_bytes(os.fsencode(base.resolve()))
+        card = model_card(cfg, data, trained)
+        (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         try:
             write_visuals(staged / "training_visuals", cfg, device, data, trained)
         except Exception as error:  # pictures must not cost anybody the adapter
             say("Warning", f"the pictures could not be made ({type(error).__name__}: {error})")
+        files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
+        own = {"run": run, "files": sorted([*files, "run.json"])}
+        write_json(staged / "run.json", own | run_record(cfg, device, data, trained))
     return final, write_zip(final)
 
 
@@ -5238,8 +5323,8 @@ def run_training(cfg: Config) -> Prepared:
     device = pick_device(cfg)
     keeper = Keeper(cfg, identity_of(cfg, data, device))
     last = keeper.starting_point()
-    if last:  # one log for the whole run
-        keeper.log = keeper.log.with_name(Path(last.record["tally"]["log"]).name)
+    if last and LOG_NAME.fullmatch(str(last.record["tally"]["log"])):  # one log for the whole run
+        keeper.log = keeper.log.with_name(last.record["tally"]["log"])
     start_log(keeper.log)
     say_start(cfg, plan, keeper, last)
     if not last or not last.record["tally"]["finished"]:
@@ -5511,11 +5596,20 @@ def warn_of_pictures() -> None:
 def refuse_foreign_folder(cfg: Config) -> None:
     """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
     final = output_folder(cfg)
-    if Path.cwd().is_relative_to(final) or (final.exists() and not final.is_dir()):
+    in_the_way = final.is_mount() or (final.exists() and not final.is_dir())
+    not_text = str(final) != str(final).encode("utf-8", "replace").decode()  # as libraries need it
+    if in_the_way or not_text or Path.cwd().is_relative_to(final):
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
         )
     record = final / "run.json"
+    for name in (*PLACES, *(["MODEL_NAME"] if local_base(cfg) else [])):
+        place = getattr(cfg, name)
+        if name != "OUTPUT_DIR" and place and local_path(place).resolve().is_relative_to(final):
+            raise UserError(
+                f"{name} {place} lies in OUTPUT_DIR {final}, which a new model replaces as a whole.\n"
+                f"Move it, or choose another place with {flag(name)} or --output-dir"
+            )
     if final.is_dir() and any(final.iterdir()) and not record.is_file():
         raise UserError(
             f"OUTPUT_DIR {final} holds files that are not from this script, so it is left alone.\n"
@@ -5619,7 +5713,7 @@ def only_run_in(folder: Path, setting: str) -> Iterator[None]:
     """
     import filelock
 
-    place = cache_folder("locks", hashlib.sha256(str(folder).encode()).hexdigest()[:16])
+    place = cache_folder("locks", hashlib.sha256(os.fsencode(folder)).hexdigest()[:16])
     holder = place.with_suffix(".txt")  # not the lock, which some systems let nobody else read
     lock = filelock.FileLock(place.with_suffix(".lock"))
     try:
@@ -5722,12 +5816,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error)
     except ModuleNotFoundError as error:
         message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
-    except BrokenPipeError:  # nobody reads on, as behind "| head"
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return 1
     except KeyboardInterrupt as end:
         done = str(end) or f"Nothing that was finished or saved is touched; {way_on(cfg)}."
-        print(file=sys.stderr)
+        show("", sys.stderr)
         say("Stopped", f"Interrupted. {done}", sys.stderr)
         return 128 + getattr(end, "number", signal.SIGINT)
     except SystemExit as done:  # argparse leaves this way after --help
@@ -5739,7 +5830,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             LOG.exception("Stopped    by an error that nobody foresaw:")
             raise
         message = f"Memory ran out: {preview(str(error), 100)}\n{LEVERS}"
-    print(file=sys.stderr)
+    show("", sys.stderr)
     say("Stopped", message, sys.stderr)
     return 2
 

@@ -282,10 +282,27 @@ def test_a_run_that_fails_lets_go_of_its_folders(cfg: ft.Config) -> None:
             raise ZeroDivisionError
 
 
-def test_one_folder_for_both_is_no_second_run(cfg: ft.Config) -> None:
-    cfg.CHECKPOINT_DIR = cfg.OUTPUT_DIR
-    with ft.cleared(cfg):
+@pytest.mark.parametrize("inside", ["model", "model/deep"])
+@pytest.mark.parametrize("name", [name for name in ft.PLACES if name != "OUTPUT_DIR"])
+def test_nothing_else_may_lie_in_the_folder_that_is_replaced(
+    name: str, inside: str, cfg: ft.Config
+) -> None:
+    setattr(cfg, name, inside)
+    assert f"{name} {inside} lies in OUTPUT_DIR" in told(cfg)
+    with pytest.raises(ft.UserError, match=f"{name} {inside} lies in"), ft.cleared(cfg):
         pass
+
+
+def test_a_base_in_the_folder_that_is_replaced_is_refused(cfg: ft.Config, folder: Path) -> None:
+    shutil.copytree(cfg.MODEL_NAME, folder / "model")
+    cfg.MODEL_NAME = "model"
+    assert "MODEL_NAME model lies in OUTPUT_DIR" in told(cfg)
+    cfg.MODEL_NAME, cfg.OUTPUT_DIR = "microsoft/phi-2", "microsoft"  # a name, not a folder
+    assert "lies in" not in told(cfg)
+
+
+def test_a_mount_point_cannot_be_replaced() -> None:
+    assert "OUTPUT_DIR '/proc' cannot be replaced" in told(ft.Config(OUTPUT_DIR="/proc"))
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
 import sys
+import termios
 import time
 import zipfile
 from pathlib import Path
@@ -209,6 +212,59 @@ def test_an_end_outside_of_the_training_comes_at_once(
     left = {path.name for path in workbook.parent.iterdir()}
     assert not left & {"fine_tuned_model.zip"}
     assert ("model" in left) == (phase == "write_zip")
+
+
+def wait_for(folder: Path, text: str) -> None:
+    """Until the log of a run has this."""
+    deadline = time.monotonic() + 120
+    while not any(text in path.read_text() for path in folder.glob("logs/*.log")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+LONG = ("--num-epochs", 500, "--save-steps", 10_000, "--eval-steps", 10_000)
+
+
+def test_a_terminal_that_is_closed_leaves_a_checkpoint(phi_folder: Path, workbook: Path) -> None:
+    terminal, inside = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--model-name", str(phi_folder), *map(str, LONG)],
+        cwd=workbook.parent,
+        stdin=inside,
+        stdout=inside,
+        stderr=inside,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),  # noqa: PLW1509
+    )
+    os.close(inside)
+    wait_for(workbook.parent, "step 3")
+    os.close(terminal)
+    assert process.wait(60) == 129
+    assert list(workbook.parent.glob("checkpoints/*/checkpoint-*/COMMIT.json"))
+
+
+def test_ctrl_c_that_ends_the_reader_too_leaves_a_checkpoint(
+    phi_folder: Path, workbook: Path
+) -> None:
+    """As in `finetune_colab.py | tee notes.txt`."""
+    process = start("--model-name", phi_folder, *LONG, cwd=workbook.parent)
+    wait_for(workbook.parent, "step 3")
+    assert process.stdout
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    assert list(workbook.parent.glob("checkpoints/*/checkpoint-*/COMMIT.json"))
+    assert process.stderr
+    assert "the same command goes on from there" in in_words(process.stderr.read())
+
+
+def test_what_nobody_can_read_is_no_error(phi_folder: Path, workbook: Path) -> None:
+    command = f"{sys.executable} {SCRIPT} --model-name {phi_folder} --max-steps 1"
+    for end in (">/dev/full", ">&- 2>&-", "| head -1"):
+        ended = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {command} {end}"], cwd=workbook.parent, check=False
+        )
+        assert ended.returncode == 0, end
 
 
 @pytest.mark.parametrize("sign, expected", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])

@@ -349,6 +349,41 @@ def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(
     assert adapter(here) == adapter(undisturbed)
 
 
+def test_a_copy_under_another_number_is_not_taken_for_progress(
+    here: Path, undisturbed: Path, phi_folder: Path, run: Run
+) -> None:
+    shutil.copytree(checkpoint(here, 3), checkpoint(here, 5))
+    code, printed = run("--model-name", phi_folder, *FLAGS)
+    assert code == 0
+    assert "checkpoint-5 is not used: it is a copy of checkpoint-3" in in_words(printed)
+    assert adapter(here) == adapter(undisturbed)
+
+
+@pytest.mark.parametrize("kind", ["link", "busy"])
+def test_what_cannot_be_deleted_is_no_hindrance(
+    kind: str, here: Path, undisturbed: Path, phi_folder: Path, run: Run, monkeypatch: Any
+) -> None:
+    leftover = run_folder(here) / "removed-1"
+    if kind == "link":  # of a checkpoint that somebody has moved to a larger disk
+        moved = here / "elsewhere"
+        shutil.move(checkpoint(here, 2), moved)
+        checkpoint(here, 2).symlink_to(moved, target_is_directory=True)
+    else:
+        leftover.mkdir()
+        real = ft.remove
+
+        def remove(path: Path) -> None:
+            if path == leftover:
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
+            real(path)
+
+        monkeypatch.setattr(ft, "remove", remove)
+    assert run("--model-name", phi_folder, *FLAGS)[0] == 0
+    assert adapter(here) == adapter(undisturbed)
+    if kind == "link":
+        assert isinstance(ft.verified(moved), ft.Checkpoint), "somebody's own folder was emptied"
+
+
 def test_a_note_of_the_file_manager_spoils_nothing(here: Path) -> None:
     (checkpoint(here, 3) / "desktop.ini").write_text("[.ShellClassInfo]")
     (checkpoint(here, 3) / ".ipynb_checkpoints").mkdir()
@@ -851,6 +886,51 @@ def test_what_was_left_unfinished_in_the_mirror_is_cleared_away(
     }
 
 
+def failing(times: int, patch: pytest.MonkeyPatch) -> None:
+    """Let so many copies of files fail; the pauses between the tries are left out."""
+    real, left = shutil.copyfile, [times]
+
+    def copyfile(*args: Any) -> Any:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(*args)
+
+    patch.setattr(shutil, "copyfile", copyfile)
+    patch.setattr(ft, "MIRROR_PAUSES", (0, 0))
+
+
+@pytest.mark.parametrize("times, code", [(2, 0), (100, 2)])
+def test_progress_in_the_mirror_is_not_given_up_for_an_error(
+    times: int, code: int, here: Path, undisturbed: Path, phi_folder: Path, run: Run
+) -> None:
+    mirror = here / "drive" / run_folder(here).name
+    shutil.copytree(run_folder(here), mirror)
+    shutil.rmtree(here / "checkpoints")
+    flags = ("--model-name", phi_folder, *FLAGS, "--checkpoint-mirror", here / "drive")
+    with pytest.MonkeyPatch.context() as patch:
+        failing(times, patch)
+        left, printed = run(*flags)
+    assert left == code
+    if code:
+        assert "checkpoint-3 could not be fetched from the mirror" in in_words(printed)
+        assert '--checkpoint-mirror ""' in printed
+        assert list(run_folder(here).iterdir()) == []
+        assert run(*flags)[0] == 0
+    assert adapter(here) == adapter(undisturbed)
+
+
+def test_a_mirror_of_damaged_checkpoints_is_told(here: Path, phi_folder: Path, run: Run) -> None:
+    mirror = here / "drive" / run_folder(here).name
+    shutil.copytree(checkpoint(here, 3), mirror / "checkpoint-3")
+    flip(mirror / "checkpoint-3" / ft.ADAPTER)
+    shutil.rmtree(here / "checkpoints")
+    flags = ("--model-name", phi_folder, *FLAGS, "--checkpoint-mirror", here / "drive")
+    code, printed = run(*flags)
+    assert code == 0
+    assert "no checkpoint is whole, so the training starts from the beginning" in in_words(printed)
+
+
 def test_a_mirror_that_cannot_be_changed_is_told(
     here: Path, phi_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -868,6 +948,60 @@ def test_a_mirror_that_cannot_be_changed_is_told(
     code, printed = run("--model-name", phi_folder, *FLAGS, *flags)
     assert code == 0
     assert f"the mirror {mirror} cannot be changed" in in_words(printed)
+
+
+def test_a_clock_of_1970_costs_no_training(
+    home: Path, folder: Path, undisturbed: Path, phi_folder: Path, run: Run
+) -> None:
+    """What a zip cannot say about its files is left out."""
+    shutil.copy(home / "dataset.xlsx", folder)
+    real = ft.seal
+
+    def seal(path: Path, record: dict[str, Any]) -> ft.Checkpoint:
+        sealed = real(path, record)
+        for file in path.iterdir():
+            os.utime(file, (1, 1))
+        return sealed
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ft, "seal", seal)
+        code, printed = run("--model-name", phi_folder, *FLAGS, "--archive-checkpoints")
+    assert code == 0
+    assert "could not be written" not in printed
+    assert adapter(folder) == adapter(undisturbed)
+
+
+def test_the_log_of_a_foreign_checkpoint_is_not_where_it_says(
+    here: Path, phi_folder: Path, run: Run
+) -> None:
+    path = checkpoint(here, 3)
+    record = json.loads((path / ft.COMMIT).read_text())["record"]
+    record["tally"]["log"] = "precious.txt"
+    ft.write_json(path / ft.COMMIT, {"sha256": "", "record": record})
+    reseal(path)
+    (here / "precious.txt").write_text("mine")
+    assert run("--model-name", phi_folder, *FLAGS, "--log-dir", ".")[0] == 0
+    assert (here / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"files": 5}, {"files": {}}, {"step": "x"}, {"step": None}, {"best_step": "x"}),
+        *({"identity": [1]}, {"tally": None}, {"tally": {}}, {"tally": {"foo": 1}}),
+    ],
+    ids=str,
+)
+def test_a_rightly_sealed_commit_of_odd_content_is_damaged(
+    changes: dict[str, Any], here: Path, phi_folder: Path, run: Run
+) -> None:
+    """Here and in the folder of another run, which is only looked at."""
+    path = checkpoint(here, 3)
+    record = json.loads((path / ft.COMMIT).read_text())["record"] | changes
+    ft.write_json(path / ft.COMMIT, {"sha256": ft.fingerprint(record), "record": record})
+    assert ft.verified(path) == "COMMIT.json is damaged"
+    flags = ("--model-name", phi_folder, *FLAGS, "--lora-alpha", 7, "--max-steps", 1)
+    assert run(*flags)[0] == 0
 
 
 def test_archives_come_and_go_with_their_checkpoints(
@@ -917,23 +1051,43 @@ def test_a_signal_saves_at_the_next_step_and_ends(
     assert adapter(folder) == adapter(undisturbed)
 
 
-@pytest.mark.parametrize("flag", ["--no-resume", "--resume-from-checkpoint"])
-def test_the_way_on_is_the_command_without_what_started_it_elsewhere(
-    flag: str, here: Path, undisturbed: Path, phi_folder: Path, run: Run
+def test_the_way_on_is_the_command_without_what_made_it_start_anew(
+    here: Path, undisturbed: Path, phi_folder: Path, run: Run
 ) -> None:
     flags = ("--model-name", phi_folder, *FLAGS)
-    elsewhere = [flag, *([checkpoint(here, 2)] if flag != "--no-resume" else [])]
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(1, patch)
-        code, printed = run(*flags, *elsewhere)
+        code, printed = run(*flags, "--no-resume")
     assert code == 130
-    step = 1 if flag == "--no-resume" else 3
     assert (
-        f"Step {step} of 5 is saved, and the same command, without {flag}, goes on from there."
+        "Step 1 of 5 is saved, and the same command, without --no-resume, goes on from there."
         in in_words(printed)
     )
-    assert f"from step {step} of 5" in in_words(run(*flags)[1])
+    assert "from step 1 of 5" in in_words(run(*flags)[1])
     assert adapter(here) == adapter(undisturbed)
+
+
+@pytest.mark.parametrize("form", ["folder", "zip"])
+def test_the_command_with_a_named_checkpoint_goes_on_too(
+    form: str, here: Path, undisturbed: Path, phi_folder: Path, run: Run
+) -> None:
+    """Also when that checkpoint is pruned by then; and what it has come to is not begun again."""
+    place = checkpoint(here, 2)
+    place = zipped(place, here / "upload.zip") if form == "zip" else place
+    flags = ("--model-name", phi_folder, *FLAGS, "--resume-from-checkpoint", place)
+    for step in (3, 4):
+        with pytest.MonkeyPatch.context() as patch:
+            interrupt_at(1, patch)
+            code, printed = run(*flags)
+        assert code == 130
+        assert f"Step {step} of 5 is saved, and the same command goes on from there." in in_words(
+            printed
+        )
+    assert form == "zip" or not place.exists()
+    assert "from step 4 of 5" in in_words(run(*flags)[1])
+    assert adapter(here) == adapter(undisturbed)
+    assert "this run is finished" in in_words(run(*flags)[1])
+    assert [path.name for path in run_folder(here).glob("unused*")] == ["unused-3"]
 
 
 def test_a_lack_of_memory_in_the_step_of_a_signal_is_still_an_end(

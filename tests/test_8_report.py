@@ -44,6 +44,12 @@ def test_epochs_have_their_own_means() -> None:
     assert ft.epoch_losses(entries) == [(1, 2.0, 7.0), (2, 1.0, None)]
 
 
+def test_a_logged_loss_counts_as_often_as_it_has_steps() -> None:
+    entries = [{"step": 3, "epoch": 0.75, "loss": 4.0}, {"step": 4, "epoch": 1.0, "loss": 0.0}]
+    assert ft.epoch_losses(entries) == [(1, 3.0, None)]
+    assert ft.mean_train_loss(entries) == 3.0
+
+
 @pytest.mark.parametrize("steps", [1, 2, 100])
 @pytest.mark.parametrize("validated", [True, False])
 def test_pictures_say_what_they_show(steps: int, validated: bool) -> None:
@@ -256,7 +262,7 @@ def test_a_folder_that_is_a_link_stays_one(phi_folder: Path, workbook: Path, run
 def test_the_model_before_is_still_there_after_a_new_one(folder: Path) -> None:
     final = folder / "model"
     for content in ("first", "second", "third"):
-        with ft.staged_folder(final) as staged:
+        with ft.staged_folder(final, folder / "model.previous") as staged:
             (staged / "run.json").write_text(content)
     assert (final / "run.json").read_text() == "third"
     assert (folder / "model.previous" / "run.json").read_text() == "second"

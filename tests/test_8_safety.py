@@ -525,14 +525,14 @@ def test_a_disk_that_fails_is_heard_and_one_that_cannot_wait_is_not(
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "link", "link to nowhere"])
-@pytest.mark.parametrize("end", ["partial", "previous"])
+@pytest.mark.parametrize("end", [".model.partial", "model.previous"])
 def test_what_stands_in_the_way_of_a_model_is_moved_aside(
     kind: str, end: str, folder: Path
 ) -> None:
     kept = folder / "kept"
     kept.mkdir()
     (kept / "precious").write_text("1")
-    way = folder / f"model.{end}"
+    way = folder / end
     if kind == "file":
         way.write_text("")
     elif kind == "folder":
@@ -540,7 +540,7 @@ def test_what_stands_in_the_way_of_a_model_is_moved_aside(
     else:
         way.symlink_to(kept if kind == "link" else folder / "none")
     for _ in range(2):
-        with ft.staged_folder(folder / "model") as staged:
+        with ft.staged_folder(folder / "model", folder / "model.previous") as staged:
             (staged / "run.json").write_text("{}")
     assert (kept / "precious").exists()
     assert sorted(path.name for path in folder.iterdir()) == ["kept", "model", "model.previous"]
@@ -623,7 +623,7 @@ def test_a_run_that_dies_while_saving_leaves_only_whole_files(
         stop_at(tmp_path / "nothing", 0)
         for source, target in renamed:
             assert Path(source).parent == Path(target).parent  # never across two disks
-        names = ("model", "model.previous", "model.old")
+        names = ("model", "model.previous", ".model.old")
         models = [out / name for name in names if (out / name).exists()]
         assert models
         assert all(map(is_whole, models))
@@ -632,6 +632,51 @@ def test_a_run_that_dies_while_saving_leaves_only_whole_files(
             assert "adapter_model.safetensors" in archive.namelist()
     assert stops > 20
     assert sorted(path.name for path in out.iterdir()) == ["fine_tuned_model.zip", "model"]
+
+
+def test_what_somebody_puts_into_or_beside_a_model_is_never_deleted(
+    saving: tuple[Any, ...], private: Run, phi_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    cfg = ft.Config(MODEL_NAME=str(phi_folder), DATASET_PATH=str(private.home / "qa.xlsx"))
+    cfg.OUTPUT_DIR = str(out / "model")
+    for name in ("model.old", "model.partial"):
+        (out / name).mkdir(parents=True)
+        (out / name / "mine").write_text("1")
+    ft.save_run(cfg, *saving)
+    for note in ("one", "two"):
+        (out / "model" / note).write_text("mine")
+        (out / "model" / ".DS_Store").write_text("of the file manager")
+        ft.save_run(cfg, *saving)
+    ft.save_run(cfg, *saving)
+    notes = {str(p.relative_to(out)) for p in out.rglob("*") if p.name in ("mine", "one", "two")}
+    assert notes == {"model.old/mine", "model.partial/mine"} | {
+        "model.previous/one",
+        "model.previous.2/two",
+    }
+
+
+def test_a_model_that_was_moved_out_of_the_way_comes_back(folder: Path) -> None:
+    """The program was killed between the two renames, and now another run saves."""
+    (folder / ".model.old").mkdir()
+    (folder / ".model.old" / "weights").write_text("the first")
+    with ft.staged_folder(folder / "model", folder / "model.previous") as staged:
+        (staged / "weights").write_text("the second")
+    assert (folder / "model.previous" / "weights").read_text() == "the first"
+    assert (folder / "model" / "weights").read_text() == "the second"
+
+
+def test_names_that_are_no_text_cost_no_result(folder: Path, phi_folder: Path, run: Any) -> None:
+    name = os.fsdecode(b"donn\xe9es.csv")
+    rows = "\n".join(",".join(pair) for pair in (("question", "answer"), *PAIRS))
+    (folder / name).write_text(rows)
+    flags = ("--model-name", phi_folder, "--max-steps", 1, "--dataset-path", name)
+    assert run(*flags)[0] == 0
+    record = json.loads((folder / "model" / "run.json").read_text())
+    assert record["settings"]["DATASET_PATH"] == name
+    code, printed = run(*flags, "--output-dir", os.fsdecode(b"mod\xe8le"))
+    assert code == 2
+    assert "cannot be replaced. Use a folder such as ./model" in in_words(printed)
 
 
 @pytest.fixture
