@@ -3828,9 +3828,8 @@ def record_in(content: bytes) -> dict[str, Any] | None:
         )
         whole = sealed["sha256"] == fingerprint(record) and set(files) >= STATE_FILES
         known = isinstance(record["step"], int) and isinstance(record["best_step"], int | None)
-        known &= isinstance(record["identity"], dict) and vars(Tally()).keys() >= set(
-            record["tally"]
-        )
+        known &= isinstance(record["identity"], dict)
+        known &= set(record["tally"]) == {one.name for one in fields(Tally)}
         return record if whole and plain and known else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
@@ -4823,12 +4822,12 @@ def write_visuals(
     folder.mkdir()
     write_json(folder / "training_metrics.json", metrics_of(data, trained))
     write_json(folder / "training_config.json", public_settings(cfg) | {"device": device._asdict()})
-    fields = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
     with (
         staged_file(folder / "training_metrics.csv") as staged,
         staged.open("w", newline="", encoding="utf-8") as file,
     ):
-        table = csv.DictWriter(file, fields, extrasaction="ignore")
+        table = csv.DictWriter(file, columns, extrasaction="ignore")
         table.writeheader()
         table.writerows(e for e in trained.history if "loss" in e or "eval_loss" in e)
     pictures = {"training_curves": draw_training_curves, "loss_comparison": draw_loss_comparison}
