@@ -579,7 +579,8 @@ def test_the_newest_two_and_the_best_are_kept(
         for name in ft.STATE_FILES:
             (path / name).write_bytes(b"x")
         if step not in torn:
-            ft.seal(path, {"step": step, "best_step": None, "identity": {}, "tally": {}})
+            record = {"step": step, "best_step": None, "identity": {}}
+            ft.seal(path, {**record, "tally": ft.Tally().record()})
     ft.prune(folder, best)
     whole = sorted(steps - torn)
     kept = {int(path.name.split("-")[1]) for path in folder.iterdir()}

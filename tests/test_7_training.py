@@ -285,7 +285,7 @@ def test_every_token_is_counted_once_an_epoch(cfg: ft.Config) -> None:
 
 def test_the_clock_runs_in_steps_only() -> None:
     tally = ft.Tally()
-    tally.run()
+    tally.start()
     sum(range(3_000_000))
     tally.pause()
     wall, cpu = tally.seconds, tally.cpu_seconds
@@ -293,8 +293,8 @@ def test_the_clock_runs_in_steps_only() -> None:
     tally.pause()
     assert (tally.seconds, tally.cpu_seconds) == (wall, cpu)
     assert wall > 0 < cpu
-    tally.run()
-    tally.run()  # the next step: what lies between counts
+    tally.start()
+    tally.start()  # the next step: what lies between counts
     tally.pause()
     assert tally.seconds > wall
 
