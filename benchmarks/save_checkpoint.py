@@ -34,7 +34,8 @@ def build(folder: Path, millions: float) -> tuple[Trainer, ft.Keeper]:
     model = ft.add_lora(cfg, ft.load_base(cfg, device))
     keeper = ft.Keeper(cfg, ft.identity_of(cfg, data, device))
     keeper.starting_point()
-    trainer = ft.build_trainer(cfg, model, data, device, keeper, ft.Tally(trainable=1))
+    plan = ft.plan_run(cfg, data.train, device)
+    trainer = ft.build_trainer(cfg, model, data, device, plan, keeper, ft.Tally(trainable=1))
     with ft.flat_rows(model):
         trainer.train()  # so that the optimizer has something to save
     return trainer, keeper
