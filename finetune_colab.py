@@ -49,6 +49,7 @@ import functools
 import gc
 import glob
 import hashlib
+import heapq
 import importlib.util
 import inspect
 import io
@@ -144,8 +145,9 @@ class Config:
 
     # -- Training
     LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
-    BATCH_SIZE: int = 4  # pairs that go through the model at once; lower it when memory runs out
-    GRADIENT_ACCUMULATION_STEPS: int = 4  # batches in one step; 4 x 4 = 16 pairs decide each step
+    BATCH_SIZE: int = 4  # times the next number: the pairs that decide each step, here 16
+    GRADIENT_ACCUMULATION_STEPS: int = 4  # how many go through at once is chosen by their tokens
+    TOKENS_AT_ONCE: int = 0  # in memory at once, at most; 0 = as many as fit and bring speed
     NUM_EPOCHS: int = 5  # times the model sees every pair
     MAX_STEPS: int = 0  # stop after so many steps; 0 = as many as NUM_EPOCHS needs
     OPTIMIZER: str = "auto"  # auto = paged_adamw_32bit on an NVIDIA GPU, else adamw_torch
@@ -153,7 +155,8 @@ class Config:
     WARMUP_RATIO: float = 0.03  # share of the steps in which the step size rises from zero
     WEIGHT_DECAY: float = 0.0  # pull of the adapter towards zero; 0 to 0.1
     MAX_GRAD_NORM: float = 0.3  # longest gradient; a longer one is shortened to it; 0 = never
-    GRADIENT_CHECKPOINTING: bool = False  # recompute instead of remember: less memory, slower
+    GRADIENT_CHECKPOINTING: bool | None = None  # recompute, not remember; None = if memory is short
+    FAST_ADAPTER: bool = True  # a layer and its adapter as one operation; False = as peft does it
     SEED: int = 42  # decides the held-out pairs, the order of the rows and the dropout
 
     # -- Measuring and saving
@@ -196,6 +199,7 @@ SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "LEARNING_RATE": (1e-8, 1),
     "BATCH_SIZE": (1, 1024),
     "GRADIENT_ACCUMULATION_STEPS": (1, 1024),
+    "TOKENS_AT_ONCE": (0, 1_000_000),
     "NUM_EPOCHS": (1, 10_000),
     "MAX_STEPS": (0, 10_000_000),
     "WARMUP_RATIO": (0, 0.9),
@@ -3110,13 +3114,42 @@ class Device(NamedTuple):
     reason: str
 
 
+class Shape(NamedTuple):
+    """What the cost of a model and its adapter depends on."""
+
+    blocks: int
+    hidden: int  # numbers for a token between the blocks
+    inner: int  # and within the wide part of a block
+    wide_numbers: int  # how often `inner` numbers are kept for the way back
+    weights: int  # in the matrices of all blocks
+    vocabulary: int
+    parameters: int  # of the whole model
+    adapter: int  # weights that are learnt
+    adapted_inputs: int  # numbers for a token that go into adapted layers
+
+
+class Machine(NamedTuple):
+    """What a machine can do: operations and bytes in a second, and bytes of memory."""
+
+    name: str
+    flops: float
+    bandwidth: float
+    memory: float
+
+
 class Plan(NamedTuple):
-    """How much work the run is."""
+    """How much work the run is, and how it is laid out."""
 
     steps_per_epoch: int
     steps: int
     warmup_steps: int
     tokens_per_epoch: int
+    pairs: int  # in a step
+    tokens_at_once: int  # at most, unless one pair alone has more
+    checkpointing: bool
+    reason: str
+    seconds: float | None = None  # of all steps
+    memory: float | None = None  # bytes at most
 
 
 def choose_device(cfg: Config, kind: str, capability: tuple[int, int] = (0, 0)) -> Device:
@@ -3153,12 +3186,159 @@ def pick_device(cfg: Config) -> Device:
     return device
 
 
-def plan_run(cfg: Config, examples: Sequence[Example]) -> Plan:
-    batches = math.ceil(len(examples) / cfg.BATCH_SIZE)
-    steps_per_epoch = math.ceil(batches / cfg.GRADIENT_ACCUMULATION_STEPS)
+# More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
+MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
+USABLE_MEMORY = {
+    "cuda": 0.9,
+    "mps": 0.6,
+    "cpu": 0.6,
+}  # on the others, other programs live there too
+# Reached with large products of 16-bit numbers, by arithmetic from public figures; none was timed here.
+GPUS = {
+    "T4": ((7, 5), Machine("T4", 22e12, 240e9, 15.8e9)),
+    "L4": ((8, 9), Machine("L4", 60e12, 240e9, 23.6e9)),
+    "A100": ((8, 0), Machine("A100", 180e12, 1200e9, 42.4e9)),
+}
+
+
+def plan_run(
+    cfg: Config,
+    examples: Sequence[Example],
+    device: Device,
+    shape: Shape | None = None,
+    machine: Machine | None = None,
+) -> Plan:
+    """The steps, and how many tokens go through the model at once; neither changes the result."""
+    pairs = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    steps_per_epoch = math.ceil(len(examples) / pairs)
     steps = cfg.MAX_STEPS or steps_per_epoch * cfg.NUM_EPOCHS
-    tokens = sum(len(example["input_ids"]) for example in examples)
-    return Plan(steps_per_epoch, steps, int(cfg.WARMUP_RATIO * steps), tokens)
+    lengths = sorted((len(example["input_ids"]) for example in examples), reverse=True)
+    most = sum(lengths[:pairs])  # in any step
+    plan = Plan(
+        steps_per_epoch,
+        steps,
+        int(cfg.WARMUP_RATIO * steps),
+        sum(lengths),
+        pairs,
+        cfg.TOKENS_AT_ONCE or min(most, MOST_TOKENS_AT_ONCE[device.kind]),
+        bool(cfg.GRADIENT_CHECKPOINTING),
+        "as set" if cfg.TOKENS_AT_ONCE else "more would bring no speed",
+    )
+    if not (shape and machine):
+        return plan
+    plan = fitted(cfg, plan, lengths[0], shape, device, machine)
+    labels = sum(label != IGNORE for example in examples for label in example["labels"])
+    share = labels / plan.tokens_per_epoch
+    at_once = max(min(plan.tokens_at_once, most), lengths[0])
+    epoch = seconds_of(shape, device, machine, plan, lengths, labels)
+    return plan._replace(
+        seconds=epoch * steps / steps_per_epoch,
+        memory=memory_of(shape, device, at_once, share, plan.checkpointing),
+    )
+
+
+def fitted(
+    cfg: Config, plan: Plan, longest: int, shape: Shape, device: Device, machine: Machine
+) -> Plan:
+    """As many tokens at once as memory holds; recomputing, where not even one pair fits without."""
+    usable = USABLE_MEMORY[device.kind] * machine.memory
+    fixed = memory_of(shape, device, 0, 0, checkpointing=False)
+    choices = [plan.checkpointing]
+    if cfg.GRADIENT_CHECKPOINTING is None:
+        choices = [False, True]
+    for checkpointing in choices:
+        per_token = memory_of(shape, device, 1, 1, checkpointing) - fixed
+        room = int(max(0, usable - fixed) / per_token)
+        if room >= longest:
+            break
+    reason = plan.reason
+    if not cfg.TOKENS_AT_ONCE and room < plan.tokens_at_once:
+        reason = f"as many as fit into {usable / 1e9:.0f} GB"
+        plan = plan._replace(tokens_at_once=max(room, longest))
+    if checkpointing:
+        reason += "; values are computed again instead of kept, " + (
+            "as set" if cfg.GRADIENT_CHECKPOINTING else "or one pair alone would not fit"
+        )
+    return plan._replace(checkpointing=checkpointing, reason=reason)
+
+
+def kept_bytes(shape: Shape, device: Device) -> float:
+    """For one token in one block, what is kept for the way back.
+
+    In the attention the question, key, value, what comes of them, and that in one piece; before it
+    the stream and what its norm makes of it, in float32 also where all else is in 16 bits; then the
+    wide part. The tests count the same in real models.
+    """
+    size = 4 if device.dtype == "float32" else 2
+    narrow = 7 if shape.wide_numbers < 3 else 9  # with a gate come two norms
+    norms = 0 if size == 4 else 4 * shape.hidden
+    return size * (narrow * shape.hidden + shape.wide_numbers * shape.inner) + norms
+
+
+def memory_of(
+    shape: Shape, device: Device, tokens: int, share: float, checkpointing: bool
+) -> float:
+    """Bytes at the worst moment, with so many tokens at once, of which this share is learnt."""
+    size = 4 if device.dtype == "float32" else 2
+    fixed = 0.6e9  # the libraries, or what CUDA takes for itself
+    weights = shape.parameters * (0.65 if device.four_bit else size)  # parts are not in 4 bits
+    adapter = shape.adapter * 4 * 4  # value, gradient, and two figures of the optimizer
+    block = kept_bytes(shape, device) + 8 * 0.05 * shape.adapted_inputs / shape.blocks
+    kept = shape.blocks * (4 * shape.hidden if checkpointing else block)
+    passing = block if checkpointing else 4 * size * shape.inner  # of the block under way
+    logits = share * shape.vocabulary * (4 + 4 + size)
+    return fixed + weights + adapter + tokens * (kept + passing + logits)
+
+
+def seconds_of(
+    shape: Shape,
+    device: Device,
+    machine: Machine,
+    plan: Plan,
+    lengths: Sequence[int],
+    labels: int,
+) -> float:
+    """For one epoch: the products of matrices, the moving of what lies between them, the weights."""
+    tokens, squares = sum(lengths), sum(length**2 for length in lengths)
+    through = 2 * tokens * shape.weights
+    products = through * (3 if plan.checkpointing else 2) + 6 * tokens * shape.adapter
+    products += 7 * squares * shape.hidden * shape.blocks  # attention, there and back
+    products += 4 * labels * shape.hidden * shape.vocabulary
+    moved = PASSES * tokens * shape.blocks * kept_bytes(shape, device)
+    rows = math.ceil(tokens / plan.steps_per_epoch / plan.tokens_at_once) * plan.steps_per_epoch
+    if device.four_bit:  # made into 16 bits, there and back, whatever the tokens
+        moved += rows * 2 * 2.5 * shape.weights
+    return products / machine.flops + moved / machine.bandwidth
+
+
+PASSES = 6  # how often a kept number is written or read
+
+
+def machine_here(device: Device, shape: Shape) -> Machine:
+    """What this machine can do, timed for a moment."""
+    import psutil
+    import torch
+
+    dtype = getattr(torch, device.dtype)
+    tokens = torch.randn(1024, shape.hidden, dtype=dtype, device=device.kind)
+    weight = torch.randn(shape.hidden, shape.inner, dtype=dtype, device=device.kind)
+    wide = tokens @ weight
+
+    def timed(act: Callable[[], Any]) -> float:
+        best = math.inf
+        for _ in range(5):
+            start = time.perf_counter()
+            act()
+            if device.kind == "cuda":
+                torch.cuda.synchronize()
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    flops = 2 * tokens.numel() * shape.inner / timed(lambda: tokens @ weight)
+    memory = psutil.virtual_memory().total
+    if device.kind == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory
+    return Machine("here", flops, 2 * wide.nbytes / timed(wide.clone), memory)
 
 
 # ==================================================================================================
@@ -3387,6 +3567,37 @@ def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
     return [module for name, module in linear if name in cfg.LORA_TARGETS]
 
 
+def plan_here(cfg: Config, examples: Sequence[Example], device: Device) -> Plan:
+    """The plan for this machine; without an estimate where the shape of the model is unknown."""
+    model = hollow_model(cfg)
+    if model is None:
+        return plan_run(cfg, examples, device)
+    shape = shape_of(cfg, model)
+    return plan_run(cfg, examples, device, shape, machine_here(device, shape))
+
+
+def shape_of(cfg: Config, model: PreTrainedModel) -> Shape:
+    """What the cost depends on; the weights may be missing."""
+    import torch
+
+    adapted, shape = adapted_layers(cfg, model), model.config
+    modules = {name: module for name, module in model.named_modules() if name != "lm_head"}
+    linear = [module for module in modules.values() if isinstance(module, torch.nn.Linear)]
+    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in modules)
+    wide = any(layer.in_features == shape.intermediate_size for layer in adapted)
+    return Shape(
+        blocks=shape.num_hidden_layers,
+        hidden=shape.hidden_size,
+        inner=shape.intermediate_size,
+        wide_numbers=(3 if gated else 1) + wide,
+        weights=sum(layer.in_features * layer.out_features for layer in linear),
+        vocabulary=shape.vocab_size,
+        parameters=model.num_parameters(),
+        adapter=sum(cfg.LORA_R * (layer.in_features + layer.out_features) for layer in adapted),
+        adapted_inputs=sum(layer.in_features for layer in adapted),
+    )
+
+
 def lora_config(cfg: Config) -> PeftConfig:
     with usable_peft() as peft:
         return peft.LoraConfig(
@@ -3511,6 +3722,133 @@ def attend_in_each_example(
     return torch.cat(seen, dim=1), None
 
 
+def switched_off(size: int, share: float, device: torch.device) -> torch.Tensor:
+    """The places that dropout sets to zero among so many, drawn by the gaps between them.
+
+    That takes a random number for each of these, not for every value. Places beyond the end are `size`.
+    """
+    import torch
+
+    draws = int(size * share + 10 * math.sqrt(size * share) + 10)  # too few once in 10^20 times
+    gaps = torch.rand(draws, device=device).neg_().add_(1).log_().div_(math.log1p(-share))
+    return gaps.long().add_(1).cumsum(0).sub_(1).clamp_(max=size)
+
+
+def without(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """A copy with zeros at these places."""
+    copy = values.new_empty(values.numel() + 1)  # the last takes the places beyond the end
+    copy[:-1] = values.flatten()
+    return copy.index_fill_(0, places, 0)[:-1].view_as(values)
+
+
+@functools.cache
+def joint_layer() -> Any:
+    """A frozen layer and its adapter as one operation: y = W x + b + scale * B A dropout(x).
+
+    Left to itself, peft makes ten operations of this, each with a copy of its input or output, some
+    of which are kept for the way back. Here only x itself is kept, once for all layers that read it,
+    with the places that the dropout took; and where nobody asks for the gradient of x, as in the
+    first layers, it is not computed.
+    """
+    import torch
+
+    class JointLayer(torch.autograd.Function):
+        @staticmethod
+        def forward(
+            ctx: Any,
+            x: torch.Tensor,  # (…, inputs)
+            a: torch.Tensor,  # (rank, inputs)
+            b: torch.Tensor,  # (outputs, rank)
+            base: Any,
+            scale: float,
+            dropout: float,
+            dtype: torch.dtype,
+        ) -> torch.Tensor:
+            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            bias = None if base.bias is None else base.bias.to(dtype)
+            y = torch.nn.functional.linear(rows, weight_of(base, dtype), bias)
+            off = None
+            if dropout:
+                off = switched_off(rows.numel(), dropout, rows.device)
+                rows = without(rows, off)
+            inner = rows @ a.to(dtype).T
+            y.addmm_(inner, b.to(dtype).T, alpha=scale / (1 - dropout))
+            ctx.save_for_backward(x, off, inner, a, b)
+            ctx.base, ctx.scale, ctx.dtype = base, scale / (1 - dropout), dtype
+            return y.view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx: Any, dy: torch.Tensor) -> Any:
+            x, off, inner, a, b = ctx.saved_tensors
+            rows, dy = x.reshape(-1, x.shape[-1]).to(ctx.dtype), dy.reshape(-1, dy.shape[-1])
+            rows = rows if off is None else without(rows, off)
+            d_inner = (dy @ b.to(ctx.dtype)).mul_(ctx.scale)
+            d_a, d_b = d_inner.T @ rows, (dy.T @ inner).mul_(ctx.scale)
+            d_x = None
+            if ctx.needs_input_grad[0]:
+                d_x = d_inner @ a.to(ctx.dtype)
+                d_x = d_x if off is None else without(d_x, off)
+                d_x = d_x.addmm_(dy, weight_of(ctx.base, ctx.dtype)).view(x.shape).to(x.dtype)
+            return d_x, d_a.to(a.dtype), d_b.to(b.dtype), None, None, None, None
+
+    return JointLayer.apply
+
+
+def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
+    """The weight of a frozen layer in the numbers of the computation."""
+    state = getattr(base.weight, "quant_state", None)
+    if state is None:
+        return base.weight.to(dtype)
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(base.weight.data, state).to(dtype)
+
+
+def is_plain_adapter(layer: Any) -> bool:
+    """Whether this is a layer with one LoRA adapter, of the kind that `joint_layer` computes."""
+    from peft.tuners.lora import LoraLayer
+
+    if not isinstance(layer, LoraLayer) or layer.active_adapters != ["default"]:
+        return False
+    base = layer.get_base_layer()
+    known = type(base).__name__ in ("Linear", "Linear4bit") and base.weight.dim() == 2
+    special = layer.use_dora.get("default") or layer.lora_variant or layer.lora_bias["default"]
+    return known and not special and not layer.fan_in_fan_out
+
+
+def joint_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the layer's own forward computes, with `joint_layer`."""
+    import torch
+
+    if layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    base = layer.get_base_layer()
+    return joint_layer()(
+        x,
+        layer.lora_A["default"].weight,
+        layer.lora_B["default"].weight,
+        base,
+        layer.scaling["default"],
+        getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0,
+        dtype,
+    )
+
+
+@contextmanager
+def joint_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
+    """Compute each layer and its adapter as one, wherever that is possible."""
+    layers: list[Any] = [layer for layer in model.modules() if wanted and is_plain_adapter(layer)]
+    for layer in layers:
+        layer.forward = functools.partial(joint_forward, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
 @contextmanager
 def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """Let the model read rows of several examples, as `flatten` makes them."""
@@ -3520,9 +3858,12 @@ def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
     usual = model.config._attn_implementation
     model.set_attn_implementation(FLAT_ATTENTION)
+    # in float32 what every block adds to, also where the blocks compute in 16 bits
+    in_full = model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
     try:
         yield
     finally:
+        in_full.remove()
         model.set_attn_implementation(usual)
 
 
@@ -3681,6 +4022,35 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
+def rows_of(examples: Sequence[Example], most: int) -> list[list[Example]]:
+    """The same examples in as few rows as can be of so many tokens at most, all about as long."""
+
+    def tokens(row: Sequence[Example]) -> int:
+        return sum(len(example["input_ids"]) for example in row)
+
+    longest_first = sorted(examples, key=lambda example: -len(example["input_ids"]))
+    most = max(most, tokens(longest_first[:1]))
+    for count in range(math.ceil(tokens(examples) / most), len(examples) + 1):
+        rows: list[list[Example]] = [[] for _ in range(count)]
+        shortest = [(0, number) for number in range(count)]  # a heap of tokens and rows
+        for example in longest_first:
+            length, number = shortest[0]
+            rows[number].append(example)
+            heapq.heapreplace(shortest, (length + len(example["input_ids"]), number))
+        if max(shortest)[0] <= most:
+            break
+    return rows
+
+
+def lay_out(examples: Sequence[Example], most: int) -> dict[str, Any]:
+    """One step: its rows, and what the Trainer counts."""
+    import torch
+
+    rows = [flatten(row) for row in rows_of(examples, most)]
+    whole = {name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "labels")}
+    return whole | {"rows": rows}
+
+
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Cross entropy of the tokens to learn, summed; logits are there for these tokens only."""
     import torch
@@ -3699,7 +4069,7 @@ def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
 
 
 def mean_loss(
-    model: PeftModel, examples: Sequence[Example], batch_size: int, device: Device
+    model: PeftModel, examples: Sequence[Example], tokens_at_once: int, device: Device
 ) -> float:
     """Mean loss of a token to predict, over all examples together."""
     import torch
@@ -3713,8 +4083,8 @@ def mean_loss(
             flat_rows(model),
             torch.autocast(device.kind, getattr(torch, device.dtype), enabled=half),
         ):
-            for start in range(0, len(examples), batch_size):
-                batch = flatten(examples[start : start + batch_size])
+            for row in rows_of(examples, tokens_at_once):
+                batch = flatten(row)
                 batch = {
                     k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()
                 }
@@ -3733,7 +4103,7 @@ ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no other to end the run
 STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 LOADABLE = (".safetensors", *PICKLES)  # what a library might take up by its name
-FORM = 1  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
+FORM = 2  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
 TAKEN_UP = "taken_up.json"  # which checkpoint the person has named, and where it lay
 NEWEST_KEPT = 2  # and the best one
 MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
@@ -4228,23 +4598,14 @@ def memory_fault(error: BaseException) -> str:
     return "full" if isinstance(error, MemoryError) or full else ""
 
 
-def smaller(cfg: Config) -> Config | None:
+def smaller(plan: Plan, longest: int) -> Plan | None:
     """The same steps with less in memory at once; None when nothing is left to try."""
-    pairs = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
-    if cfg.BATCH_SIZE > 1:
-        size = max(n for n in range(1, cfg.BATCH_SIZE // 2 + 1) if pairs % n == 0)
-        changes: dict[str, Any] = {
-            "BATCH_SIZE": size,
-            "GRADIENT_ACCUMULATION_STEPS": pairs // size,
-        }
-    elif not cfg.GRADIENT_CHECKPOINTING:
-        changes = {"GRADIENT_CHECKPOINTING": True}
-    else:
-        return None
-    return Config(**setting_values(cfg) | changes)
+    if plan.tokens_at_once > longest:
+        return plan._replace(tokens_at_once=max(longest, plan.tokens_at_once // 2))
+    return None if plan.checkpointing else plan._replace(checkpointing=True)
 
 
-def with_less_memory(cfg: Config, error: BaseException) -> Config:
+def with_less_memory(plan: Plan, longest: int, error: BaseException) -> Plan:
     """What to go on with after this error, said; raised again when it is about something else."""
     fault = memory_fault(error)
     if not fault:
@@ -4253,23 +4614,20 @@ def with_less_memory(cfg: Config, error: BaseException) -> Config:
         raise UserError(
             f"The GPU ran out of memory and answers no more: {preview(str(error), 100)}\n"
             "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
-            "add --gradient-checkpointing, or lower BATCH_SIZE and raise "
-            "GRADIENT_ACCUMULATION_STEPS by as much."
+            f"add --tokens-at-once {max(longest, plan.tokens_at_once // 2)}, then "
+            "--gradient-checkpointing; neither changes the result."
         ) from None
-    less = smaller(cfg)
+    less = smaller(plan, longest)
     if less is None:
         raise UserError(
             f"Memory ran out with one pair at a time: {preview(str(error), 100)}\n"
             f"{LEVERS} The checkpoints so far are kept."
         ) from None
-    if less.GRADIENT_CHECKPOINTING == cfg.GRADIENT_CHECKPOINTING:
-        how = (
-            f"{less.BATCH_SIZE} pairs at once instead of {cfg.BATCH_SIZE}, "
-            f"{less.GRADIENT_ACCUMULATION_STEPS} times a step; the result is the same"
-        )
+    if less.checkpointing == plan.checkpointing:
+        how = f"{less.tokens_at_once:,} tokens at once, not {plan.tokens_at_once:,}"
     else:
-        how = "values are computed again instead of kept: slower, and the result is the same"
-    say("Memory", f"it ran out, so the training goes on with less: {how}")
+        how = "values are computed again instead of kept, which is slower"
+    say("Memory", f"it ran out, so the training goes on with less: {how}; the result is the same")
     return less
 
 
@@ -4282,25 +4640,31 @@ def release_memory() -> None:
             backend.empty_cache()
 
 
-def try_longest_batch(trainer: Trainer, cfg: Config, examples: Sequence[Example]) -> None:
-    """The batch that needs the most memory, forwards and backwards: if it is too much, then now."""
+def longest_row(data: Prepared, plan: Plan) -> list[Example]:
+    """A row that needs as much memory as any of the training."""
+    longest_first = sorted(data.train, key=lambda example: -len(example["input_ids"]))
+    return rows_of(longest_first[: plan.pairs], plan.tokens_at_once)[0]
+
+
+def try_longest_row(trainer: Trainer, data: Prepared, plan: Plan) -> None:
+    """Forwards and backwards, before anything else: if it is too much, then now."""
     import torch
 
-    longest = sorted(examples, key=lambda one: len(one["input_ids"]))[-cfg.BATCH_SIZE :]
-    tokens = sum(label != IGNORE for one in longest for label in one["labels"])
+    row = longest_row(data, plan)
+    tokens = sum(label != IGNORE for example in row for label in example["labels"])
     with torch.random.fork_rng():
-        trainer.training_step(trainer.model_wrapped, flatten(longest), tokens)
+        trainer.training_step(trainer.model_wrapped, {"rows": [flatten(row)]}, tokens)
     trainer.model.zero_grad()
 
 
 def measured_loss(
-    cfg: Config, model: PeftModel, examples: Sequence[Example], device: Device
+    model: PeftModel, examples: Sequence[Example], tokens_at_once: int, device: Device
 ) -> float | None:
-    """The mean loss with as many pairs at once as fit; None when not even one does."""
-    size = cfg.BATCH_SIZE
-    while size:
+    """The mean loss with as many tokens at once as fit; None when not even one pair does."""
+    longest = max(len(example["input_ids"]) for example in examples)
+    while True:
         try:
-            loss = mean_loss(model, examples, size, device)
+            loss = mean_loss(model, examples, tokens_at_once, device)
             if not math.isfinite(loss):
                 raise UserError(NOT_A_NUMBER)
             return loss
@@ -4308,7 +4672,9 @@ def measured_loss(
             if memory_fault(error) != "full":
                 raise
         release_memory()  # not before here, since the error holds on to what filled it
-        size //= 2
+        if tokens_at_once <= longest:
+            break
+        tokens_at_once //= 2
     say("Warning", "memory ran out while the validation loss was measured; it is left out")
     return None
 
@@ -4327,8 +4693,7 @@ def training_arguments(
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
-        per_device_train_batch_size=cfg.BATCH_SIZE,
-        gradient_accumulation_steps=cfg.GRADIENT_ACCUMULATION_STEPS,
+        per_device_train_batch_size=plan.pairs,  # as one batch, which lay_out divides
         learning_rate=cfg.LEARNING_RATE,
         lr_scheduler_type=cfg.LR_SCHEDULER,
         warmup_steps=plan.warmup_steps,
@@ -4351,23 +4716,32 @@ def training_arguments(
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
         report_to=cfg.REPORT_TO,
-        **({checkpointing: True} if cfg.GRADIENT_CHECKPOINTING else {}),
+        **({checkpointing: True} if plan.checkpointing else {}),
     )
     arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
     return arguments
 
 
 def build_trainer(
-    cfg: Config, model: PeftModel, data: Prepared, device: Device, keeper: Keeper, tally: Tally
+    cfg: Config,
+    model: PeftModel,
+    data: Prepared,
+    device: Device,
+    plan: Plan,
+    keeper: Keeper,
+    tally: Tally,
 ) -> Trainer:
     from transformers import Trainer
 
-    plan = plan_run(cfg, data.train)
-
     class AnswerTrainer(Trainer):
+        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+            """Row by row: the gradient of a step is the sum of theirs, and so is the loss."""
+            step = super().training_step
+            return sum(step(model, row, num_items_in_batch) for row in inputs["rows"])
+
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
-            loss = measured_loss(cfg, model, data.held_out, device)
+            loss = measured_loss(model, data.held_out, plan.tokens_at_once, device)
             if loss is not None:
                 self.log({"eval_loss": loss})
             metrics = {"eval_loss": math.inf if loss is None else loss}  # unknown is never the best
@@ -4395,7 +4769,7 @@ def build_trainer(
         training_arguments(cfg, plan, device, bool(data.held_out), keeper.folder),
         train_dataset=data.train,
         eval_dataset=data.held_out or None,
-        data_collator=flatten,
+        data_collator=functools.partial(lay_out, most=plan.tokens_at_once),
         compute_loss_func=step_loss,
     )
 
@@ -4431,7 +4805,7 @@ class Tally:
     base_loss: float | None = None
     trainable: int = 0
     parameters: int = 0
-    batch_size: int = 0
+    tokens_at_once: int = 0
     device: str = ""
     log: str = ""  # the name of its file
     seconds: float = 0.0  # from the first step to the last, without measuring and saving
@@ -4489,7 +4863,13 @@ def figures_to_log() -> Any:
 
 
 def pace(
-    trainer: Trainer, cfg: Config, data: Prepared, keeper: Keeper, tally: Tally, stop: Interruption
+    trainer: Trainer,
+    cfg: Config,
+    data: Prepared,
+    plan: Plan,
+    keeper: Keeper,
+    tally: Tally,
+    stop: Interruption,
 ) -> TrainerCallback:
     """Counts the time, and says when to save and to stop."""
     from transformers import TrainerCallback
@@ -4498,7 +4878,7 @@ def pace(
         def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
             if args.device.type != "cpu":
-                try_longest_batch(trainer, cfg, data.train)
+                try_longest_row(trainer, data, plan)
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             tally.start()
@@ -4543,6 +4923,7 @@ def train_adapter(
     model: PeftModel,
     data: Prepared,
     device: Device,
+    plan: Plan,
     keeper: Keeper,
     start: Checkpoint | None = None,
 ) -> Checkpoint:
@@ -4552,15 +4933,17 @@ def train_adapter(
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
-    first = start.record["tally"] if start else first_figures(cfg, model, data, device)
+    first = start.record["tally"] if start else first_figures(model, data, device, plan)
+    longest = max(len(example["input_ids"]) for example in data.train)
     while True:
         tally = Tally(**(start.record["tally"] if start else first))
-        tally.batch_size, tally.device, tally.log = cfg.BATCH_SIZE, device.kind, keeper.log.name
+        tally.tokens_at_once, tally.device = plan.tokens_at_once, device.kind
+        tally.log = keeper.log.name
         try:
-            run_trainer(cfg, model, data, device, keeper, tally, start)
+            run_trainer(cfg, model, data, device, plan, keeper, tally, start)
             break
         except (RuntimeError, MemoryError) as error:
-            cfg = with_less_memory(cfg, error)
+            plan = with_less_memory(plan, longest, error)
         release_memory()  # not before here, since the error holds on to what filled it
         start = keeper.latest()
         for name, parameter in learnt.items():
@@ -4570,12 +4953,12 @@ def train_adapter(
     return last
 
 
-def first_figures(cfg: Config, model: PeftModel, data: Prepared, device: Device) -> dict[str, Any]:
+def first_figures(model: PeftModel, data: Prepared, device: Device, plan: Plan) -> dict[str, Any]:
     trainable, parameters = model.get_nb_trainable_parameters()
     figures = {"trainable": trainable, "parameters": parameters}
     if data.held_out:
         with model.disable_adapter():
-            loss = measured_loss(cfg, model, data.held_out, device)
+            loss = measured_loss(model, data.held_out, plan.tokens_at_once, device)
         if loss is not None:
             say("Before", f"validation loss of the untrained model: {loss:.3f}")
         figures["base_loss"] = loss
@@ -4587,14 +4970,15 @@ def run_trainer(
     model: PeftModel,
     data: Prepared,
     device: Device,
+    plan: Plan,
     keeper: Keeper,
     tally: Tally,
     start: Checkpoint | None,
 ) -> None:
     """One go at the training: to its end, or as far as the person and the memory allow."""
-    trainer = build_trainer(cfg, model, data, device, keeper, tally)
-    with flat_rows(model), Interruption() as stop:
-        trainer.add_callback(pace(trainer, cfg, data, keeper, tally, stop))
+    trainer = build_trainer(cfg, model, data, device, plan, keeper, tally)
+    with joint_layers(model, cfg.FAST_ADAPTER), flat_rows(model), Interruption() as stop:
+        trainer.add_callback(pace(trainer, cfg, data, plan, keeper, tally, stop))
         trainer.add_callback(figures_to_log())
         show_losses(trainer)
         try:
@@ -4723,7 +5107,7 @@ def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
         "train_pairs": len(data.train_pairs),
         "eval_pairs": len(data.held_out_pairs),
         "tokens_trained": trained.tokens,
-        "batch_size": tally.batch_size,
+        "tokens_at_once": tally.tokens_at_once,
         "train_seconds": round(tally.seconds, 3),
         "train_cpu_seconds": round(tally.cpu_seconds, 3),
         "tokens_per_second": round(trained.tokens / tally.seconds, 1),
@@ -5316,10 +5700,11 @@ def train(cfg: Config) -> int:
 def run_training(cfg: Config) -> Prepared:
     data = prepare(cfg)
     refuse_few(data.pairs)
-    plan = plan_run(cfg, data.train)
-    say_plan(cfg, data, plan)
-    ask_about_quality(cfg, data.quality)
     device = pick_device(cfg)
+    plan = plan_here(cfg, data.train, device)
+    say_plan(cfg, data, plan)
+    say_estimate(plan)
+    ask_about_quality(cfg, data.quality)
     keeper = Keeper(cfg, identity_of(cfg, data, device))
     last = keeper.starting_point()
     if last and LOG_NAME.fullmatch(str(last.record["tally"]["log"])):  # one log for the whole run
@@ -5331,9 +5716,9 @@ def run_training(cfg: Config) -> Prepared:
         from transformers import set_seed
 
         set_seed(cfg.SEED)
-        last = train_adapter(cfg, add_lora(cfg, base), data, device, keeper, last)
+        last = train_adapter(cfg, add_lora(cfg, base), data, device, plan, keeper, last)
     folder, archive = save_run(cfg, device, data, last)
-    say_result(outcome(cfg, last), folder, archive)
+    say_result(outcome(cfg, last), plan, folder, archive)
     return data
 
 
@@ -5365,7 +5750,10 @@ def check(cfg: Config) -> int:
         for problem in problems:
             say("Problem", problem)
         if data and not problems:
-            say_plan(cfg, data, plan_run(cfg, data.train))
+            plan = plan_here(cfg, data.train, device_here(cfg)[1])
+            say_plan(cfg, data, plan)
+            say_estimate(plan)
+            say_elsewhere(cfg, data.train)
         report = say_report(cfg, data) if data else None
         if not problems:
             say(
@@ -5455,12 +5843,43 @@ def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
         f"{len(data.held_out_pairs)} held out to measure" if data.held_out else "none held out"
     )
     say("Pairs", f"{len(data.train_pairs)} to learn, {held_out}")
-    size = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
     epochs = plan.steps / plan.steps_per_epoch
     say(
         "Plan",
-        f"{plan.steps} steps of {size} pairs, {epochs:.3g} times over {plan.tokens_per_epoch:,} tokens",
+        f"{plan.steps} steps of {plan.pairs} pairs, {epochs:.3g} times over {plan.tokens_per_epoch:,} tokens; "
+        f"at most {plan.tokens_at_once:,} tokens at once ({plan.reason})",
     )
+
+
+def in_time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def cost_in_words(plan: Plan) -> str:
+    if plan.seconds is None or plan.memory is None:
+        return ""
+    return f"{in_time(plan.seconds)} of training, at most {plan.memory / 1e9:.1f} GB of memory"
+
+
+def say_estimate(plan: Plan) -> None:
+    if cost := cost_in_words(plan):
+        say("Estimate", f"about {cost}")
+
+
+def say_elsewhere(cfg: Config, examples: Sequence[Example]) -> None:
+    """What the same would cost on the GPUs that Colab has."""
+    model = hollow_model(cfg)
+    if model is None or cfg.MODEL_NAME == DEMO_MODEL:
+        return
+    shape = shape_of(cfg, model)
+    plans = {
+        name: plan_run(cfg, examples, choose_device(cfg, "cuda", capability), shape, machine)
+        for name, (capability, machine) in GPUS.items()
+    }
+    costs = "; ".join(f"{name} {cost_in_words(plan)}" for name, plan in plans.items())
+    say("On Colab", f"by arithmetic, not timed: {costs}")
 
 
 def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None) -> None:
@@ -5474,7 +5893,7 @@ def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None)
         say("Resume", f"from step {start.step} of {plan.steps}, in {near(start.folder)}")
 
 
-def say_result(trained: Trained, folder: Path, archive: Path) -> None:
+def say_result(trained: Trained, plan: Plan, folder: Path, archive: Path) -> None:
     before, after, tally = trained.base_loss, trained.final_loss, trained.tally
     if before is not None and after is not None:
         share = 1 - after / before
@@ -5484,7 +5903,10 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     took = f"{tally.seconds:.0f} s" if tally.seconds < 120 else f"{tally.seconds / 60:.1f} min"
     memory = tally.peak_memory_gb
     most = f", at most {memory:.1f} GB of memory" if memory else ""
-    say("Time", f"{took} of training, {trained.tokens / tally.seconds:,.0f} tokens a second{most}")
+    cost = cost_in_words(plan)
+    foreseen = f" (foreseen: {cost})" if cost else ""
+    rate = trained.tokens / tally.seconds
+    say("Time", f"{took} of training, {rate:,.0f} tokens a second{most}{foreseen}")
     say("Saved", f"the adapter in {near(folder)}, pictures in {near(folder / 'training_visuals')}")
     if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
         say("", f"the model that was there before is kept in {near(earlier)}")
@@ -5640,15 +6062,14 @@ def model_problems(cfg: Config) -> list[str]:
     model = hollow_model(cfg)
     if model is None:
         return problems
-    layers: list[Any] = []
+    trainable = 0
     with collecting(problems):
-        layers = adapted_layers(cfg, model)
+        trainable = shape_of(cfg, model).adapter
     with collecting(problems):
         _, device = device_here(cfg)
         with collecting(problems):
             optimizer_name(cfg, device)
         refuse_small_memory(cfg, device, model.num_parameters())
-    trainable = sum(cfg.LORA_R * (layer.in_features + layer.out_features) for layer in layers)
     with collecting(problems):
         refuse_full_disk(cfg, trainable)
     return problems

@@ -59,7 +59,7 @@ D11 a clock that jumps back: test_7_checkpoints dates_of_folders_mean_nothing
 Memory and numbers
 M1 out of memory in a step: test_7_memory smaller_batches_give_the_same_adapter
 M2 a GPU that answers no more: test_7_memory a_gpu_that_answers_no_more_ends_with_the_way_on
-M3 out of memory on the longest row: test_7_memory the_longest_batch_is_tried_without_a_trace
+M3 out of memory on the longest row: test_7_memory the_longest_row_is_tried_without_a_trace
 M4 out of memory while measuring: test_7_memory a_lack_of_memory_while_measuring_costs_no_training
 M5 not even one pair fits: test_7_training memory_that_runs_out_is_one_message_with_the_levers
 M6 the computer's own memory is full: test_10_preflight memory_is_judged_where_the_weights_lie

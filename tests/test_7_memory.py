@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +25,13 @@ FLAGS = (*FLAGS, "--lora-dropout", 0)
 Run = Callable[..., tuple[int, str]]
 
 
-def memory_for(pairs: int, patch: pytest.MonkeyPatch, message: str = FULL, after: int = 0) -> None:
-    """From the `after`-th use on, attention runs out of memory for more than so many pairs."""
+def memory_for(tokens: int, patch: pytest.MonkeyPatch, message: str = FULL, after: int = 0) -> None:
+    """From the `after`-th use on, attention runs out of memory for more than so many tokens."""
     real, uses = ft.attend_in_each_example, []
 
     def attend(*args: Any, lengths: list[int], **kwargs: Any) -> Any:
         uses.append(1)
-        if len(lengths) > pairs and len(uses) > after:
+        if sum(lengths) > tokens and len(uses) > after:
             raise torch.OutOfMemoryError(message)
         return real(*args, lengths=lengths, **kwargs)
 
@@ -42,26 +43,24 @@ def results(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     return load_file(folder / "model" / ft.ADAPTER), metrics
 
 
-@pytest.mark.parametrize("after", [0, 12, 24], ids=["at once", "before a save", "after a save"])
+@pytest.mark.parametrize("after", [0, 4, 8], ids=["at once", "before a save", "after a save"])
 def test_smaller_batches_give_the_same_adapter(
     after: int, workbook: Path, phi_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ("--model-name", phi_folder, *FLAGS)
     assert run(*flags)[0] == 0
     expected, plain = results(workbook.parent)
-    memory_for(1, monkeypatch, after=after)
+    memory_for(200, monkeypatch, after=after)
     code, printed = run(*flags, "--no-resume")
     assert code == 0
     printed = in_words(printed)
-    assert (
-        "it ran out, so the training goes on with less: 2 pairs at once instead of 4, " in printed
-    )
-    assert "1 pairs at once instead of 2, 16 times a step; the result is the same" in printed
+    found = re.findall(r"goes on with less: (\d+) tokens at once, not (\d+); the result", printed)
+    assert [int(less) for less, _ in found] == [int(more) // 2 for _, more in found]
+    assert len(found) >= 1
     adapter, metrics = results(workbook.parent)
     for name, weight in adapter.items():
         torch.testing.assert_close(weight, expected[name], atol=2e-5, rtol=1e-3)
-    assert metrics["batch_size"] == 1
-    assert plain["batch_size"] == 4
+    assert metrics["tokens_at_once"] == int(found[-1][0]) <= 200 < plain["tokens_at_once"]
     for name in ("train_loss", "eval_loss", "base_eval_loss"):
         assert metrics[name] == pytest.approx(plain[name], rel=1e-4)
     for name in ("steps", "tokens_trained", "best_step"):
@@ -74,9 +73,9 @@ def test_less_is_kept_when_not_even_one_pair_fits(
     real, real_arguments = ft.attend_in_each_example, ft.training_arguments
     recomputing = [False]
 
-    def arguments(cfg: ft.Config, *rest: Any) -> Any:
-        recomputing[0] = cfg.GRADIENT_CHECKPOINTING
-        return real_arguments(cfg, *rest)
+    def arguments(cfg: ft.Config, plan: ft.Plan, *rest: Any) -> Any:
+        recomputing[0] = plan.checkpointing
+        return real_arguments(cfg, plan, *rest)
 
     def attend(*args: Any, lengths: list[int], **kwargs: Any) -> Any:
         if torch.is_grad_enabled() and not recomputing[0]:
@@ -95,19 +94,17 @@ def test_less_is_kept_when_not_even_one_pair_fits(
         torch.testing.assert_close(weight, expected[name], atol=2e-5, rtol=1e-3)
 
 
-@given(st.integers(1, 300), st.integers(1, 300), st.booleans())
-def test_every_smaller_step_has_the_same_pairs(batch: int, times: int, saving: bool) -> None:
-    cfg: ft.Config | None = ft.Config(
-        BATCH_SIZE=batch, GRADIENT_ACCUMULATION_STEPS=times, GRADIENT_CHECKPOINTING=saving
-    )
-    sizes = [batch]
-    while cfg:
-        last, cfg = cfg, ft.smaller(cfg)
-        assert batch * times == last.BATCH_SIZE * last.GRADIENT_ACCUMULATION_STEPS
-        sizes.append(last.BATCH_SIZE)
+@given(st.integers(1, 5000), st.integers(1, 500), st.booleans())
+def test_less_and_less_is_tried_down_to_one_pair(most: int, longest: int, saving: bool) -> None:
+    plan: ft.Plan | None = ft.Plan(1, 1, 0, 1, 16, most, saving, "")
+    sizes = []
+    while plan:
+        last, plan = plan, ft.smaller(plan, longest)
+        sizes.append(last.tokens_at_once)
     assert sizes == sorted(sizes, reverse=True)
-    assert last.BATCH_SIZE == 1
-    assert last.GRADIENT_CHECKPOINTING
+    assert last.tokens_at_once <= max(longest, most)
+    assert last.checkpointing
+    assert len(sizes) < 20
 
 
 @pytest.mark.parametrize(
@@ -137,7 +134,7 @@ def test_a_gpu_that_answers_no_more_ends_with_the_way_on(
 ) -> None:
     flags = ("--model-name", phi_folder, *FLAGS)
     with pytest.MonkeyPatch.context() as patch:
-        memory_for(0, patch, "CUDA error: out of memory", after=24)
+        memory_for(0, patch, "CUDA error: out of memory", after=8)
         code, printed = run(*flags)
     assert code == 2
     assert "Run the same command again: it goes on from the newest checkpoint" in in_words(printed)
@@ -147,7 +144,7 @@ def test_a_gpu_that_answers_no_more_ends_with_the_way_on(
     assert "from step" in printed
 
 
-@pytest.mark.parametrize("fits", [1, 0], ids=["one pair fits", "none fits"])
+@pytest.mark.parametrize("fits", [100, 0], ids=["one pair fits", "none fits"])
 def test_a_lack_of_memory_while_measuring_costs_no_training(
     fits: int, workbook: Path, phi_folder: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,9 +160,9 @@ def test_a_lack_of_memory_while_measuring_costs_no_training(
     monkeypatch.setattr(ft, "mean_loss", mean_loss)
     code, printed = run("--model-name", phi_folder, *FLAGS)
     assert code == 0
-    assert sizes[:3] == [4, 2, 1]
+    assert sizes[1] == sizes[0] // 2
     metrics = results(workbook.parent)[1]
-    assert metrics["batch_size"] == 4
+    assert metrics["tokens_at_once"] == sizes[0]
     assert metrics["steps"] == 5
     assert (metrics["eval_loss"] is None) == (not fits)
     assert ("it is left out" in in_words(printed)) == (not fits)
@@ -174,30 +171,31 @@ def test_a_lack_of_memory_while_measuring_costs_no_training(
     assert "NaN" not in text
 
 
-def test_the_longest_batch_is_tried_without_a_trace(phi_folder: Path, workbook: Path) -> None:
+def test_the_longest_row_is_tried_without_a_trace(phi_folder: Path, workbook: Path) -> None:
     """It must change neither the weights nor the chance that decides the dropout."""
     cfg = ft.Config(MODEL_NAME=str(phi_folder))
     data = ft.prepare(cfg)
     model = ft.add_lora(cfg, ft.load_base(cfg, CPU))
     keeper = ft.Keeper(cfg, ft.identity_of(cfg, data, CPU))
-    trainer = ft.build_trainer(cfg, model, data, CPU, keeper, ft.Tally())
+    plan = ft.plan_run(cfg, data.train, CPU)
+    trainer = ft.build_trainer(cfg, model, data, CPU, plan, keeper, ft.Tally())
     seen: list[list[int]] = []
     real = trainer.training_step
 
     def training_step(model: Any, batch: Any, tokens: int) -> Any:
-        seen.append(batch["lengths"])
+        seen.extend(row["lengths"] for row in batch["rows"])
         return real(model, batch, tokens)
 
     trainer.training_step = training_step
     state = torch.random.get_rng_state()
     before = {name: p.clone() for name, p in model.named_parameters()}
     with ft.flat_rows(model):
-        ft.try_longest_batch(trainer, cfg, data.train)
+        ft.try_longest_row(trainer, data, plan)
     assert torch.equal(torch.random.get_rng_state(), state)
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name])
         assert parameter.grad is None
-    longest = sorted(len(one["input_ids"]) for one in data.train)[-cfg.BATCH_SIZE :]
+    longest = sorted((len(one["input_ids"]) for one in data.train), reverse=True)[: plan.pairs]
     assert seen == [longest]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,8 @@ def train(cfg: ft.Config, device: ft.Device = CPU) -> tuple[Any, ft.Prepared, ft
     """A whole training; the model comes back with the adapter that is kept."""
     data, model = ft.prepare(cfg), build(cfg, device)
     cfg.RESUME = False
-    last = ft.train_adapter(cfg, model, data, device, keeper(cfg, data, device))
+    plan = ft.plan_run(cfg, data.train, device)
+    last = ft.train_adapter(cfg, model, data, device, plan, keeper(cfg, data, device))
     trained = ft.outcome(cfg, last)
     set_peft_model_state_dict(model, load_file(trained.adapter))
     return model, data, trained
@@ -130,11 +132,17 @@ def whole_step(cfg: ft.Config) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("batch, accumulation", [(1, 4), (2, 2)])
-def test_accumulation_changes_nothing(
-    cfg: ft.Config, whole_step: dict[str, torch.Tensor], batch: int, accumulation: int
+@pytest.mark.parametrize("at_once", [1, 70, 0])
+def test_how_a_step_is_divided_changes_nothing(
+    cfg: ft.Config,
+    whole_step: dict[str, torch.Tensor],
+    batch: int,
+    accumulation: int,
+    at_once: int,
 ) -> None:
     """Through the real Trainer: rows of unequal length, three steps, the same adapter."""
     cfg.BATCH_SIZE, cfg.GRADIENT_ACCUMULATION_STEPS = batch, accumulation
+    cfg.TOKENS_AT_ONCE = at_once
     model, _, _ = train(cfg)
     fresh = adapter(build(cfg))
     for name, weight in adapter(model).items():
@@ -172,8 +180,8 @@ def test_the_validation_loss_is_a_mean_over_tokens_not_batches(cfg: ft.Config) -
     model.eval()
     with torch.no_grad():
         expected = reference_loss(model, data.train, True).item()
-    for batch_size in (1, 3, 100):
-        assert ft.mean_loss(model, data.train, batch_size, CPU) == pytest.approx(expected, abs=1e-5)
+    for most in (1, 100, 10_000):
+        assert ft.mean_loss(model, data.train, most, CPU) == pytest.approx(expected, abs=1e-5)
 
 
 def test_measuring_leaves_four_bit_gradients_as_they_are(cfg: ft.Config) -> None:
@@ -189,7 +197,7 @@ def test_measuring_leaves_four_bit_gradients_as_they_are(cfg: ft.Config) -> None
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     before = gradients()
-    ft.mean_loss(model, data.held_out, 4, CPU_4BIT)
+    ft.mean_loss(model, data.held_out, 500, CPU_4BIT)
     after = gradients()
     assert before.keys() == after.keys()
     for name, gradient in before.items():
@@ -202,7 +210,8 @@ def test_training_changes_the_adapter_and_nothing_else(cfg: ft.Config, device: f
     data, model = ft.prepare(cfg), build(cfg, device)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     cfg.MAX_STEPS = 1 if device.four_bit else 3
-    last = ft.train_adapter(cfg, model, data, device, keeper(cfg, data, device))
+    plan = ft.plan_run(cfg, data.train, device)
+    last = ft.train_adapter(cfg, model, data, device, plan, keeper(cfg, data, device))
     trained = ft.outcome(cfg, last)
     for name, parameter in model.named_parameters():
         if "lora_A" not in name:  # after the first step A is still the same, since B was zero
@@ -213,7 +222,7 @@ def test_training_changes_the_adapter_and_nothing_else(cfg: ft.Config, device: f
 def test_the_base_loss_is_measured_without_the_adapter(cfg: ft.Config) -> None:
     model, data, trained = train(cfg)
     with model.disable_adapter():
-        assert ft.mean_loss(model, data.held_out, 4, CPU) == trained.base_loss
+        assert ft.mean_loss(model, data.held_out, 1000, CPU) == pytest.approx(trained.base_loss)
 
 
 @pytest.fixture
@@ -234,7 +243,7 @@ def test_the_adapter_kept_is_the_best_one(overshooting: ft.Config) -> None:
     assert min(losses) < losses[-1], "the case is not the one meant"
     assert trained.final_loss == min(losses)
     assert trained.best_step == losses.index(min(losses)) + 1
-    measured = ft.mean_loss(model, data.held_out, overshooting.BATCH_SIZE, CPU)
+    measured = ft.mean_loss(model, data.held_out, 1000, CPU)
     assert measured == pytest.approx(min(losses), abs=1e-6)
 
 
@@ -243,7 +252,7 @@ def test_the_last_adapter_is_kept_when_asked(overshooting: ft.Config) -> None:
     model, data, trained = train(overshooting)
     assert trained.best_step is None
     assert trained.final_loss == eval_losses(trained)[-1]
-    measured = ft.mean_loss(model, data.held_out, overshooting.BATCH_SIZE, CPU)
+    measured = ft.mean_loss(model, data.held_out, 1000, CPU)
     assert measured == pytest.approx(trained.final_loss, abs=1e-6)
 
 
@@ -262,7 +271,8 @@ def test_a_nan_stops_the_run_before_anything_is_saved(cfg: ft.Config) -> None:
         model.get_base_model().lm_head.bias.fill_(math.nan)
     data.held_out.clear()
     with pytest.raises(ft.UserError, match=r"NaN(.|\n)*LEARNING_RATE"):
-        ft.train_adapter(cfg, model, data, CPU, keeper(cfg, data))
+        plan = ft.plan_run(cfg, data.train, CPU)
+        ft.train_adapter(cfg, model, data, CPU, plan, keeper(cfg, data))
     assert not list(Path(cfg.CHECKPOINT_DIR).rglob("*.safetensors"))
 
 
@@ -326,8 +336,7 @@ def test_memory_that_runs_out_is_one_message_with_the_levers(
     assert code == 2
     printed = in_words(printed)
     assert "Lower MAX_LENGTH (--max-length 256) or LORA_R" in printed
-    assert "2 pairs at once instead of 4, 8 times a step" in printed
-    assert "1 pairs at once instead of 2" in printed
+    assert re.search(r"with less: \d+ tokens at once, not \d+; the result is the same", printed)
     assert "values are computed again instead of kept" in printed
     assert not (workbook.parent / "model").exists()
 

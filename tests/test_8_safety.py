@@ -555,7 +555,8 @@ def saving(private: Run, phi_folder: Path) -> tuple[Any, ...]:
     keeper = ft.Keeper(cfg, ft.identity_of(cfg, data, CPU))
     assert keeper.starting_point() is None
     model = ft.add_lora(cfg, ft.load_base(cfg, CPU))
-    return CPU, data, ft.train_adapter(cfg, model, data, CPU, keeper)
+    plan = ft.plan_run(cfg, data.train, CPU)
+    return CPU, data, ft.train_adapter(cfg, model, data, CPU, plan, keeper)
 
 
 class Killed(BaseException):
