@@ -3125,7 +3125,7 @@ class Shape(NamedTuple):
     vocabulary: int
     parameters: int  # of the whole model
     adapter: int  # weights that are learnt
-    adapted_inputs: int  # numbers for a token that go into adapted layers
+    dropped: float  # numbers for a token that the dropout takes in all blocks
 
 
 class Machine(NamedTuple):
@@ -3188,11 +3188,9 @@ def pick_device(cfg: Config) -> Device:
 
 # More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
 MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
-USABLE_MEMORY = {
-    "cuda": 0.9,
-    "mps": 0.6,
-    "cpu": 0.6,
-}  # on the others, other programs live there too
+USABLE_MEMORY = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}  # in the last two live other programs, too
+LIBRARIES = 0.6e9  # bytes that they take, and CUDA for itself
+PASSES = 6  # how often a kept number is written or read
 # Reached with large products of 16-bit numbers, by arithmetic from public figures; none was timed here.
 GPUS = {
     "T4": ((7, 5), Machine("T4", 22e12, 240e9, 15.8e9)),
@@ -3280,14 +3278,13 @@ def memory_of(
 ) -> float:
     """Bytes at the worst moment, with so many tokens at once, of which this share is learnt."""
     size = 4 if device.dtype == "float32" else 2
-    fixed = 0.6e9  # the libraries, or what CUDA takes for itself
     weights = shape.parameters * (0.65 if device.four_bit else size)  # parts are not in 4 bits
     adapter = shape.adapter * 4 * 4  # value, gradient, and two figures of the optimizer
-    block = kept_bytes(shape, device) + 8 * 0.05 * shape.adapted_inputs / shape.blocks
+    block = kept_bytes(shape, device) + 8 * shape.dropped / shape.blocks
     kept = shape.blocks * (4 * shape.hidden if checkpointing else block)
     passing = block if checkpointing else 4 * size * shape.inner  # of the block under way
     logits = share * shape.vocabulary * (4 + 4 + size)
-    return fixed + weights + adapter + tokens * (kept + passing + logits)
+    return LIBRARIES + weights + adapter + tokens * (kept + passing + logits)
 
 
 def seconds_of(
@@ -3309,9 +3306,6 @@ def seconds_of(
     if device.four_bit:  # made into 16 bits, there and back, whatever the tokens
         moved += rows * 2 * 2.5 * shape.weights
     return products / machine.flops + moved / machine.bandwidth
-
-
-PASSES = 6  # how often a kept number is written or read
 
 
 def machine_here(device: Device, shape: Shape) -> Machine:
@@ -3594,7 +3588,7 @@ def shape_of(cfg: Config, model: PreTrainedModel) -> Shape:
         vocabulary=shape.vocab_size,
         parameters=model.num_parameters(),
         adapter=sum(cfg.LORA_R * (layer.in_features + layer.out_features) for layer in adapted),
-        adapted_inputs=sum(layer.in_features for layer in adapted),
+        dropped=cfg.LORA_DROPOUT * sum(layer.in_features for layer in adapted),
     )
 
 

@@ -71,7 +71,7 @@ def test_max_steps_wins_over_epochs() -> None:
 
 # -- How a step is laid out
 
-PHI_2 = ft.Shape(32, 2560, 10_240, 2, 2_516_582_400, 51_200, 2_779_683_840, 23_592_960, 901_120)
+PHI_2 = ft.Shape(32, 2560, 10_240, 2, 2_516_582_400, 51_200, 2_779_683_840, 23_592_960, 45_056)
 HALF = ft.Device("cuda", "float16", True, "")
 
 
