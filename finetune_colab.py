@@ -3149,7 +3149,7 @@ class Plan(NamedTuple):
     checkpointing: bool
     reason: str
     seconds: float | None = None  # of all steps
-    memory: float | None = None  # bytes at most
+    memory_gb: float | None = None  # at most
 
 
 def choose_device(cfg: Config, kind: str, capability: tuple[int, int] = (0, 0)) -> Device:
@@ -3190,7 +3190,9 @@ def pick_device(cfg: Config) -> Device:
 MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
 USABLE_MEMORY = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}  # in the last two live other programs, too
 LIBRARIES = 0.6e9  # bytes that they take, and CUDA for itself
-PASSES = 6  # how often a kept number is written or read
+# Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
+PASSES = 10  # how often a kept number is written or read
+NARROW = 4  # how much longer an operation takes in products as narrow as an adapter's
 # Reached with large products of 16-bit numbers, by arithmetic from public figures; none was timed here.
 GPUS = {
     "T4": ((7, 5), Machine("T4", 22e12, 240e9, 15.8e9)),
@@ -3231,7 +3233,7 @@ def plan_run(
     epoch = seconds_of(shape, device, machine, plan, lengths, labels)
     return plan._replace(
         seconds=epoch * steps / steps_per_epoch,
-        memory=memory_of(shape, device, at_once, share, plan.checkpointing),
+        memory_gb=memory_of(shape, device, at_once, share, plan.checkpointing) / 1e9,
     )
 
 
@@ -3298,7 +3300,7 @@ def seconds_of(
     """For one epoch: the products of matrices, the moving of what lies between them, the weights."""
     tokens, squares = sum(lengths), sum(length**2 for length in lengths)
     through = 2 * tokens * shape.weights
-    products = through * (3 if plan.checkpointing else 2) + 6 * tokens * shape.adapter
+    products = through * (3 if plan.checkpointing else 2) + 6 * NARROW * tokens * shape.adapter
     products += 7 * squares * shape.hidden * shape.blocks  # attention, there and back
     products += 4 * labels * shape.hidden * shape.vocabulary
     moved = PASSES * tokens * shape.blocks * kept_bytes(shape, device)
@@ -3316,7 +3318,7 @@ def machine_here(device: Device, shape: Shape) -> Machine:
     dtype = getattr(torch, device.dtype)
     tokens = torch.randn(1024, shape.hidden, dtype=dtype, device=device.kind)
     weight = torch.randn(shape.hidden, shape.inner, dtype=dtype, device=device.kind)
-    wide = tokens @ weight
+    large = torch.zeros(2**25, dtype=dtype, device=device.kind)  # no cache holds it
 
     def timed(act: Callable[[], Any]) -> float:
         best = math.inf
@@ -3329,10 +3331,11 @@ def machine_here(device: Device, shape: Shape) -> Machine:
         return best
 
     flops = 2 * tokens.numel() * shape.inner / timed(lambda: tokens @ weight)
+    bandwidth = 2 * large.nbytes / timed(large.clone)
     memory = psutil.virtual_memory().total
     if device.kind == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
-    return Machine("here", flops, 2 * wide.nbytes / timed(wide.clone), memory)
+    return Machine("here", flops, bandwidth, memory)
 
 
 # ==================================================================================================
@@ -3561,11 +3564,12 @@ def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
     return [module for name, module in linear if name in cfg.LORA_TARGETS]
 
 
-def plan_here(cfg: Config, examples: Sequence[Example], device: Device) -> Plan:
+def plan_here(cfg: Config, examples: Sequence[Example], device: Device | None = None) -> Plan:
     """The plan for this machine; without an estimate where the shape of the model is unknown."""
     model = hollow_model(cfg)
-    if model is None:
-        return plan_run(cfg, examples, device)
+    if model is None:  # then nobody has to wait for torch, either
+        return plan_run(cfg, examples, device or Device("cpu", "float32", False, ""))
+    device = device or device_here(cfg)[1]
     shape = shape_of(cfg, model)
     return plan_run(cfg, examples, device, shape, machine_here(device, shape))
 
@@ -4805,6 +4809,8 @@ class Tally:
     seconds: float = 0.0  # from the first step to the last, without measuring and saving
     cpu_seconds: float = 0.0
     peak_memory_gb: float | None = None
+    foreseen_seconds: float | None = None
+    foreseen_memory_gb: float | None = None
     finished: bool = False
     versions: dict[str, str | None] = field(default_factory=dict)  # that wrote the checkpoint
 
@@ -4950,6 +4956,7 @@ def train_adapter(
 def first_figures(model: PeftModel, data: Prepared, device: Device, plan: Plan) -> dict[str, Any]:
     trainable, parameters = model.get_nb_trainable_parameters()
     figures = {"trainable": trainable, "parameters": parameters}
+    figures |= {"foreseen_seconds": plan.seconds, "foreseen_memory_gb": plan.memory_gb}
     if data.held_out:
         with model.disable_adapter():
             loss = measured_loss(model, data.held_out, plan.tokens_at_once, device)
@@ -5101,6 +5108,8 @@ def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
         "train_pairs": len(data.train_pairs),
         "eval_pairs": len(data.held_out_pairs),
         "tokens_trained": trained.tokens,
+        "foreseen_seconds": tally.foreseen_seconds,
+        "foreseen_memory_gb": tally.foreseen_memory_gb,
         "tokens_at_once": tally.tokens_at_once,
         "train_seconds": round(tally.seconds, 3),
         "train_cpu_seconds": round(tally.cpu_seconds, 3),
@@ -5712,7 +5721,7 @@ def run_training(cfg: Config) -> Prepared:
         set_seed(cfg.SEED)
         last = train_adapter(cfg, add_lora(cfg, base), data, device, plan, keeper, last)
     folder, archive = save_run(cfg, device, data, last)
-    say_result(outcome(cfg, last), plan, folder, archive)
+    say_result(outcome(cfg, last), folder, archive)
     return data
 
 
@@ -5744,7 +5753,7 @@ def check(cfg: Config) -> int:
         for problem in problems:
             say("Problem", problem)
         if data and not problems:
-            plan = plan_here(cfg, data.train, device_here(cfg)[1])
+            plan = plan_here(cfg, data.train)
             say_plan(cfg, data, plan)
             say_estimate(plan)
             say_elsewhere(cfg, data.train)
@@ -5840,26 +5849,26 @@ def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
     epochs = plan.steps / plan.steps_per_epoch
     say(
         "Plan",
-        f"{plan.steps} steps of {plan.pairs} pairs, {epochs:.3g} times over {plan.tokens_per_epoch:,} tokens; "
-        f"at most {plan.tokens_at_once:,} tokens at once ({plan.reason})",
+        f"{plan.steps} steps of {plan.pairs} pairs, {epochs:.3g} times over {plan.tokens_per_epoch:,} tokens",
     )
+    if plan.seconds:
+        say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
 
 
 def in_time(seconds: float) -> str:
     if seconds < 100:
-        return f"{seconds:.0f} s"
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def cost_in_words(plan: Plan) -> str:
-    if plan.seconds is None or plan.memory is None:
-        return ""
-    return f"{in_time(plan.seconds)} of training, at most {plan.memory / 1e9:.1f} GB of memory"
+def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
+    memory = f", at most {memory_gb:.1f} GB of memory" if memory_gb else ""
+    return f"{in_time(seconds)}{memory}" if seconds else "not known"
 
 
 def say_estimate(plan: Plan) -> None:
-    if cost := cost_in_words(plan):
-        say("Estimate", f"about {cost}")
+    cost = cost_in_words(plan.seconds, plan.memory_gb)
+    say("Estimate", f"of the training {cost}; measuring and saving come on top")
 
 
 def say_elsewhere(cfg: Config, examples: Sequence[Example]) -> None:
@@ -5872,7 +5881,9 @@ def say_elsewhere(cfg: Config, examples: Sequence[Example]) -> None:
         name: plan_run(cfg, examples, choose_device(cfg, "cuda", capability), shape, machine)
         for name, (capability, machine) in GPUS.items()
     }
-    costs = "; ".join(f"{name} {cost_in_words(plan)}" for name, plan in plans.items())
+    costs = "; ".join(
+        f"{name} {cost_in_words(plan.seconds, plan.memory_gb)}" for name, plan in plans.items()
+    )
     say("On Colab", f"by arithmetic, not timed: {costs}")
 
 
@@ -5887,20 +5898,17 @@ def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None)
         say("Resume", f"from step {start.step} of {plan.steps}, in {near(start.folder)}")
 
 
-def say_result(trained: Trained, plan: Plan, folder: Path, archive: Path) -> None:
+def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     before, after, tally = trained.base_loss, trained.final_loss, trained.tally
     if before is not None and after is not None:
         share = 1 - after / before
         change = f"{share:.0%} lower" if share > 0 else f"{-share:.0%} HIGHER, it did not learn"
         change = "unchanged" if abs(share) < 0.005 else change
         say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
-    took = f"{tally.seconds:.0f} s" if tally.seconds < 120 else f"{tally.seconds / 60:.1f} min"
-    memory = tally.peak_memory_gb
-    most = f", at most {memory:.1f} GB of memory" if memory else ""
-    cost = cost_in_words(plan)
-    foreseen = f" (foreseen: {cost})" if cost else ""
-    rate = trained.tokens / tally.seconds
-    say("Time", f"{took} of training, {rate:,.0f} tokens a second{most}{foreseen}")
+    took = cost_in_words(tally.seconds, tally.peak_memory_gb)
+    foreseen = cost_in_words(tally.foreseen_seconds, tally.foreseen_memory_gb)
+    say("Time", f"of the training {took}; foreseen: {foreseen}")
+    say("", f"{trained.tokens / tally.seconds:,.0f} tokens a second")
     say("Saved", f"the adapter in {near(folder)}, pictures in {near(folder / 'training_visuals')}")
     if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
         say("", f"the model that was there before is kept in {near(earlier)}")
