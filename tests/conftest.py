@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,11 @@ ROOT = Path(ft.__file__).resolve().parent
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach the internet
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # two busy cores must not spin against each other
+
+# a shell that starts the tests in the background lets them ignore signals, and they their children
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 END = "<|endoftext|>"
 PAIRS = [
