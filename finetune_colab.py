@@ -3,6 +3,8 @@
     python finetune_colab.py            train microsoft/phi-2 on dataset.xlsx (Colab's free T4 is enough)
     python finetune_colab.py check      read the workbook and say what training would do; trains nothing
     python finetune_colab.py demo       the whole job on a small built-in model: no GPU, no download
+    python finetune_colab.py chat       talk with the tuned model; --web: in the browser
+    python finetune_colab.py compare    the base and the tuned model side by side
     python finetune_colab.py --help     every setting; each is a constant of Config and a flag
 
 What a run leaves behind
@@ -15,9 +17,9 @@ and what check leaves
     dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
 
 Map: the file reads as the data flows, and each section calls only sections above it.
-    1 settings and errors    4 prompts and tokens    7 training     10 commands
-    2 where data comes from  5 device and plan       8 report
-    3 rows to pairs          6 models                9 answering
+    1 settings and errors    4 prompts and tokens    7 training     10 talking
+    2 where data comes from  5 device and plan       8 answering    11 commands
+    3 rows to pairs          6 models                9 report
 """
 
 # /// script
@@ -50,6 +52,7 @@ import gc
 import glob
 import hashlib
 import heapq
+import html
 import importlib.util
 import inspect
 import io
@@ -61,6 +64,7 @@ import math
 import multiprocessing
 import os
 import platform
+import queue
 import random
 import re
 import shutil
@@ -69,6 +73,7 @@ import statistics
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 import unicodedata
 import urllib.error
@@ -78,8 +83,9 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -170,6 +176,20 @@ class Config:
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
     REPORT_TO: str = "none"  # where else the curves are sent
 
+    # -- Answering
+    EVAL_ANSWERS: int = 20  # held-out questions asked before and after the training; 0 = none
+    MAX_TOKENS: int = 256  # of an answer, at most
+    TEMPERATURE: float = 0.0  # chance in answers: 0 = always the likeliest token; 0.7 is lively
+    TOP_P: float = 1.0  # with chance: take the likeliest tokens that make up this share
+    REPETITION_PENALTY: float = 1.0  # above 1, what was said gets less likely
+    SYSTEM: str = ""  # chat, compare: instructions that go before the first question
+    QUESTION: str = ""  # chat, compare: this one question only; the flag itself may be left out
+    QUESTIONS: str = ""  # compare: a file of questions, with or without the answers wanted
+    BASE: bool = False  # chat: with the base model as it was before the training
+    WEB: bool = False  # chat: a page in the browser
+    SHARE: bool = False  # chat --web: also under a public link, which Colab needs
+    PORT: int = 0  # chat --web: the page is at this port; 0 = the first free one from 7860
+
     # -- Talking
     YES: bool = False  # train without asking, whatever the quality of the data
     JSON: bool = False  # check: the findings as one JSON object, for programs
@@ -181,12 +201,18 @@ class Config:
 DEMO_MODEL = "demo"
 MAY_BE_EMPTY = (
     *("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "SYSTEM", "QUESTION", "QUESTIONS"),
 )
+# These would do nothing elsewhere.
+ONLY_WITH = {
+    **dict.fromkeys(("BASE", "WEB", "SHARE", "PORT"), ("chat",)),
+    **dict.fromkeys(("SYSTEM", "QUESTION"), ("chat", "compare")),
+    **{"QUESTIONS": ("compare",), "JSON": ("check",)},
+}
 # On the person's own disk, which is nobody else's business.
 PLACES = (
     *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR", "QUESTIONS"),
 )
 
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
@@ -211,6 +237,12 @@ SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "SAVE_STEPS": (1, 1_000_000),
     "SAVE_MINUTES": (0.1, 100_000),
     "EARLY_STOPPING_PATIENCE": (0, 10_000),
+    "EVAL_ANSWERS": (0, 10_000),
+    "MAX_TOKENS": (1, 131_072),
+    "TEMPERATURE": (0, 5),
+    "TOP_P": (0.01, 1),
+    "REPETITION_PENALTY": (0.5, 3),
+    "PORT": (0, 65_535),
 }
 CHOICES: dict[str, tuple[str, ...]] = {
     "CONVERSATION_PATHS": ("best", "all"),
@@ -247,12 +279,13 @@ class UserError(Exception):
     """Something the person can mend: what was found, where, and what to do about it."""
 
 
-def show(text: str, file: TextIO | None = None) -> None:
+def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     """Print, also where the console has no signs for some letters, or is there no more."""
     stream = file or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, flush=True)
+        text = text.encode(encoding, "replace").decode(encoding)
+        print(text, file=stream, end=end, flush=True)
     except (OSError, ValueError):  # a window that was closed costs nobody the training
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -263,10 +296,21 @@ def harmless(text: str) -> str:
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
+def without_gaps(text: str) -> str:
+    """A harmless text without the rows of empty lines that some models write."""
+    return re.sub(r"\n\s*\n", "\n\n", harmless(text))
+
+
 def preview(text: str, width: int = 50) -> str:
     """A text on one line, with nothing in it that could steer a terminal."""
     plain = " ".join(harmless(text[: 20 * width]).split())
     return plain if len(plain) <= width else plain[: width - 1] + "…"
+
+
+def width_of(text: str) -> int:
+    """In columns of a terminal, where letters of East Asia take two and accents none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
@@ -463,6 +507,10 @@ def config_problems(cfg: Config) -> list[str]:
     return problems
 
 
+def changed(cfg: Config, **settings: Any) -> Config:
+    return Config(**(setting_values(cfg) | settings))
+
+
 def checked(values: dict[str, Any]) -> Config:
     """The settings, each in its own type and within its bounds."""
     cfg = Config(**values)
@@ -476,6 +524,14 @@ def fold(text: str) -> str:
     text = str(text)
     plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
     return " ".join(plain.casefold().split())
+
+
+def is_there(path: Path) -> bool:
+    return os.path.exists(path)  # noqa: PTH110  unlike Path's own, it never raises
+
+
+def is_folder(path: Path) -> bool:
+    return os.path.isdir(path)  # noqa: PTH112  likewise
 
 
 def near(path: Path) -> str:
@@ -492,6 +548,16 @@ def installed_version(package: str) -> str | None:
         return platform.python_version() if package == "python" else metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def is_below(version: str | None, floor: str) -> bool:
+    if version is None:
+        return True
+    try:
+        from packaging.version import Version
+    except ModuleNotFoundError:  # it comes with transformers, so that this is refused anyway
+        return False
+    return Version(version).release < Version(floor).release  # a trial build counts as its release
 
 
 # -- Files that are whole or not there
@@ -2336,6 +2402,7 @@ def columns_unclear(table: Table, found: str) -> UserError:
 
 # -- Shapes: what the rows of a table are
 
+NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
 NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
 ROLE_NAMES = {
@@ -2515,7 +2582,7 @@ def two_columns(table: Table, columns: Columns) -> Rows:
             role = "question" if question is None else "answer"
             yield number, f"the {role} is a list or an object, not one text"
         elif not question or not answer:
-            yield number, "no answer" if question else "no question"
+            yield number, NO_ANSWER if question else "no question"
         else:
             turns = [("system", before or "")]
             for one in earlier if isinstance(earlier, list) else []:  # LLaMA-Factory: earlier pairs
@@ -2533,7 +2600,7 @@ def dialogue(turns: Iterable[Turn]) -> Messages | str:
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
     messages: Messages = []
-    system, why_not = "", "no answer"
+    system, why_not = "", NO_ANSWER
     for role, content in turns:
         text = content.strip()
         if role not in ("user", "assistant", "system"):
@@ -2548,7 +2615,7 @@ def dialogue(turns: Iterable[Turn]) -> Messages | str:
             messages[-1]["content"] += "\n\n" + text
         else:
             messages.append({"role": role, "content": text})
-            why_not = "no answer" if len(messages) == 1 and why_not == "no question" else why_not
+            why_not = NO_ANSWER if len(messages) == 1 and why_not == "no question" else why_not
     if messages and messages[-1]["role"] == "user":
         messages.pop()
     if not messages:
@@ -2728,7 +2795,7 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
         if isinstance(messages, str):
             reason = "blank" if number in blank else messages
         elif unseen := [one["role"] for one in messages if not is_seen(one["content"])]:
-            reason = "no answer" if "assistant" in unseen else "no question"
+            reason = NO_ANSWER if "assistant" in unseen else "no question"
         elif any(len(message["content"]) > LONGEST_CELL for message in messages):
             reason = f"a text of more than {LONGEST_CELL:,} letters"
         else:
@@ -3024,13 +3091,15 @@ class Example(TypedDict):
     labels: list[int]
 
 
-def turns(messages: Sequence[dict[str, str]]) -> Iterator[tuple[str, bool]]:
+def turns(
+    messages: Sequence[dict[str, str]], form: str = PROMPT_FORMAT
+) -> Iterator[tuple[str, bool]]:
     """A conversation as pieces of text, each with whether it is the model's to say.
 
     The one place that knows the form: training and every way of asking go through it. The texts
     are joined, not formatted, since a question may itself hold braces.
     """
-    before, after = PROMPT_FORMAT.split("{question}")
+    before, after = form.split("{question}")
     for message in messages:
         if message["role"] == "assistant":
             yield " " + message["content"], True
@@ -3038,7 +3107,9 @@ def turns(messages: Sequence[dict[str, str]]) -> Iterator[tuple[str, bool]]:
             yield before + message["content"] + after, False
 
 
-def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
+def encode(
+    tokenizer: Any, messages: Sequence[dict[str, str]], form: str = PROMPT_FORMAT
+) -> Example:
     """Ids and labels, made together: the answers are learnt, each with its end of turn.
 
     Every piece is cut into tokens by itself, exactly as when the model is asked, and as plain
@@ -3046,7 +3117,7 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """
     input_ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in turns(messages):
+    for text, learnt in turns(messages, form):
         ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         if learnt:
             ids = [*ids, tokenizer.eos_token_id]
@@ -3189,6 +3260,7 @@ def pick_device(cfg: Config) -> Device:
 # More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
 MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
 USABLE_MEMORY = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}  # in the last two live other programs, too
+MOMENT = 0.2  # seconds, to time one thing
 LIBRARIES = 0.6e9  # bytes that they take, and CUDA for itself
 # Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
 PASSES = 10  # how often a kept number is written or read
@@ -3316,13 +3388,16 @@ def machine_here(device: Device, shape: Shape) -> Machine:
     import torch
 
     dtype = getattr(torch, device.dtype)
-    tokens = torch.randn(1024, shape.hidden, dtype=dtype, device=device.kind)
+    rows = max(
+        1, min(1024, 2**33 // (shape.hidden * shape.inner))
+    )  # so that no processor is long at it
+    tokens = torch.randn(rows, shape.hidden, dtype=dtype, device=device.kind)
     weight = torch.randn(shape.hidden, shape.inner, dtype=dtype, device=device.kind)
     large = torch.zeros(2**25, dtype=dtype, device=device.kind)  # no cache holds it
 
     def timed(act: Callable[[], Any]) -> float:
-        best = math.inf
-        for _ in range(5):
+        best, until = math.inf, time.perf_counter() + MOMENT
+        while time.perf_counter() < until:
             start = time.perf_counter()
             act()
             if device.kind == "cuda":
@@ -3351,6 +3426,7 @@ NOISY = (
     "transformers.trainer_callback",
     "transformers.trainer_utils",
 )
+ADAPTER = "adapter_model.safetensors"
 DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
 BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
@@ -3376,7 +3452,7 @@ def model_revision(cfg: Config) -> str | None:
 def local_base(cfg: Config) -> Path | None:
     """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
     folder = local_path(cfg.MODEL_NAME)
-    return folder if folder.is_dir() and cfg.MODEL_NAME != DEMO_MODEL else None
+    return folder if is_folder(folder) and cfg.MODEL_NAME != DEMO_MODEL else None
 
 
 def base_name(cfg: Config) -> str:
@@ -3485,7 +3561,7 @@ def hollow_model(cfg: Config) -> PreTrainedModel | None:
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
     """The model as it was published, from `folder` or from where MODEL_NAME says."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
@@ -3522,6 +3598,7 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
         )
         if loaded["missing_keys"]:  # transformers would go on with weights of chance
             raise OSError(f"it lacks weights, among them {min(loaded['missing_keys'])}")
+        model.generation_config = GenerationConfig()  # how it answers is decided here alone
     return model
 
 
@@ -3623,28 +3700,121 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
     return model
 
 
-def load_tuned(folder: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """The tuned model and its tokenizer from a finished run, with the settings it was made with."""
+@dataclass
+class Tuned:
+    """A model that can answer as it was before its training and as it is after it."""
+
+    model: Any  # with an adapter that can be switched off, or with one that was merged
+    tokenizer: Any
+    device: Device
+    form: str = PROMPT_FORMAT
+    examples: Sequence[str] = ()  # questions to begin with
+    load_untuned: Callable[[], Any] = lambda: None  # where the adapter was merged
+
+    @contextmanager
+    def untuned(self) -> Iterator[Any]:
+        """The model as it was: with an adapter, the same weights."""
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.load_untuned()
+
+    @property
+    def context(self) -> int:
+        return context_of(self.model, self.tokenizer)
+
+
+def context_of(model: Any, tokenizer: Any) -> int:
+    """Tokens that a question and its answer may have together."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return int(min(tokenizer.model_max_length, positions or math.inf))
+
+
+def load_tuned(place: Path, four_bit: bool | None = None) -> Tuned:
+    """A finished run: its folder, its zip, or a folder with the merged model."""
     from safetensors.torch import load_file
     from transformers import AutoTokenizer
 
-    cfg = settings_of(folder)
-    refuse_pickles(folder)
-    base = load_base(cfg, pick_device(cfg), base_of(folder, cfg))
-    model = add_lora(cfg, base)  # not from adapter_config.json, which can name code to be run
+    with opened_model(place) as folder:
+        refuse_pickles(folder)
+        cfg = settings_of(folder, place)
+        if four_bit is not None:
+            cfg.LOAD_IN_4BIT = four_bit
+        device, merged = pick_device(cfg), is_merged(folder)
+        with explained_adapter_errors(place):
+            weights = {} if merged else load_file(folder / ADAPTER)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            record = record_of(folder)
+            form, examples = record["prompt_format"], record.get("examples")
+            if form.encode().count(b"{question}") != 1:
+                raise ValueError("its prompt_format has no place for a question")
+            examples = [text for text in examples or [] if isinstance(text, str)]
+        home = place if place.is_dir() else place.absolute().parent
+
+        @functools.cache
+        def load_untuned() -> PreTrainedModel:
+            return load_base(cfg, device, base_of(folder, cfg, home))
+
+        if merged:
+            model = load_base(cfg, device, folder)
+        else:  # not from adapter_config.json, which can name code to be run
+            model = add_lora(cfg, load_untuned())
+            with explained_adapter_errors(place):
+                put_adapter(model, weights)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return Tuned(model.eval(), tokenizer, device, form, examples, load_untuned)
+
+
+@contextmanager
+def explained_adapter_errors(place: Path) -> Iterator[None]:
     try:
-        weights = load_file(folder / "adapter_model.safetensors")
-        with usable_peft() as peft:
-            found = peft.set_peft_model_state_dict(model, weights)
-        if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
-            raise ValueError("its layers are others than those of LORA_TARGETS")
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        yield
     except Exception as error:  # of safetensors, peft, tokenizers or the disk
         raise UserError(
-            f"The adapter in {folder} could not be loaded.\n{type(error).__name__}: "
+            f"The adapter in {place} could not be loaded.\n{type(error).__name__}: "
             f"{preview(str(error), 150)}\nUnpack its zip once more, or train again."
         ) from None
-    return model.eval(), tokenizer
+
+
+def is_merged(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the model these weights of an adapter, and make sure that they are all of them."""
+    with usable_peft() as peft:
+        found = peft.set_peft_model_state_dict(model, weights)
+    if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
+        raise ValueError("its layers are others than those of LORA_TARGETS")
+
+
+@contextmanager
+def opened_model(place: Path) -> Iterator[Path]:
+    """The folder of a model; of a zip, one that lasts as long as it is needed."""
+    if is_folder(place):
+        yield place
+        return
+    if not is_there(place):
+        raise UserError(
+            f"There is no model in {place} yet.\nTrain one first, or name the folder or the zip of a "
+            "training: --output-dir PLACE"
+        )
+    with tempfile.TemporaryDirectory(prefix="finetune", ignore_cleanup_errors=True) as unpacked:
+        try:
+            with zipfile.ZipFile(place) as archive:
+                need = sum(member.file_size for member in archive.infolist())
+                if need > shutil.disk_usage(unpacked).free:
+                    raise OSError(f"there is no room for its {need / 1e9:.1f} GB in {unpacked}")
+                archive.extractall(unpacked)  # never outside, never more than the sizes declared
+        except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
+            raise UserError(
+                f"{place} cannot be unpacked: {preview(str(error), 150)}\n"
+                "Name the folder or the zip of a finished training: --output-dir PLACE"
+            ) from None
+        inner = [record.parent for record in Path(unpacked).glob("*/run.json")]
+        yield inner[0] if len(inner) == 1 else Path(unpacked)  # somebody zipped the folder itself
 
 
 def refuse_pickles(folder: Path) -> None:
@@ -3661,36 +3831,40 @@ def record_of(folder: Path) -> dict[str, Any]:
     """The run.json of a finished run; empty where none can be read."""
     try:
         return dict(json.loads((folder / "run.json").read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return {}
 
 
-def settings_of(folder: Path) -> Config:
-    """The settings of a finished run."""
+def settings_of(folder: Path, place: Path | None = None) -> Config:
+    """The settings of the finished run in this folder, which the person may know as `place`."""
     try:
         settings = record_of(folder)["settings"]
+        str(settings["MODEL_NAME"])
         return checked({name: settings[name] for name in setting_types() if name in settings})
     except (KeyError, TypeError, UserError) as error:
         raise UserError(
-            f"{folder} holds no finished run: its run.json cannot be used.\n{preview(repr(error), 150)}\n"
+            f"{place or folder} holds no finished run: its run.json cannot be used.\n{preview(repr(error), 150)}\n"
             "Name the folder that a training has written, such as ./model"
         ) from None
 
 
-def base_of(folder: Path, cfg: Config) -> Path | None:
-    """The folder of the base model that a finished run was made with, unless it is on the Hub."""
+def base_of(folder: Path, cfg: Config, home: Path) -> Path | None:
+    """The folder of the base model that a finished run was made with, unless it is on the Hub.
+
+    The run is in `folder`; `home` is where a person would put the base beside it.
+    """
     if cfg.MODEL_NAME == DEMO_MODEL:
         return folder / DEMO_BASE if (folder / DEMO_BASE).is_dir() else None
     if not cfg.MODEL_NAME.startswith("./"):
         return None
-    place, beside = folder / BASE_PLACE, folder / cfg.MODEL_NAME
+    place, beside = folder / BASE_PLACE, home / cfg.MODEL_NAME
     known = Path(os.fsdecode(place.read_bytes())) if place.is_file() else beside
     for base in (beside, known):
-        if base.is_dir():
+        if is_folder(base):
             return base
     raise UserError(
-        f"{folder} needs its base model, the folder {beside.name}, which is not in {known.parent}\n"
-        f"Copy that folder into {folder}"
+        f"{home} needs its base model, the folder {beside.name}, which is not in {known.parent}\n"
+        f"Copy that folder into {home}"
     )
 
 
@@ -3856,13 +4030,21 @@ def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
     usual = model.config._attn_implementation
     model.set_attn_implementation(FLAT_ATTENTION)
-    # in float32 what every block adds to, also where the blocks compute in 16 bits
-    in_full = model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
+    try:
+        with in_full(model):
+            yield
+    finally:
+        model.set_attn_implementation(usual)
+
+
+@contextmanager
+def in_full(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """In float32 what every block adds to, also where the blocks compute in 16 bits."""
+    hook = model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
     try:
         yield
     finally:
-        in_full.remove()
-        model.set_attn_implementation(usual)
+        hook.remove()
 
 
 def demo_text() -> str:
@@ -3998,6 +4180,10 @@ def refuse_few(pairs: Pairs) -> None:
         )
 
 
+def pairs_to_ask(data: Prepared) -> list[Pair]:
+    return data.held_out_pairs or data.train_pairs
+
+
 def flatten(examples: Sequence[Example]) -> dict[str, Any]:
     """Lay examples end to end in one row, without a single token of padding.
 
@@ -4097,7 +4283,6 @@ def mean_loss(
 # -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
 
 COMMIT = "COMMIT.json"
-ADAPTER = "adapter_model.safetensors"
 BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no other to end the run
 STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
 LOADABLE = (".safetensors", *PICKLES)  # what a library might take up by its name
@@ -5061,11 +5246,300 @@ def peak_memory_gb(kind: str) -> float | None:
 
 
 # ==================================================================================================
-# 8  Report
+# 8  Answering
+# ==================================================================================================
+
+ANSWERS_AT_ONCE = 8  # each remembers all of its tokens: phi-2 0.3 MB for one
+EXAMPLES_SHOWN = 3
+
+
+class Answer(NamedTuple):
+    text: str
+    tokens: int
+    stopped: bool  # by itself, at the end of its turn
+
+
+def asked_by_user(question: str) -> dict[str, str]:
+    """A question as a message; what is no text, as in a badly read file name, becomes ?."""
+    return {"role": "user", "content": question.encode("utf-8", "replace").decode()}
+
+
+def prompt_of(tuned: Tuned, messages: Sequence[dict[str, str]], cfg: Config) -> list[int]:
+    """A conversation as tokens; of one that has grown too long, its latest turns."""
+    most = max(tuned.context - cfg.MAX_TOKENS, tuned.context // 2)
+    for start, first in enumerate(messages):
+        if first["role"] == "assistant":
+            continue
+        question = f"{cfg.SYSTEM}\n\n{first['content']}" if cfg.SYSTEM else first["content"]
+        talk = [asked_by_user(question), *messages[start + 1 :]]
+        ids = encode(tuned.tokenizer, talk, tuned.form)["input_ids"]
+        if len(ids) <= most:
+            return ids
+    raise UserError(
+        f"A question has {len(ids):,} tokens, instructions included; with room for the answer this "
+        f"model takes {most:,}.\nIt begins: {preview(messages[-1]['content'])}\nShorten it."
+    )
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    cfg: Config,
+    heard: Callable[[list[int]], bool] | None = None,
+) -> list[Answer]:
+    """What the model says to each prompt, with as many at once as memory holds."""
+    done: dict[int, Answer] = {}
+    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    at_once = ANSWERS_AT_ONCE
+    while len(done) < len(prompts):
+        batch = longest_first[len(done) :][:at_once]
+        try:
+            rows = generate(model, tokenizer, [prompts[i] for i in batch], cfg, heard)
+            done |= zip(batch, (in_text(tokenizer, row) for row in rows), strict=True)
+            continue
+        except (RuntimeError, MemoryError) as error:
+            if memory_fault(error) != "full" or at_once == 1:
+                raise
+        release_memory()  # not before here, since the error holds on to what filled it
+        at_once //= 2
+    return [done[i] for i in range(len(prompts))]
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[list[int]],
+    cfg: Config,
+    heard: Callable[[list[int]], bool] | None = None,
+) -> list[list[int]]:
+    """The tokens of the answers. The one place that generates.
+
+    After each token of a single answer, `heard` gets all so far, and may end it by saying True.
+    """
+    import torch
+    from transformers import StoppingCriteria
+
+    batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
+    start = batch["input_ids"].shape[1]
+
+    class Listener(StoppingCriteria):
+        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+            end = bool(heard and heard(input_ids[0, start:].tolist()))
+            return torch.full((len(input_ids),), end, device=input_ids.device)
+
+    most = max(1, min(cfg.MAX_TOKENS, context_of(model, tokenizer) - start))
+    how = manner_of(cfg, tokenizer, start, most)
+    was_training = model.training
+    model.eval()
+    try:
+        with (
+            torch.no_grad(),
+            as_in_training(model),
+            torch.random.fork_rng(enabled=cfg.TEMPERATURE > 0),
+        ):
+            if cfg.TEMPERATURE:
+                torch.manual_seed(cfg.SEED)
+            batch = batch.to(model.device)
+            rows = model.generate(**batch, **how, stopping_criteria=[Listener()])
+    finally:
+        model.train(was_training)
+    return rows[:, start:].tolist()
+
+
+def manner_of(cfg: Config, tokenizer: Any, start: int, most: int) -> dict[str, Any]:
+    """How answers are made that begin at this position and have so many tokens at most."""
+    from transformers import (
+        GenerationConfig,
+        LogitsProcessorList,
+        RepetitionPenaltyLogitsProcessor,
+    )
+
+    how = GenerationConfig(
+        max_new_tokens=most,
+        do_sample=cfg.TEMPERATURE > 0,
+        temperature=cfg.TEMPERATURE or None,
+        top_p=cfg.TOP_P if cfg.TEMPERATURE else None,
+        top_k=0 if cfg.TEMPERATURE else None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        use_cache=True,  # which the training has switched off
+    )
+    repetition = LogitsProcessorList()
+    if (
+        cfg.REPETITION_PENALTY != 1
+    ):  # of the answer only: the prompt holds ends of turns, and padding
+        repetition.append(
+            RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, prompt_ignore_length=start)
+        )
+    return {"generation_config": how, "logits_processor": repetition}
+
+
+@contextmanager
+def as_in_training(model: Any) -> Iterator[None]:
+    """The numbers in which it was taught, also where the weights have 16 bits."""
+    import torch
+
+    dtype = model.get_input_embeddings().weight.dtype
+    half = dtype != torch.float32
+    with in_full(model), torch.autocast(model.device.type, dtype, enabled=half):
+        yield
+
+
+def in_text(tokenizer: Any, ids: list[int]) -> Answer:
+    stopped = tokenizer.eos_token_id in ids
+    ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
+    text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+    return Answer(text.strip(), len(ids), stopped)
+
+
+def growing_answer(
+    tuned: Tuned, messages: Sequence[dict[str, str]], cfg: Config
+) -> Generator[Answer]:
+    """An answer again and again while it grows, then as it is. Closing this ends it."""
+    prompt = prompt_of(tuned, messages, cfg)
+    grown: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+    unwanted = threading.Event()
+
+    def heard(ids: list[int]) -> bool:
+        grown.put(ids)
+        return unwanted.is_set()
+
+    def work() -> Answer:
+        try:
+            with tuned.untuned() if cfg.BASE else nullcontext(tuned.model) as model:
+                return answers(model, tuned.tokenizer, [prompt], cfg, heard)[0]
+        finally:
+            grown.put(None)
+
+    with ThreadPoolExecutor(1) as worker:
+        whole = worker.submit(work)
+        try:
+            while (ids := grown.get()) is not None:
+                part = in_text(tuned.tokenizer, ids)
+                yield part._replace(text=part.text.rstrip("\ufffd"))  # the first half of a letter
+            yield whole.result()
+        finally:
+            unwanted.set()
+
+
+# -- Before and after
+
+
+class Asked(NamedTuple):
+    """A question, and what came of it before the training and after it."""
+
+    place: str  # the row where it stands
+    question: str
+    reference: str  # the answer wanted, where that is known
+    before: str
+    after: str
+    loss_before: float | None = None  # of the reference
+    loss_after: float | None = None
+    overlap_before: float | None = None  # with the reference
+    overlap_after: float | None = None
+
+
+@dataclass
+class Comparison:
+    asked: list[Asked] = field(default_factory=list)
+    tokens: int = 0  # of all answers
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def mean(self, figure: str) -> float | None:
+        known = [value for one in self.asked if (value := getattr(one, figure)) is not None]
+        return statistics.fmean(known) if known else None
+
+
+class Talk(NamedTuple):
+    """A question to ask, with what was said before it."""
+
+    place: str  # the row where it stands
+    messages: Messages
+    reference: str = ""  # the answer wanted, which the model does not see
+
+
+def ask_both(tuned: Tuned, talks: Sequence[Talk], cfg: Config) -> Comparison:
+    """Ask the model as it was and as it is, and measure how near it comes to the answers wanted.
+
+    A question that is too long is left out, and said. Ctrl+C ends it with what is done by then.
+    """
+    from tqdm import tqdm
+
+    result = Comparison()
+    fitting = []
+    for talk in talks:
+        try:
+            fitting.append((talk, prompt_of(tuned, talk.messages, cfg)))
+        except UserError as error:
+            say("Left out", f"row {talk.place}: {error}" if talk.place else str(error))
+    try:
+        few = len(fitting) <= ANSWERS_AT_ONCE
+        with tqdm(total=len(fitting), desc="Asking", leave=False, disable=few) as bar:
+            for start in range(0, len(fitting), ANSWERS_AT_ONCE):
+                group = fitting[start : start + ANSWERS_AT_ONCE]
+                ask_group(tuned, group, cfg, result)
+                bar.update(len(group))
+    except KeyboardInterrupt:
+        if not result.asked:
+            raise
+        say("Note", f"stopped after {len(result.asked)} of {len(fitting)} questions")
+    return result
+
+
+def ask_group(
+    tuned: Tuned, group: Sequence[tuple[Talk, list[int]]], cfg: Config, result: Comparison
+) -> None:
+    sides = []
+    for side in (tuned.untuned(), nullcontext(tuned.model)):
+        with side as model:
+            start = time.perf_counter()
+            told = answers(model, tuned.tokenizer, [prompt for _, prompt in group], cfg)
+            result.seconds += time.perf_counter() - start
+            result.tokens += sum(answer.tokens for answer in told)
+            losses = [loss_of_answer(tuned, model, *one) for one in group]
+        sides.append(list(zip((answer.text for answer in told), losses, strict=True)))
+    for (talk, _), (before, loss_before), (after, loss_after) in zip(group, *sides, strict=True):
+        shared = (overlap(tuned.tokenizer, text, talk.reference) for text in (before, after))
+        texts = (talk.place, talk.messages[-1]["content"], talk.reference, before, after)
+        result.asked.append(Asked(*texts, loss_before, loss_after, *shared))
+
+
+def loss_of_answer(tuned: Tuned, model: Any, talk: Talk, prompt: list[int]) -> float | None:
+    """The mean loss of the answer wanted, after exactly what the model was asked."""
+    wanted = encode(tuned.tokenizer, [{"role": "assistant", "content": talk.reference}], tuned.form)
+    ids = prompt + wanted["input_ids"]
+    if not talk.reference or len(ids) > tuned.context:
+        return None
+    example: Example = {"input_ids": ids, "labels": [IGNORE] * len(prompt) + wanted["labels"]}
+    with suppress(UserError):  # one that is no number is not shown
+        return measured_loss(model, [example], len(ids), tuned.device)
+    return None
+
+
+def overlap(tokenizer: Any, answer: str, reference: str) -> float | None:
+    """What two texts have in common, from 0 to 1: tokens of both, in any order, against all."""
+    if not reference:
+        return None
+    said, wanted = (
+        Counter(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
+        for text in (answer, reference)
+    )
+    return 2 * (said & wanted).total() / (said.total() + wanted.total())
+
+
+# ==================================================================================================
+# 9  Report
 # ==================================================================================================
 
 MOST_BARS = 12  # epochs; more are drawn as lines
 BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
+ANSWERS = "answers.xlsx"
+REPORT_MARK = "made by finetune_colab.py"  # by which a report is known as ours, to be replaced
 
 
 def mean_train_loss(history: Sequence[dict[str, float]]) -> float:
@@ -5219,8 +5693,12 @@ def write_visuals(
         table.writerows(e for e in trained.history if "loss" in e or "eval_loss" in e)
     pictures = {"training_curves": draw_training_curves, "loss_comparison": draw_loss_comparison}
     for name, draw in pictures.items():
-        with staged_file(folder / f"{name}.png") as staged:
-            draw(trained).savefig(staged, format="png")
+        write_picture(folder / f"{name}.png", draw(trained))
+
+
+def write_picture(path: Path, figure: Figure) -> None:
+    with staged_file(path) as staged:
+        figure.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
 
 
 def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
@@ -5241,6 +5719,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
+        "examples": [pair.question for pair in pairs_to_ask(data)[:EXAMPLES_SHOWN]],
         "versions": installed_versions(),
         "results": metrics_of(data, trained),
     }
@@ -5388,7 +5867,9 @@ def write_zip(folder: Path) -> Path:
 
 def foreign_files(folder: Path) -> list[str]:
     """Files in the folder of a model that no run has put there."""
-    ours = record_of(folder).get("files", [])
+    ours = set(record_of(folder).get("files", []))
+    if not may_be_replaced(folder / ANSWERS):  # somebody has written into it
+        ours.discard(ANSWERS)
     found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
     return [name for name in found if name not in ours and not Path(name).name.startswith(".")]
 
@@ -5421,7 +5902,13 @@ def explained_disk_errors(folder: Path, need: float) -> Iterator[None]:
         ) from error
 
 
-def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> tuple[Path, Path]:
+def save_run(
+    cfg: Config,
+    device: Device,
+    data: Prepared,
+    last: Checkpoint,
+    result: Comparison | None = None,
+) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
     final, trained = output_folder(cfg), outcome(cfg, last)
     run, need = last.folder.parent.name, output_bytes(trained.tally.trainable)
@@ -5439,20 +5926,126 @@ def save_run(cfg: Config, device: Device, data: Prepared, last: Checkpoint) -> t
         card = model_card(cfg, data, trained)
         (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         try:
+            if result:
+                write_answers(staged / ANSWERS, result)
             write_visuals(staged / "training_visuals", cfg, device, data, trained)
+            if result and result.mean("overlap_after") is not None:
+                write_picture(staged / "training_visuals" / "answers.png", draw_answers(result))
         except Exception as error:  # pictures must not cost anybody the adapter
-            say("Warning", f"the pictures could not be made ({type(error).__name__}: {error})")
+            say(
+                "Warning",
+                f"not all pictures and tables could be made ({type(error).__name__}: {error})",
+            )
         files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
         own = {"run": run, "files": sorted([*files, "run.json"])}
         write_json(staged / "run.json", own | run_record(cfg, device, data, trained))
     return final, write_zip(final)
 
 
+# -- Answers before and after
+
+FIGURES_OF_ANSWERS = {
+    "overlap": "what the answers have in common with those wanted, from 0 to 1",
+    "loss": "of the answers wanted; lower is better",
+}
+ANSWER_COLUMNS = {
+    **{"row": 7, "question": 40, "answer wanted": 45, "before": 45, "after": 45},
+    **{f"{figure} {when}": 10 for figure in FIGURES_OF_ANSWERS for when in ("before", "after")},
+}
+GOOD, MIDDLE, BAD = "63BE7B", "FFEB84", "F8696B"  # as spreadsheets colour them
+MOST_ROWS_DRAWN = 40
+
+
+def answer_rows(result: Comparison) -> Iterator[list[Any]]:
+    for one in result.asked:
+        told = map(without_gaps, (one.before, one.after))
+        texts = [one.place, one.question, one.reference, *told]
+        figures = (one.overlap_before, one.overlap_after, one.loss_before, one.loss_after)
+        yield [*texts, *(figure if figure is None else round(figure, 3) for figure in figures)]
+
+
+def summary_of_answers(result: Comparison) -> Iterator[list[Any]]:
+    for figure, what in FIGURES_OF_ANSWERS.items():
+        for when in ("before", "after"):
+            mean = result.mean(f"{figure}_{when}")
+            if mean is not None:
+                yield [f"{figure} {when}, mean", round(mean, 3), what]
+    yield ["questions", len(result.asked)]
+    yield ["tokens a second", round(result.tokens_per_second, 1), "of all answers together"]
+
+
+def write_answers(path: Path, result: Comparison) -> None:
+    """A workbook with a row for each question."""
+    about = {"what": 30, "value": 12, "which is": 60}
+    with staged_file(path) as staged:
+        write_book(
+            staged,
+            [
+                ("Answers", ANSWER_COLUMNS, answer_rows(result)),
+                ("Summary", about, summary_of_answers(result)),
+            ],
+        )
+
+
+def write_comparison(path: Path, result: Comparison) -> None:
+    """The workbook, the same for programs, and the same to be read as text."""
+    write_answers(path, result)
+    means = {row[0]: row[1] for row in summary_of_answers(result)}
+    rows = [one._asdict() for one in result.asked]
+    write_json(path.with_suffix(".json"), {"summary": means, "rows": rows})
+    with staged_file(path.with_suffix(".md")) as staged:
+        staged.write_text(answers_in_markdown(result, means), encoding="utf-8", errors="replace")
+
+
+def answers_in_markdown(result: Comparison, means: dict[str, Any]) -> str:
+    """Texts as quotations in code blocks: what a model wrote must not become headings or links."""
+    lines = ["# Before and after", ""]
+    lines += [f"- {name}: {value}" for name, value in means.items()]
+    for one in result.asked:
+        lines += ["", f"## {one.place}" if one.place else "## Question"]
+        parts = {
+            "Question": one.question,
+            "Wanted": one.reference,
+            "Before": one.before,
+            "After": one.after,
+        }
+        for name, text in parts.items():
+            if text:
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+                lines += ["", f"{name}:", "", f"{fence}text", harmless(text), fence]
+    return "\n".join(lines) + "\n"
+
+
+def draw_answers(result: Comparison) -> Figure:
+    """For each question how near the answers came, before and after."""
+    from matplotlib.figure import Figure
+
+    shown = [one for one in result.asked if one.overlap_after is not None][:MOST_ROWS_DRAWN]
+    figure = Figure(figsize=(8, 1.6 + 0.25 * len(shown)), layout="constrained", dpi=110)
+    axes = figure.subplots()
+    places = range(len(shown))
+    before = [one.overlap_before or 0 for one in shown]
+    after = [one.overlap_after or 0 for one in shown]
+    axes.hlines(places, before, after, color=GREY, alpha=0.4)
+    axes.plot(before, places, "o", color=GREY, label="before training")
+    axes.plot(after, places, "o", color=BLUE, label="after training")
+    axes.set(
+        title="Answers to held-out questions",
+        xlabel=FIGURES_OF_ANSWERS["overlap"],
+        xlim=(-0.03, 1.03),
+    )
+    axes.set_yticks(places, [f"row {one.place}" for one in shown])
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    axes.grid(axis="x", alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2)
+    return figure
+
+
 # -- The report of check on the data
 
 LONGEST_EXAMPLE = 8  # lines
-REPORT_MARK = "finetune_colab.py check"  # by which a report is known as ours, to be replaced
 MOST_REPORT_ROWS = 20_000
+LINE, MOST_LINES = 15, 12  # points; a cell may hold more
 LONGEST_REPORT_CELL = 32_767  # what a workbook allows, counted in UTF-16
 NOT_IN_A_WORKBOOK = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
 
@@ -5461,32 +6054,34 @@ def write_report(cfg: Config, data: Prepared) -> Path | None:
     """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
     path = None
     try:
-        wanted = report_path(local_path(cfg.DATASET_PATH))
+        source = local_path(cfg.DATASET_PATH).resolve()
+        wanted = free_path(
+            REPORT_NAME,
+            (".xlsx", ".png"),
+            lambda path: may_be_replaced(path) and path.resolve() != source,
+        )
         with staged_file(wanted) as staged:
-            write_report_book(staged, cfg, data)
+            write_book(staged, report_sheets(cfg, data))
         path = wanted
-        with staged_file(wanted.with_suffix(".png")) as staged:
-            picture = draw_lengths(cfg, data)
-            picture.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
+        write_picture(wanted.with_suffix(".png"), draw_lengths(cfg, data))
     except Exception as error:  # a report must not cost anybody the check
         say("Warning", f"the report could not be written ({type(error).__name__}: {error})")
     return path
 
 
-def report_path(source: Path) -> Path:
-    """A name for the report that is free, or an earlier report's: nothing else is replaced."""
-    for ending in ("", *(f"-{number}" for number in range(2, 100))):
-        path = Path.cwd() / f"{REPORT_NAME}{ending}.xlsx"
-        free = may_be_replaced(path) and may_be_replaced(path.with_suffix(".png"))
-        if free and path.resolve() != source.resolve():
-            return path
+def free_path(name: str, endings: Sequence[str], is_free: Callable[[Path], bool]) -> Path:
+    """The first of NAME, NAME-2, … that is free with all of its endings."""
+    for number in ("", *(f"-{number}" for number in range(2, 1000))):
+        paths = [Path.cwd() / f"{name}{number}{ending}" for ending in endings]
+        if all(map(is_free, paths)):
+            return paths[0]
     raise OSError("every name for it is taken")
 
 
 def may_be_replaced(path: Path) -> bool:
     """Whether there is nothing under this name, or a report that nobody has changed."""
     try:
-        if path.suffix == ".png":
+        if path.suffix != ".xlsx":
             return REPORT_MARK.encode() in path.read_bytes()[:1000]
         with zipfile.ZipFile(path) as archive:
             about = archive.read("docProps/core.xml")
@@ -5510,21 +6105,27 @@ def token_figures(data: Prepared | None) -> dict[str, int | bool]:
     }
 
 
-def write_report_book(path: Path, cfg: Config, data: Prepared) -> None:
+def write_book(
+    path: Path, sheets: Iterable[tuple[str, dict[str, int], Iterator[Sequence[Any]]]]
+) -> None:
+    """A workbook: for each sheet its name, its columns with their widths, and its rows."""
     import openpyxl
 
     book = openpyxl.Workbook(write_only=True)
     book.properties.creator = REPORT_MARK
-    for name, widths, rows in report_sheets(cfg, data):
+    for name, widths, rows in sheets:
         sheet = book.create_sheet(name)
         sheet.freeze_panes = "A2"
         for i, width in enumerate(widths.values()):
             sheet.column_dimensions[column_letter(i)].width = width
-        sheet.append([report_cell(sheet, title, bold=True) for title in widths])
-        for row in itertools.islice(rows, MOST_REPORT_ROWS):
-            sheet.append([report_cell(sheet, value) for value in row])
+        shown = itertools.chain([list(widths)], itertools.islice(rows, MOST_REPORT_ROWS))
+        for number, row in enumerate(shown, start=1):
+            lines = map(lines_of, row, widths.values())
+            sheet.row_dimensions[number].height = LINE * min(max(lines), MOST_LINES)
+            sheet.append([report_cell(sheet, value, bold=number == 1) for value in row])
         if more := sum(1 for _ in rows):
             sheet.append([report_cell(sheet, f"and {more:,} more rows")])
+        colour_figures(sheet, list(widths))
     content = io.BytesIO()  # of a full disk openpyxl would complain once more for each sheet
     book.save(content)
     path.write_bytes(content.getvalue())
@@ -5552,6 +6153,26 @@ def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
             question = "\n\n".join(turns_before)
         measured = "yes" if id(pair) in away else "no"
         yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
+
+
+def lines_of(value: Any, width: int) -> int:
+    """How many lines it takes in a column so wide: not every program finds that out by itself."""
+    return sum(1 + width_of(line) // width for line in str(value).split("\n")[:MOST_LINES])
+
+
+def colour_figures(sheet: Any, titles: Sequence[str]) -> None:
+    """Good figures green and bad ones red, on one scale for before and after."""
+    from openpyxl.formatting.rule import ColorScaleRule
+
+    for figure, colours in (("overlap", (BAD, MIDDLE, GOOD)), ("loss", (GOOD, MIDDLE, BAD))):
+        columns = [column_letter(i) for i, title in enumerate(titles) if title.startswith(figure)]
+        if columns:
+            kinds = {"start_type": "min", "mid_type": "percentile", "mid_value": 50}
+            kinds |= {
+                f"{at}_color": one for at, one in zip(("start", "mid", "end"), colours, strict=True)
+            }
+            cells = f"{columns[0]}2:{columns[-1]}{MOST_REPORT_ROWS + 1}"
+            sheet.conditional_formatting.add(cells, ColorScaleRule(**kinds, end_type="max"))
 
 
 @functools.cache
@@ -5634,50 +6255,420 @@ def draw_lengths(cfg: Config, data: Prepared) -> Figure:
 
 
 # ==================================================================================================
-# 9  Answering
+# 10  Talking
 # ==================================================================================================
 
-LONGEST_ANSWER = 256  # tokens
+SIDES = ("Before: the base model", "After: the tuned model")
+NARROWEST = 25  # columns for an answer, for two beside each other
+LONGEST_QUESTION = 8000  # letters on the page, where anybody may ask
+MOST_WAITING = 20  # visitors of the page
+MOST_TURNS = 100  # that it remembers
+PAGE_FLOOR = "6.7"  # of gradio, also for security
+PAGE_TITLE = "Ask the tuned model"
+PAGE_OPTIONS: dict[str, Any] = {
+    "server_name": "127.0.0.1",  # of this computer only
+    "prevent_thread_lock": True,
+    "quiet": True,
+    "ssr_mode": False,
+    "footer_links": [],
+    "max_file_size": 1,  # nobody needs to send any
+    "css": ".message-markdown-disabled * {white-space: pre-wrap}",  # code keeps its form
+}
+PAGE_SETTINGS = ("TEMPERATURE", "TOP_P", "MAX_TOKENS", "REPETITION_PENALTY", "SEED")
+TALK_HELP = (
+    "/reset forgets what was said, /system TEXT gives instructions, /save FILE keeps the talk, "
+    "/quit leaves. Ctrl+C ends an answer."
+)
 
 
-class Answer(NamedTuple):
+def model_to_ask(cfg: Config) -> Tuned:
+    """The model in OUTPUT_DIR; for --base, where there is none, that of MODEL_NAME."""
+    place = local_path(cfg.OUTPUT_DIR)
+    if cfg.BASE and not is_there(place):
+        device = pick_device(cfg)
+        base = load_base(cfg, device).eval()
+        return Tuned(base, load_tokenizer(cfg), device, load_untuned=lambda: base)
+    tuned = load_tuned(place, cfg.LOAD_IN_4BIT)
+    say("Model", f"{near(place)}{', as it was before its training' if cfg.BASE else ''}")
+    return tuned
+
+
+def can_be_asked() -> bool:
+    """Whether somebody sits at a terminal, or at the notebook that this runs in."""
+    return sys.stdin is not None and (sys.stdin.isatty() or "ipykernel" in sys.modules)
+
+
+def questions_given(cfg: Config) -> list[str]:
+    """The one of the command line, or else the lines that are piped in."""
+    lines = [cfg.QUESTION] if cfg.QUESTION else sys.stdin or []
+    questions = [line.strip() for line in lines if line.strip()]
+    if not questions:
+        raise UserError(
+            'There is no question, and nobody to ask for one.\nPut it behind the command: "Why?"'
+        )
+    return questions
+
+
+class Told(NamedTuple):
     text: str
-    stopped: bool  # by itself, at the end of its turn
+    speed: str
+    interrupted: bool
 
 
-def answer(
-    model: PeftModel | PreTrainedModel, tokenizer: Any, questions: Sequence[str]
-) -> list[Answer]:
-    """Answers without chance: always the likeliest next token. The one place that generates."""
-    import torch
-    from transformers import GenerationConfig
-
-    prompts = [encode(tokenizer, [{"role": "user", "content": q}])["input_ids"] for q in questions]
-    batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    greedy = GenerationConfig(
-        max_new_tokens=LONGEST_ANSWER,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    was_training = model.training
-    model.eval()
+def tell(tuned: Tuned, messages: Messages, cfg: Config) -> Told:
+    """Print an answer as it grows. Ctrl+C ends it."""
+    parts = growing_answer(tuned, messages, cfg)
+    start, answer, interrupted = time.perf_counter(), Answer("", 0, stopped=False), False
     try:
-        with torch.no_grad():
-            rows = model.generate(**batch.to(model.device), generation_config=greedy)
-    finally:
-        model.train(was_training)
-    answers = []
-    for row in rows[:, batch["input_ids"].shape[1] :].tolist():
-        stopped = tokenizer.eos_token_id in row
-        ids = row[: row.index(tokenizer.eos_token_id)] if stopped else row
-        text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        answers.append(Answer(text.strip(), stopped))
-    return answers
+        for part in parts:
+            show(harmless(part.text[len(answer.text) :]), end="")
+            answer = part
+    except KeyboardInterrupt:
+        interrupted = True
+        parts.close()
+    show("")
+    return Told(answer.text, speed_in_words(answer, time.perf_counter() - start, cfg), interrupted)
+
+
+def speed_in_words(answer: Answer, seconds: float, cfg: Config) -> str:
+    cut = not answer.stopped and answer.tokens >= cfg.MAX_TOKENS
+    more = "; cut off, --max-tokens allows more" if cut else ""
+    return f"({answer.tokens} tokens, {answer.tokens / seconds:.1f} a second{more})"
+
+
+@contextmanager
+def going_on(tell: Callable[[str], Any]) -> Iterator[None]:
+    """When one answer fails, tell why; the talk does not end with it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        tell("")
+    except (UserError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, UserError) and not memory_fault(error):
+            raise
+        tell(str(error))
+
+
+def edit_lines() -> None:
+    with suppress(ImportError):  # Windows edits lines by itself
+        import readline  # noqa: F401  gives input() arrow keys and a history
+
+
+def converse(tuned: Tuned, cfg: Config) -> int:
+    """A talk at the terminal, in which an answer knows what was said before."""
+    edit_lines()
+    say("Chat", TALK_HELP)
+    messages: Messages = []
+    while True:
+        try:
+            line = input("\nYou: ").strip()
+        except KeyboardInterrupt:
+            show("\n/quit leaves.", end="")
+            continue
+        except EOFError:
+            return 0
+        if line == "/quit":
+            return 0
+        with going_on(show):
+            cfg, messages = next_turn(tuned, cfg, messages, line)
+
+
+def next_turn(tuned: Tuned, cfg: Config, messages: Messages, line: str) -> tuple[Config, Messages]:
+    """What one line makes of the talk."""
+    command, _, rest = line.partition(" ")
+    if command == "/reset":
+        show("Forgotten.")
+        return cfg, []
+    if command == "/system":
+        show(f"A new talk {'with these' if rest else 'without'} instructions.")
+        return changed(cfg, SYSTEM=asked_by_user(rest.strip())["content"]), []
+    if command == "/save":
+        show(f"Kept in {near(save_talk(cfg, messages, rest.strip()))}")
+    elif line.startswith("/"):
+        show(f"There is no {command}. {TALK_HELP}")
+    elif line:
+        asked = [*messages, asked_by_user(line)]
+        show("\nModel: ", end="")
+        told = tell(tuned, asked, cfg)
+        show(told.speed)
+        if told.text:
+            return cfg, [*asked, {"role": "assistant", "content": told.text}]
+    return cfg, messages
+
+
+def save_talk(cfg: Config, messages: Messages, name: str) -> Path:
+    """In the form in which a training reads conversations."""
+    path = local_path(name)
+    if not name or is_there(path):
+        raise UserError("/save needs the name of a new file, such as /save talk.json")
+    system = [{"role": "system", "content": cfg.SYSTEM}] if cfg.SYSTEM else []
+    try:
+        write_json(path, [{"messages": [*system, *messages]}])
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    return path
+
+
+def questions_typed() -> Iterator[str]:
+    edit_lines()
+    say("Compare", "Type a question for both models; an empty line leaves.")
+    with suppress(EOFError, KeyboardInterrupt):
+        while question := input("\nQuestion: ").strip():
+            yield question
+    show("")
+
+
+def side_by_side(asked: Asked, width: int, coloured: bool) -> str:
+    """Two columns, or where there is no room for them one below the other."""
+    column = (min(width, 160) - 3) // 2
+    yellow, green, plain = ("\033[33m", "\033[32m", "\033[0m") if coloured else ("", "", "")
+    texts = [
+        f"{side}\n\n{without_gaps(text)}"
+        for side, text in zip(SIDES, (asked.before, asked.after), strict=True)
+    ]
+    if column < NARROWEST:
+        return "\n\n".join(texts)
+    left, right = (in_lines(text, column) for text in texts)
+    return "\n".join(
+        f"{yellow}{before}{plain}{' ' * (column - width_of(before))} | {green}{after}{plain}"
+        for before, after in itertools.zip_longest(left, right, fillvalue="")
+    )
+
+
+def in_lines(text: str, width: int) -> list[str]:
+    lines: list[str] = []
+    for line in text.split("\n"):
+        fits = width // 2 if width_of(line) > len(line) else width
+        lines += textwrap.wrap(line, fits) or [""]
+    return lines
+
+
+def listed_questions(cfg: Config) -> list[Talk]:
+    """The questions of a file, each with its row; an answer beside one is the answer wanted."""
+    path = local_path(cfg.QUESTIONS)
+    if not is_there(path) or is_folder(path):
+        raise UserError(f"There is no file {path}.\nName one with --questions")
+    if path.suffix.lower() in (".yaml", ".yml"):
+        talks = questions_in_yaml(path)
+    elif path.suffix.lower() == ".txt":
+        lines = decoded(path, path.read_bytes()).splitlines()
+        talks = [
+            Talk(str(n), [asked_by_user(line.strip())])
+            for n, line in enumerate(lines, 1)
+            if line.strip()
+        ]
+    else:
+        talks = questions_in_table(path, changed(cfg, DATASET_PATH=str(path)))
+    if not talks:
+        raise UserError(f"{path} holds no questions. Write one a row.")
+    return talks
+
+
+def questions_in_table(path: Path, cfg: Config) -> list[Talk]:
+    """Pairs are found as for a training; what has no answer is asked as well."""
+    try:
+        pairs = find_pairs(cfg)
+    except UserError:
+        for table in read_tables(path, cfg):
+            column = question_column(table, cfg)
+            if column is not None:
+                return open_questions(table, column, {number for number, _ in table.rows})
+        raise
+    talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs.kept]
+    if pairs.columns:
+        open_rows = {note.row for note in pairs.dropped if note.reason == NO_ANSWER}
+        talks += open_questions(pairs.table, pairs.columns.question, open_rows)
+    if others := [note for note in pairs.dropped if note.reason not in (NO_ANSWER, "blank")]:
+        say("Left out", "; ".join(grouped(others)))
+    return sorted(talks, key=lambda talk: int(talk.place))
+
+
+def question_column(table: Table, cfg: Config) -> int | None:
+    """Of a table without answers."""
+    if cfg.QUESTION_COLUMN:
+        return column_named(table, "question", cfg.QUESTION_COLUMN)
+    width = range(len(table.header))
+    filled = [i for i in width if any(cell for _, cell in column_cells(table, i))]
+    named = [i for i in filled if name_strength(table.header[i], "question") > 1]
+    return next((found[0] for found in (named, filled) if len(found) == 1), None)
+
+
+def open_questions(table: Table, column: int, rows: set[int]) -> list[Talk]:
+    for number, row in table.rows:
+        if not table.sheet and any(row[len(table.header) :]):
+            raise UserError(f"Row {number} has {MORE_CELLS}.")
+    cells = column_cells(table, column)
+    texts = {number: one_text(cell) for number, cell in cells if number in rows}
+    return [Talk(str(row), [asked_by_user(text)]) for row, text in texts.items() if text]
+
+
+def questions_in_yaml(path: Path) -> list[Talk]:
+    """A list of questions, or of question: with answer:; or questions, each with its answer."""
+    import yaml
+
+    try:  # the plainest loader there is: no becomes no False, and nothing is ever built
+        content = yaml.BaseLoader(path.read_text(encoding="utf-8")).get_single_data()
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"{path} cannot be read as YAML: {preview(str(error), 200)}") from None
+    if isinstance(content, dict):
+        content = content.get("questions", content)
+    if isinstance(content, dict):
+        content = [{"question": question, "answer": answer} for question, answer in content.items()]
+    talks = []
+    for number, one in enumerate(content if isinstance(content, list) else [], start=1):
+        entry = one if isinstance(one, dict) else {"question": one}
+        question, answer = entry.get("question"), entry.get("answer", "")
+        if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
+            raise UserError(
+                f"Entry {number} of {path} is no question: {preview(str(one)[:200])}\n"
+                "Write - Why? or - question: Why? with answer: on the next line."
+            )
+        reference = asked_by_user(answer.strip())["content"]
+        talks.append(Talk(str(number), [asked_by_user(question.strip())], reference))
+    return talks
+
+
+# -- The page
+
+
+def serve(cfg: Config) -> int:
+    """The page in the browser, until Ctrl+C."""
+    if is_below(installed_version("gradio"), PAGE_FLOOR):
+        raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
+    page = page_of(model_to_ask(cfg), cfg)
+    try:
+        _, local, shared = page.launch(
+            server_port=cfg.PORT or None, share=cfg.SHARE, **PAGE_OPTIONS
+        )
+    except OSError as error:
+        raise UserError(f"The page cannot be opened: {error}\nTake another --port") from None
+    say("Page", f"{shared or local}  (Ctrl+C closes it)")
+    page.block_thread()
+    return 0
+
+
+def page_of(tuned: Tuned, cfg: Config) -> Any:
+    """Two tabs: a talk with the tuned model, and one question for both."""
+    import gradio as gr
+
+    reply, both = page_answers(tuned, cfg)
+    with gr.Blocks(title=PAGE_TITLE, analytics_enabled=False, fill_height=True) as page:
+        gr.Markdown(f"## {PAGE_TITLE}")
+        with gr.Accordion("How to answer", open=False), gr.Row():
+            how = page_controls(tuned, cfg)
+        box = {"placeholder": "Your question", "max_length": LONGEST_QUESTION}
+        with gr.Tab("Chat"):
+            speed = gr.Textbox(show_label=False, container=False, render=False)
+            talk = gr.ChatInterface(
+                reply,
+                # as plain text: nothing that a model says may become a part of the page
+                chatbot=gr.Chatbot(render_markdown=False, show_label=False, buttons=["copy"]),
+                textbox=gr.Textbox(**box, show_label=False, submit_btn=True, stop_btn=True),
+                additional_inputs=how,
+                additional_outputs=[speed],
+                flagging_mode="never",
+                analytics_enabled=False,
+                api_visibility="private",
+            )
+            speed.render()
+            show_examples(tuned, talk.textbox)
+        with gr.Tab("Compare"):
+            question = gr.Textbox(**box, label="Question")
+            with gr.Row():
+                ask, stop = gr.Button("Ask both", variant="primary"), gr.Button("Stop")
+            with gr.Row():
+                height = {"lines": 12, "max_lines": 12, "interactive": False}
+                sides = [gr.Textbox(**height, label=side, buttons=["copy"]) for side in SIDES]
+            pace = gr.Textbox(show_label=False, container=False)
+            show_examples(tuned, question)
+            asking = gr.on(
+                [ask.click, question.submit],
+                both,
+                [question, *how],
+                [*sides, pace],
+                api_visibility="private",
+            )
+            stop.click(None, cancels=[asking])
+    return page.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
+
+
+def page_answers(tuned: Tuned, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What the two tabs do with a question."""
+    import gradio as gr
+
+    one_at_a_time = threading.Lock()  # switching the adapter off would hit the other's answer
+
+    def parts_of(messages: Messages, base: bool, how: Sequence[float]) -> Iterator[tuple[str, str]]:
+        """What an answer has come to so far, and its speed."""
+        chosen = dict(zip(PAGE_SETTINGS, how, strict=True))
+        with going_on(lambda why: gr.Warning(html.escape(why))):  # an error would lock the page
+            if len(messages[-1]["content"]) > LONGEST_QUESTION:
+                raise UserError(f"A question may have {LONGEST_QUESTION:,} letters.")
+            here = checked(setting_values(cfg) | chosen | {"BASE": base})
+            with one_at_a_time, closing(growing_answer(tuned, messages, here)) as parts:
+                start = time.perf_counter()
+                for part in parts:
+                    yield part.text, speed_in_words(part, time.perf_counter() - start, here)
+
+    def reply(question: str, history: list[Any], *how: float) -> Iterator[tuple[Any, str]]:
+        for text, speed in parts_of([*said(history), asked_by_user(question)], cfg.BASE, how):
+            shown = {"type": "text", "text": html.escape(text)}  # or else tags would vanish
+            yield {"role": "assistant", "content": [shown]}, speed
+
+    def both(question: str, *how: float) -> Iterator[tuple[str, str, str]]:
+        before = after = ""
+        for base in (True, False):
+            for text, speed in parts_of([asked_by_user(question)], base, how):
+                before, after = (text, after) if base else (before, text)
+                yield before, after, speed
+
+    return reply, both
+
+
+def show_examples(tuned: Tuned, box: Any) -> None:
+    import gradio as gr
+
+    if tuned.examples:
+        gr.Examples(list(tuned.examples), box)
+
+
+def page_controls(tuned: Tuned, cfg: Config) -> list[Any]:
+    """What a visitor may choose; in the order of PAGE_SETTINGS."""
+    import gradio as gr
+
+    bounds = SMALLEST_AND_LARGEST
+    return [
+        gr.Slider(*bounds["TEMPERATURE"], cfg.TEMPERATURE, step=0.05, label="Temperature"),
+        gr.Slider(*bounds["TOP_P"], cfg.TOP_P, step=0.01, label="Top p"),
+        gr.Slider(
+            1, max(tuned.context, cfg.MAX_TOKENS), cfg.MAX_TOKENS, step=1, label="Max tokens"
+        ),
+        gr.Slider(
+            *bounds["REPETITION_PENALTY"],
+            cfg.REPETITION_PENALTY,
+            step=0.05,
+            label="Repetition penalty",
+        ),
+        gr.Number(cfg.SEED, precision=0, label="Seed"),
+    ]
+
+
+def said(history: Sequence[dict[str, Any]]) -> Messages:
+    """What was said before, of what Gradio hands back: answers as they were shown, in parts."""
+    talk: Messages = []
+    for turn in history[-MOST_TURNS:]:
+        parts = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
+        text = "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
+        answers = turn["role"] == "assistant"
+        if answers == bool(talk and talk[-1]["role"] == "user"):
+            talk.append({"role": turn["role"], "content": html.unescape(text) if answers else text})
+        elif not answers:
+            talk[-1]["content"] = text  # in place of a question that was never answered
+    return talk if not talk or talk[-1]["role"] == "assistant" else talk[:-1]
 
 
 # ==================================================================================================
-# 10  Commands
+# 11  Commands
 # ==================================================================================================
 
 DEMO_SETTINGS: dict[str, Any] = {
@@ -5714,15 +6705,72 @@ def run_training(cfg: Config) -> Prepared:
         keeper.log = keeper.log.with_name(last.record["tally"]["log"])
     start_log(keeper.log)
     say_start(cfg, plan, keeper, last)
+    model = None
     if not last or not last.record["tally"]["finished"]:
         base = load_base(cfg, device)
         from transformers import set_seed
 
         set_seed(cfg.SEED)
-        last = train_adapter(cfg, add_lora(cfg, base), data, device, plan, keeper, last)
-    folder, archive = save_run(cfg, device, data, last)
+        model = add_lora(cfg, base)
+        last = train_adapter(cfg, model, data, device, plan, keeper, last)
+    result = kept_answers(cfg, data, keeper, last)
+    folder, archive = save_run(cfg, device, data, last, result)
+    if not result and (result := held_out_answers(cfg, data, device, keeper, last, model)):
+        folder, archive = save_run(cfg, device, data, last, result)
+    if result:
+        say_answers(result)
     say_result(outcome(cfg, last), folder, archive)
     return data
+
+
+def place_of_answers(cfg: Config, data: Prepared, keeper: Keeper, last: Checkpoint) -> Path:
+    asked = min(cfg.EVAL_ANSWERS, len(pairs_to_ask(data)))
+    return keeper.folder / f"answers-{last.step}-{asked}-{cfg.MAX_TOKENS}.json"
+
+
+def kept_answers(
+    cfg: Config, data: Prepared, keeper: Keeper, last: Checkpoint
+) -> Comparison | None:
+    """What the model has answered already, in an earlier sitting of the same run."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        place = place_of_answers(cfg, data, keeper, last)
+        kept = json.loads(place.read_text(encoding="utf-8"))
+        return Comparison([Asked(**one) for one in kept["asked"]], kept["tokens"], kept["seconds"])
+    return None
+
+
+def held_out_answers(
+    cfg: Config,
+    data: Prepared,
+    device: Device,
+    keeper: Keeper,
+    last: Checkpoint,
+    model: PeftModel | None,
+) -> Comparison | None:
+    """What the model says before and after: an extra, for which nobody pays with the adapter."""
+    pairs = pairs_to_ask(data)[: cfg.EVAL_ANSWERS]
+    if not pairs:
+        return None
+    try:
+        from safetensors.torch import load_file
+
+        which = "held-out questions" if data.held_out_pairs else "questions that were taught"
+        say("Asking", f"{len(pairs)} {which}, before and after; the adapter is saved already")
+        model = model or add_lora(cfg, load_base(cfg, device))
+        put_adapter(model, load_file(outcome(cfg, last).adapter))
+        talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs]
+        tuned = Tuned(model, data.tokenizer, device)
+        result = ask_both(tuned, talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
+        if len(result.asked) == len(pairs):
+            write_json(
+                place_of_answers(cfg, data, keeper, last),
+                asdict(result) | {"asked": [one._asdict() for one in result.asked]},
+            )
+        return result
+    except (Exception, KeyboardInterrupt) as error:
+        reason = preview(f"{type(error).__name__} {error}", 100)
+        say("Warning", f"there will be no answers.xlsx ({reason}); the adapter is saved")
+        return None
 
 
 def ask_about_quality(cfg: Config, quality: Quality) -> None:
@@ -5819,12 +6867,12 @@ def demo(cfg: Config) -> int:
     say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
     with cleared(cfg):
         taught = run_training(cfg).train_pairs
-    model, tokenizer = load_tuned(output_folder(cfg))
-    questions = [pair.question for pair in taught]
-    with model.disable_adapter():
-        before = answer(model, tokenizer, questions[:3])
-    after = answer(model, tokenizer, questions)
-    for pair, old, new in zip(taught[:3], before, after, strict=False):
+    tuned = load_tuned(output_folder(cfg))
+    prompts = [prompt_of(tuned, pair.messages[:-1], cfg) for pair in taught]
+    with tuned.untuned() as model:
+        before = answers(model, tuned.tokenizer, prompts[:EXAMPLES_SHOWN], cfg)
+    after = answers(tuned.model, tuned.tokenizer, prompts, cfg)
+    for pair, old, new in zip(taught, before, after, strict=False):
         say("Question", pair.question)
         say("  before", preview(old.text, 130))
         say("  after", new.text if new.text == pair.answer else preview(new.text, 130))
@@ -5838,7 +6886,100 @@ def demo(cfg: Config) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[Config], int]] = {"train": train, "check": check, "demo": demo}
+def chat(cfg: Config) -> int:
+    """Talk with the tuned model, in the terminal or with --web in the browser."""
+    if cfg.WEB:
+        return serve(cfg)
+    talking = not cfg.QUESTION and can_be_asked()
+    questions = [] if talking else questions_given(cfg)
+    with aside(bool(questions)):
+        tuned = model_to_ask(cfg)
+    if talking:
+        return converse(tuned, cfg)
+    failed = False
+    for question in questions:
+        try:
+            told = tell(tuned, [asked_by_user(question)], cfg)
+            show(told.speed, sys.stderr)
+            if told.interrupted:
+                raise KeyboardInterrupt
+        except UserError as error:
+            failed = True
+            show(str(error), sys.stderr)
+    return 2 if failed else 0
+
+
+@contextmanager
+def aside(wanted: bool) -> Iterator[None]:
+    """Say on the error stream what is said, where a program may read the answers from the other."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
+
+
+def compare(cfg: Config) -> int:
+    """Put the same questions to the base and the tuned model, side by side."""
+    listed = listed_questions(cfg) if cfg.QUESTIONS else []
+    talking = not cfg.QUESTION and can_be_asked()
+    questions = [] if talking or listed else questions_given(cfg)
+    with aside(bool(questions)):
+        tuned = model_to_ask(cfg)
+    if listed:
+        return compare_all(tuned, listed, cfg)
+    for question in questions or questions_typed():
+        try:
+            result = ask_both(tuned, [Talk("", [asked_by_user(question)])], cfg)
+        except KeyboardInterrupt:
+            if not talking:
+                raise
+            show("")
+            continue
+        for asked in result.asked:
+            width = shutil.get_terminal_size().columns
+            coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+            show(side_by_side(asked, width, coloured))
+            show(f"({result.tokens_per_second:.1f} tokens a second)", sys.stderr)
+    return 0
+
+
+def compare_all(tuned: Tuned, listed: list[Talk], cfg: Config) -> int:
+    say("Asking", f"{len(listed)} questions, each of both models; Ctrl+C ends with what is done")
+    result = ask_both(tuned, listed, cfg)
+    if not result.asked:
+        return 2
+    say_answers(result)
+    try:
+        path = free_path("compare", (".xlsx", ".json", ".md"), lambda path: not path.exists())
+        write_comparison(path, result)
+    except OSError as error:
+        why = error.strerror or error
+        raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room there.") from None
+    say("Saved", f"{near(path)}, and the same as {path.stem}.json and {path.stem}.md")
+    return 0
+
+
+def say_answers(result: Comparison) -> None:
+    """The first three, and how good all are together."""
+    for one in result.asked[:EXAMPLES_SHOWN]:
+        say("Question", preview(one.question, 130))
+        if one.reference:
+            say("  wanted", preview(one.reference, 130))
+        say("  before", preview(one.before, 130))
+        say("  after", preview(one.after, 130))
+    for figure, what in FIGURES_OF_ANSWERS.items():
+        before, after = result.mean(f"{figure}_before"), result.mean(f"{figure}_after")
+        if before is not None and after is not None:
+            say(figure.capitalize(), f"{before:.2f} before, {after:.2f} after: {what}")
+    count = len(result.asked)
+    say("Speed", f"{result.tokens_per_second:.1f} tokens a second, {count} questions asked twice")
+
+
+COMMANDS: dict[str, Callable[[Config], int]] = {
+    "train": train,
+    "check": check,
+    "demo": demo,
+    "chat": chat,
+    "compare": compare,
+}
 
 
 def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
@@ -5992,16 +7133,6 @@ def package_problems(versions: dict[str, str | None]) -> Iterator[str]:
             f"Packages are missing or too old: {', '.join(below)}.\n"
             "pip install -r requirements-finetune.txt"
         )
-
-
-def is_below(version: str | None, floor: str) -> bool:
-    if version is None:
-        return True
-    try:
-        from packaging.version import Version
-    except ModuleNotFoundError:  # it comes with transformers, so that this is refused anyway
-        return False
-    return Version(version).release < Version(floor).release  # a trial build counts as its release
 
 
 def warn_of_pictures() -> None:
@@ -6167,7 +7298,7 @@ def build_parser() -> Parser:
     """The command line, derived from Config."""
     parser = Parser(
         prog="finetune_colab.py",
-        usage="%(prog)s [train | check | demo] [--SETTING VALUE ...]",
+        usage="%(prog)s [COMMAND] [--SETTING VALUE ...]",
         description=(__doc__ or "").partition("\n")[0],
         epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend; "
         "130, 143 or 129 after Ctrl+C, SIGTERM or SIGHUP.",
@@ -6176,6 +7307,9 @@ def build_parser() -> Parser:
     summaries = "; ".join(f"{name}: {first_sentence(run)}" for name, run in COMMANDS.items())
     parser.add_argument(
         "command", nargs="?", choices=list(COMMANDS), default="train", help=summaries
+    )
+    parser.add_argument(
+        "question", nargs="*", default=argparse.SUPPRESS, help="of chat and compare, asked at once"
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
     notes, groups = setting_notes(), {}
@@ -6212,12 +7346,18 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
             raise UserError(
                 f"There is no flag {word}.{did_you_mean(word, known)}\n--help lists all."
             )
-    flags = vars(build_parser().parse_args(list(argv)))
+    flags = vars(build_parser().parse_intermixed_args(list(argv)))  # a question may come last
     command, file = flags.pop("command"), flags.pop("config")
+    if words := flags.pop("question", []):
+        flags["QUESTION"] = " ".join(words)
     demo_settings = DEMO_SETTINGS if command == "demo" else {}
     cfg = checked(demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
-    if cfg.JSON and command != "check":
-        raise UserError(f"JSON (--json) goes with the command check, not with {command}.")
+    for name, commands in ONLY_WITH.items():
+        if getattr(cfg, name) != getattr(Config, name) and command not in commands:
+            where = " or ".join(commands)
+            raise UserError(
+                f"{name} ({flag(name)}) goes with the command {where}, not with {command}."
+            )
     return command, cfg
 
 
@@ -6251,7 +7391,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 start_log(log_path(cfg))
             LOG.exception("Stopped    by an error that nobody foresaw:")
             raise
-        message = f"Memory ran out: {preview(str(error), 100)}\n{LEVERS}"
+        answering = "Add --load-in-4bit, or lower --max-tokens."
+        levers = answering if command in ("chat", "compare") else LEVERS
+        message = f"Memory ran out: {preview(str(error), 100)}\n{levers}"
     show("", sys.stderr)
     say("Stopped", message, sys.stderr)
     return 2

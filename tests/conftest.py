@@ -116,6 +116,18 @@ def write_workbook(
     return path
 
 
+@pytest.fixture(scope="session")
+def tuned_run(tmp_path_factory: pytest.TempPathFactory, phi_folder: Path) -> Path:
+    """A folder with a finished run: model/, its zip, and the workbook."""
+    home = tmp_path_factory.mktemp("tuned")
+    write_workbook(home / "dataset.xlsx", [("question", "answer"), *PAIRS])
+    flags = ["--model-name", str(phi_folder), "--max-steps", "12", "--learning-rate", "2e-2"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        assert ft.main([*flags, "--eval-answers", "2", "--max-tokens", "6"]) == 0
+    return home
+
+
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder of its own."""
@@ -134,7 +146,11 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
 
     def run(*argv: object) -> tuple[int, str]:
         capsys.readouterr()
-        code = ft.main([str(part) for part in argv])
+        with pytest.MonkeyPatch.context() as patch:
+            if "--help" not in argv:  # a model of chance never stops by itself
+                patch.setattr(ft.Config, "EVAL_ANSWERS", 1)
+                patch.setattr(ft.Config, "MAX_TOKENS", 3)
+            code = ft.main([str(part) for part in argv])
         printed = capsys.readouterr()
         return code, printed.out + printed.err
 

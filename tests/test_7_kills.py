@@ -13,6 +13,7 @@ import pytest
 from conftest import PAIRS, ROOT
 
 FLAGS = "--max-steps 4 --save-steps 1 --eval-steps 2 --learning-rate 1e-2".split()
+FLAGS += "--eval-answers 1 --max-tokens 2".split()
 
 
 @pytest.fixture(scope="module")

@@ -196,7 +196,7 @@ def test_the_python_in_the_documents_runs(
 ) -> None:
     monkeypatch.setattr(ft.Config, "MODEL_NAME", str(phi_folder))
     monkeypatch.setattr(ft.Config, "NUM_EPOCHS", 1)
-    monkeypatch.setattr(ft, "LONGEST_ANSWER", 3)
+    monkeypatch.setattr(ft.Config, "MAX_TOKENS", 3)
     assert run()[0] == 0
     for block in blocks(name, "python"):
         exec(block, {})

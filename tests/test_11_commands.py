@@ -1,4 +1,4 @@
-"""Section 10: what each command line prints and leaves behind, and the exit code it ends with."""
+"""Section 11: what each command line prints and leaves behind, and the exit code it ends with."""
 
 from __future__ import annotations
 

@@ -79,9 +79,10 @@ def test_the_zip_of_the_demo_answers_without_anything_else(
 ) -> None:
     with zipfile.ZipFile(demo[0] / "fine_tuned_model.zip") as archive:
         archive.extractall(tmp_path)
-    model, tokenizer = ft.load_tuned(tmp_path)
+    tuned = ft.load_tuned(tmp_path)
     pairs = ft.find_pairs(ft.Config(DATASET_PATH=str(ROOT / ft.EXAMPLE_DATASET))).kept
-    answers = ft.answer(model, tokenizer, [pair.question for pair in pairs])
+    prompts = [ft.prompt_of(tuned, pair.messages[:-1], ft.Config()) for pair in pairs]
+    answers = ft.answers(tuned.model, tuned.tokenizer, prompts, ft.Config())
     assert sum(a.text == pair.answer for a, pair in zip(answers, pairs, strict=True)) >= 18
     assert sum(a.stopped for a in answers) >= 20  # the two that it was never taught may go on
     card = (tmp_path / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Section 10, before training: what would fail later is refused in the first seconds, all at once."""
+"""Section 11, before training: what would fail later is refused in the first seconds, all at once."""
 
 from __future__ import annotations
 

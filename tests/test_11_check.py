@@ -1,4 +1,4 @@
-"""Section 10: what `check` says, what it writes into the folder, and when training asks."""
+"""Section 11: what `check` says, what it writes into the folder, and when training asks."""
 
 from __future__ import annotations
 
@@ -340,7 +340,7 @@ def test_nothing_in_the_report_is_a_formula(
     text: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     path = tmp_path_factory.mktemp("report") / "any.xlsx"
-    ft.write_report_book(path, ft.Config(), prepared(text))
+    ft.write_book(path, ft.report_sheets(ft.Config(), prepared(text)))
     book = openpyxl.load_workbook(path)
     cells = [cell for one in book for row in one.iter_rows() for cell in row]
     assert not {cell.data_type for cell in cells} & {"f", "e"}
@@ -355,7 +355,7 @@ def test_nothing_in_the_report_is_a_formula(
 def test_a_cell_is_no_longer_than_a_workbook_allows(letter: str, tmp_path: Path) -> None:
     path = tmp_path / "any.xlsx"
     for length in (32_766, 32_767, 32_768, 70_000):
-        ft.write_report_book(path, ft.Config(), prepared(letter * length))
+        ft.write_book(path, ft.report_sheets(ft.Config(), prepared(letter * length)))
         found = openpyxl.load_workbook(path)["Kept"]["D2"].value
         assert len(found.encode("utf-16-le")) <= 2 * 32_767
         assert found.endswith("…") == (len((letter * length).encode("utf-16-le")) > 2 * 32_767)
