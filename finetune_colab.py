@@ -5366,12 +5366,10 @@ def manner_of(cfg: Config, tokenizer: Any, start: int, most: int) -> dict[str, A
         use_cache=True,  # which the training has switched off
     )
     repetition = LogitsProcessorList()
-    if (
-        cfg.REPETITION_PENALTY != 1
-    ):  # of the answer only: the prompt holds ends of turns, and padding
-        repetition.append(
-            RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, prompt_ignore_length=start)
-        )
+    if cfg.REPETITION_PENALTY != 1:
+        # of the answer alone: the prompt holds padding and ends of turns, which are no repetition
+        penalty = RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
+        repetition.append(penalty)
     return {"generation_config": how, "logits_processor": repetition}
 
 

@@ -104,7 +104,7 @@ def ours(job: Job, result: Result) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in job.rows))
     command = f"""train --yes --model-name={job.model} --dataset-path=rows.jsonl --seed={job.seed}
         --max-steps={job.steps} --lora-targets={",".join(TARGETS[job.targets])} --lora-r={job.rank}
-        --lora-dropout={job.dropout} --validation-fraction=0 --save-steps=1000000
+        --lora-dropout={job.dropout} --validation-fraction=0 --eval-answers=0 --save-steps=1000000
         --save-minutes=10000"""
     if code := finetune_colab.main([*command.split(), *job.extra]):
         raise SystemExit(code)

@@ -118,14 +118,13 @@ def whole(folder: Path) -> int:
     return sum(isinstance(ft.verified(path), ft.Checkpoint) for path in paths)
 
 
-def sweep(place: Path, argv: Sequence[str], dataset: Path) -> dict[str, Any]:
-    """A kill at every change that an undisturbed run makes."""
+def sweep(place: Path, argv: Sequence[str], start: Path, share: float = 1.0) -> dict[str, Any]:
+    """A kill at every change that an undisturbed run makes, or at the last share of them."""
 
     def fresh(name: str) -> Path:
         folder = place / name
         shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        shutil.copy(dataset, folder / "dataset.csv")
+        shutil.copytree(start, folder)
         return folder
 
     undisturbed = fresh("undisturbed")
@@ -148,8 +147,9 @@ def sweep(place: Path, argv: Sequence[str], dataset: Path) -> dict[str, Any]:
         return ""
 
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(case, range(1, changes + 1)))
-    return {"changes": changes, "faults": [fault for fault in found if fault]}
+        killed = range(changes - int(share * changes) + 1, changes + 1)
+        found = list(pool.map(case, killed))
+    return {"changes": len(killed), "faults": [fault for fault in found if fault]}
 
 
 def often(place: Path, argv: Sequence[str], dataset: Path, kills: int, seed: int) -> dict[str, Any]:
@@ -179,7 +179,13 @@ if __name__ == "__main__":
     os.chdir(tempfile.mkdtemp(dir=place))
     flags = ("--dataset-path", str(dataset))
     ft.main([*argv, *flags])  # imports all that a run needs, and leaves it to the forks
-    report = sweep(place, argv, dataset)
+    (place / "start").mkdir()
+    shutil.copy(dataset, place / "start" / "dataset.csv")
+    plain = [*argv, "--eval-answers", "0"]
+    report = sweep(place, plain, place / "start")
+    # the questions at its end, asked of the finished run: what comes after it is saved once more
+    report["asking"] = sweep(place / "asking", argv, place / "undisturbed", share=0.6)
+    argv = plain
     steps = argv.index("--max-steps") + 1
     longer = [*argv[:steps], "20", *argv[steps + 1 :]]
     report["often"] = often(place, longer, dataset, 20, seed=3)

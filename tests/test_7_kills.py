@@ -43,5 +43,10 @@ def test_whatever_a_kill_interrupts_the_end_is_the_same(report: dict[str, Any]) 
     assert report["changes"] > 100  # every file of four checkpoints and of the outputs
 
 
+def test_a_kill_while_it_asks_changes_nothing(report: dict[str, Any]) -> None:
+    assert report["asking"]["faults"] == []
+    assert report["asking"]["changes"] > 40
+
+
 def test_twenty_kills_of_one_run_change_nothing(report: dict[str, Any]) -> None:
     assert report["often"] == {"kills": 20, "same": True}

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import openpyxl
 import pytest
 from conftest import PAIRS, ROOT, in_words, write_workbook
 from hypothesis import given
@@ -288,3 +289,86 @@ def test_without_held_out_pairs_nothing_is_invented(
     assert metrics["base_eval_loss"] is None
     assert "none held out" in printed
     assert "not measured" in (folder / "model" / "README.md").read_text()
+
+
+# -- Answers before and after
+
+
+@pytest.mark.parametrize("error", [RuntimeError("CUDA out of memory"), KeyboardInterrupt()])
+def test_questions_that_fail_cost_nobody_the_adapter(
+    phi_folder: Path,
+    workbook: Path,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    seen = []
+
+    def ask_both(*_: Any) -> None:
+        with zipfile.ZipFile("fine_tuned_model.zip") as archive:  # it is saved before
+            seen.append("adapter_model.safetensors" in archive.namelist())
+        raise error
+
+    command = ("--model-name", phi_folder, "--max-steps", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(ft, "ask_both", ask_both)
+        code, printed = run(*command)
+    assert code == 0
+    assert seen == [True]
+    assert "there will be no answers.xlsx" in in_words(printed)
+    assert not Path("model/answers.xlsx").exists()
+    assert run(*command)[0] == 0  # the same command asks what was not asked
+    with zipfile.ZipFile("fine_tuned_model.zip") as archive:
+        assert "answers.xlsx" in archive.namelist()
+    assert not Path("model.previous").exists()
+
+
+def test_a_run_is_asked_once(
+    phi_folder: Path, workbook: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ("--model-name", phi_folder, "--max-steps", 1)
+    code, printed = run(*command)
+    assert code == 0
+    assert "wanted" in printed
+    sheet = openpyxl.load_workbook("model/answers.xlsx")["Answers"]
+    first = [[cell.value for cell in row] for row in sheet]
+    monkeypatch.setattr(ft, "load_base", None)  # nothing is loaded any more
+    code, again = run(*command)
+    assert code == 0
+    assert "wanted" in again
+    sheet = openpyxl.load_workbook("model/answers.xlsx")["Answers"]
+    assert [[cell.value for cell in row] for row in sheet] == first
+
+
+def test_nothing_is_asked_when_nobody_wants_it(phi_folder: Path, workbook: Path, run: Any) -> None:
+    code, printed = run("--model-name", phi_folder, "--max-steps", 1, "--eval-answers", 0)
+    assert code == 0
+    assert "Asking" not in printed
+    assert not Path("model/answers.xlsx").exists()
+
+
+def test_what_somebody_wrote_into_the_answers_is_kept(
+    phi_folder: Path, workbook: Path, run: Any
+) -> None:
+    command = ("--model-name", phi_folder, "--max-steps", 1)
+    assert run(*command)[0] == 0
+    book = openpyxl.load_workbook("model/answers.xlsx")
+    book["Answers"]["K2"] = "my grade: B"
+    book.properties.lastModifiedBy = "Ann"  # as every program for workbooks writes it
+    book.save("model/answers.xlsx")
+    assert run(*command)[0] == 0
+    kept = openpyxl.load_workbook("model.previous/answers.xlsx")["Answers"]
+    assert kept["K2"].value == "my grade: B"
+    assert Path("model/answers.xlsx").exists()
+
+
+def test_rows_of_the_workbook_are_as_high_as_their_text(tmp_path: Path) -> None:
+    long = ft.Asked("2", "Why?", "So.", "word " * 60, "雪" * 100)
+    endless = ft.Asked("3", "Why?", "", "a\n" * 500, "=1+1")
+    ft.write_answers(tmp_path / "a.xlsx", ft.Comparison([long, endless], 10, 1.0))
+    sheet = openpyxl.load_workbook(tmp_path / "a.xlsx")["Answers"]
+    heights = [sheet.row_dimensions[n].height / ft.LINE for n in (2, 3)]
+    assert heights[0] == 7  # 300 columns of letters in 45
+    assert heights[1] <= ft.MOST_LINES
+    assert sheet["E3"].value == "'=1+1"
+    assert sheet["E3"].data_type == "s"
