@@ -3260,7 +3260,7 @@ def pick_device(cfg: Config) -> Device:
 # More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
 MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
 USABLE_MEMORY = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}  # in the last two live other programs, too
-MOMENT = 0.2  # seconds, to time one thing
+MOMENT = 0.5  # seconds to time one thing in: at first, memory is slow to come
 LIBRARIES = 0.6e9  # bytes that they take, and CUDA for itself
 # Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
 PASSES = 10  # how often a kept number is written or read
