@@ -3641,13 +3641,18 @@ def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
     return [module for name, module in linear if name in cfg.LORA_TARGETS]
 
 
-def plan_here(cfg: Config, examples: Sequence[Example], device: Device | None = None) -> Plan:
-    """The plan for this machine; without an estimate where the shape of the model is unknown."""
+def known_shape(cfg: Config) -> Shape | None:
     model = hollow_model(cfg)
-    if model is None:  # then nobody has to wait for torch, either
+    return shape_of(cfg, model) if model else None
+
+
+def plan_here(
+    cfg: Config, examples: Sequence[Example], shape: Shape | None, device: Device | None = None
+) -> Plan:
+    """The plan for this machine; without an estimate where the shape of the model is unknown."""
+    if shape is None:  # then nobody has to wait for torch, either
         return plan_run(cfg, examples, device or Device("cpu", "float32", False, ""))
     device = device or device_here(cfg)[1]
-    shape = shape_of(cfg, model)
     return plan_run(cfg, examples, device, shape, machine_here(device, shape))
 
 
@@ -3706,7 +3711,6 @@ class Tuned:
 
     model: Any  # with an adapter that can be switched off, or with one that was merged
     tokenizer: Any
-    device: Device
     form: str = PROMPT_FORMAT
     examples: Sequence[str] = ()  # questions to begin with
     load_untuned: Callable[[], Any] = lambda: None  # where the adapter was merged
@@ -3764,7 +3768,7 @@ def load_tuned(place: Path, four_bit: bool | None = None) -> Tuned:
                 put_adapter(model, weights)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return Tuned(model.eval(), tokenizer, device, form, examples, load_untuned)
+    return Tuned(model.eval(), tokenizer, form, examples, load_untuned)
 
 
 @contextmanager
@@ -4038,6 +4042,21 @@ def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 @contextmanager
+def without_learning(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """As the model is when it answers or is measured: in the numbers of the training."""
+    import torch
+
+    was_training, dtype = model.training, model.get_input_embeddings().weight.dtype
+    half = dtype != torch.float32
+    model.eval()
+    try:
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=half):
+            yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
 def in_full(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     """In float32 what every block adds to, also where the blocks compute in 16 bits."""
     hook = model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
@@ -4252,31 +4271,18 @@ def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None
     return loss
 
 
-def mean_loss(
-    model: PeftModel, examples: Sequence[Example], tokens_at_once: int, device: Device
-) -> float:
+def mean_loss(model: PeftModel, examples: Sequence[Example], tokens_at_once: int) -> float:
     """Mean loss of a token to predict, over all examples together."""
     import torch
 
-    was_training, total, tokens = model.training, 0.0, 0
-    model.eval()
-    half = device.dtype != "float32"
-    try:
-        with (
-            torch.no_grad(),
-            flat_rows(model),
-            torch.autocast(device.kind, getattr(torch, device.dtype), enabled=half),
-        ):
-            for row in rows_of(examples, tokens_at_once):
-                batch = flatten(row)
-                batch = {
-                    k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()
-                }
-                labels = batch.pop("labels")
-                total += summed_loss(model(**batch).logits, labels).item()
-                tokens += int((labels != IGNORE).sum())
-    finally:
-        model.train(was_training)
+    total, tokens = 0.0, 0
+    with without_learning(model), flat_rows(model):
+        for row in rows_of(examples, tokens_at_once):
+            batch = flatten(row)
+            batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+            labels = batch.pop("labels")
+            total += summed_loss(model(**batch).logits, labels).item()
+            tokens += int((labels != IGNORE).sum())
     return total / tokens
 
 
@@ -4841,13 +4847,13 @@ def try_longest_row(trainer: Trainer, data: Prepared, plan: Plan) -> None:
 
 
 def measured_loss(
-    model: PeftModel, examples: Sequence[Example], tokens_at_once: int, device: Device
+    model: PeftModel, examples: Sequence[Example], tokens_at_once: int
 ) -> float | None:
     """The mean loss with as many tokens at once as fit; None when not even one pair does."""
     longest = max(len(example["input_ids"]) for example in examples)
     while True:
         try:
-            loss = mean_loss(model, examples, tokens_at_once, device)
+            loss = mean_loss(model, examples, tokens_at_once)
             if not math.isfinite(loss):
                 raise UserError(NOT_A_NUMBER)
             return loss
@@ -4924,7 +4930,7 @@ def build_trainer(
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
-            loss = measured_loss(model, data.held_out, plan.tokens_at_once, device)
+            loss = measured_loss(model, data.held_out, plan.tokens_at_once)
             if loss is not None:
                 self.log({"eval_loss": loss})
             metrics = {"eval_loss": math.inf if loss is None else loss}  # unknown is never the best
@@ -5118,7 +5124,7 @@ def train_adapter(
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
-    first = start.record["tally"] if start else first_figures(model, data, device, plan)
+    first = start.record["tally"] if start else first_figures(model, data, plan)
     longest = max(len(example["input_ids"]) for example in data.train)
     while True:
         tally = Tally(**(start.record["tally"] if start else first))
@@ -5138,13 +5144,13 @@ def train_adapter(
     return last
 
 
-def first_figures(model: PeftModel, data: Prepared, device: Device, plan: Plan) -> dict[str, Any]:
+def first_figures(model: PeftModel, data: Prepared, plan: Plan) -> dict[str, Any]:
     trainable, parameters = model.get_nb_trainable_parameters()
     figures = {"trainable": trainable, "parameters": parameters}
     figures |= {"foreseen_seconds": plan.seconds, "foreseen_memory_gb": plan.memory_gb}
     if data.held_out:
         with model.disable_adapter():
-            loss = measured_loss(model, data.held_out, plan.tokens_at_once, device)
+            loss = measured_loss(model, data.held_out, plan.tokens_at_once)
         if loss is not None:
             say("Before", f"validation loss of the untrained model: {loss:.3f}")
         figures["base_loss"] = loss
@@ -5325,25 +5331,17 @@ def generate(
 
     class Listener(StoppingCriteria):
         def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            end = bool(heard and heard(input_ids[0, start:].tolist()))
+            end = heard(input_ids[0, start:].tolist()) if heard else False
             return torch.full((len(input_ids),), end, device=input_ids.device)
 
     most = max(1, min(cfg.MAX_TOKENS, context_of(model, tokenizer) - start))
     how = manner_of(cfg, tokenizer, start, most)
-    was_training = model.training
-    model.eval()
-    try:
-        with (
-            torch.no_grad(),
-            as_in_training(model),
-            torch.random.fork_rng(enabled=cfg.TEMPERATURE > 0),
-        ):
-            if cfg.TEMPERATURE:
-                torch.manual_seed(cfg.SEED)
-            batch = batch.to(model.device)
-            rows = model.generate(**batch, **how, stopping_criteria=[Listener()])
-    finally:
-        model.train(was_training)
+    how["stopping_criteria"] = [Listener()] if heard else None
+    by_chance = cfg.TEMPERATURE > 0
+    with without_learning(model), in_full(model), torch.random.fork_rng(enabled=by_chance):
+        if by_chance:
+            torch.manual_seed(cfg.SEED)
+        rows = model.generate(**batch.to(model.device), **how)
     return rows[:, start:].tolist()
 
 
@@ -5371,17 +5369,6 @@ def manner_of(cfg: Config, tokenizer: Any, start: int, most: int) -> dict[str, A
         penalty = RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
         repetition.append(penalty)
     return {"generation_config": how, "logits_processor": repetition}
-
-
-@contextmanager
-def as_in_training(model: Any) -> Iterator[None]:
-    """The numbers in which it was taught, also where the weights have 16 bits."""
-    import torch
-
-    dtype = model.get_input_embeddings().weight.dtype
-    half = dtype != torch.float32
-    with in_full(model), torch.autocast(model.device.type, dtype, enabled=half):
-        yield
 
 
 def in_text(tokenizer: Any, ids: list[int]) -> Answer:
@@ -5515,7 +5502,7 @@ def loss_of_answer(tuned: Tuned, model: Any, talk: Talk, prompt: list[int]) -> f
         return None
     example: Example = {"input_ids": ids, "labels": [IGNORE] * len(prompt) + wanted["labels"]}
     with suppress(UserError):  # one that is no number is not shown
-        return measured_loss(model, [example], len(ids), tuned.device)
+        return measured_loss(model, [example], len(ids))
     return None
 
 
@@ -6285,7 +6272,7 @@ def model_to_ask(cfg: Config) -> Tuned:
     if cfg.BASE and not is_there(place):
         device = pick_device(cfg)
         base = load_base(cfg, device).eval()
-        return Tuned(base, load_tokenizer(cfg), device, load_untuned=lambda: base)
+        return Tuned(base, load_tokenizer(cfg), load_untuned=lambda: base)
     tuned = load_tuned(place, cfg.LOAD_IN_4BIT)
     say("Model", f"{near(place)}{', as it was before its training' if cfg.BASE else ''}")
     return tuned
@@ -6693,7 +6680,7 @@ def run_training(cfg: Config) -> Prepared:
     data = prepare(cfg)
     refuse_few(data.pairs)
     device = pick_device(cfg)
-    plan = plan_here(cfg, data.train, device)
+    plan = plan_here(cfg, data.train, known_shape(cfg), device)
     say_plan(cfg, data, plan)
     say_estimate(plan)
     ask_about_quality(cfg, data.quality)
@@ -6757,7 +6744,7 @@ def held_out_answers(
         model = model or add_lora(cfg, load_base(cfg, device))
         put_adapter(model, load_file(outcome(cfg, last).adapter))
         talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs]
-        tuned = Tuned(model, data.tokenizer, device)
+        tuned = Tuned(model, data.tokenizer)
         result = ask_both(tuned, talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
         if len(result.asked) == len(pairs):
             write_json(
@@ -6787,9 +6774,16 @@ def ask_about_quality(cfg: Config, quality: Quality) -> None:
         )
 
 
+@contextmanager
+def aside(wanted: bool) -> Iterator[None]:
+    """Say on the error stream what is said, where a program may read the answers from the other."""
+    with redirect_stdout(sys.stderr) if wanted else nullcontext():
+        yield
+
+
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
-    with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
+    with aside(cfg.JSON):
         data, place = None, ""
         problems = preflight(cfg)
         with collecting(problems):
@@ -6799,10 +6793,12 @@ def check(cfg: Config) -> int:
         for problem in problems:
             say("Problem", problem)
         if data and not problems:
-            plan = plan_here(cfg, data.train)
+            shape = known_shape(cfg)
+            plan = plan_here(cfg, data.train, shape)
             say_plan(cfg, data, plan)
             say_estimate(plan)
-            say_elsewhere(cfg, data.train)
+            if shape and cfg.MODEL_NAME != DEMO_MODEL:
+                say_elsewhere(cfg, data.train, shape)
         report = say_report(cfg, data) if data else None
         if not problems:
             say(
@@ -6907,13 +6903,6 @@ def chat(cfg: Config) -> int:
     return 2 if failed else 0
 
 
-@contextmanager
-def aside(wanted: bool) -> Iterator[None]:
-    """Say on the error stream what is said, where a program may read the answers from the other."""
-    with redirect_stdout(sys.stderr) if wanted else nullcontext():
-        yield
-
-
 def compare(cfg: Config) -> int:
     """Put the same questions to the base and the tuned model, side by side."""
     listed = listed_questions(cfg) if cfg.QUESTIONS else []
@@ -7010,12 +6999,8 @@ def say_estimate(plan: Plan) -> None:
     say("Estimate", f"of the training {cost}; measuring and saving come on top")
 
 
-def say_elsewhere(cfg: Config, examples: Sequence[Example]) -> None:
+def say_elsewhere(cfg: Config, examples: Sequence[Example], shape: Shape) -> None:
     """What the same would cost on the GPUs that Colab has."""
-    model = hollow_model(cfg)
-    if model is None or cfg.MODEL_NAME == DEMO_MODEL:
-        return
-    shape = shape_of(cfg, model)
     plans = {
         name: plan_run(cfg, examples, choose_device(cfg, "cuda", capability), shape, machine)
         for name, (capability, machine) in GPUS.items()

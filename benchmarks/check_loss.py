@@ -12,14 +12,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import one_run
-from workload import TARGETS, Job, encoded, make
+from workload import TARGETS, Job, encoded
 
 RATE, LONGEST_GRADIENT, TOLERANCE, END_ID = 1e-3, 0.3, 1e-4, 0
 SETTINGS = f"""--lr-scheduler=constant --warmup-ratio=0 --learning-rate={RATE}
@@ -100,13 +98,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         kind = {"kind": wanted.workload, "shape": "slim", "extra": SETTINGS}
         job = Job(folder, steps=wanted.steps, targets=wanted.targets, dropout=0, **kind)
-        make(job)
-        Path(folder, "run").mkdir()
-        os.chdir(Path(folder, "run"))
-        one_run.attach(recorder(job, seen, losses))
-        one_run.ours(job, {})
+        one_run.ours_here(job, recorder(job, seen, losses))
         both = list(zip(losses, plain_losses(job, seen), strict=True))
-        os.chdir("/")
     print("\n| step | rows | ours | plain | difference |\n| --- | --- | --- | --- | --- |")
     for step, (one, other) in enumerate(both):
         rows = len(examples_in(seen[step]))

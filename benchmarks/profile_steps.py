@@ -6,14 +6,12 @@ python benchmarks/profile_steps.py [--workload long] [--targets all] [--steps 4]
 from __future__ import annotations
 
 import argparse
-import os
 import tempfile
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import one_run
-from workload import TARGETS, Job, make
+from workload import TARGETS, Job
 
 GROUPS = {
     "products of matrices": ("aten::mm", "aten::addmm", "aten::bmm"),
@@ -57,12 +55,7 @@ def main() -> None:
     watcher = profiler()
     with tempfile.TemporaryDirectory() as folder:
         job = Job(folder, steps=wanted.steps, targets=wanted.targets, kind=wanted.workload)
-        make(job)
-        Path(folder, "run").mkdir()
-        os.chdir(Path(folder, "run"))
-        one_run.attach(watcher)
-        one_run.ours(job, {})
-        os.chdir("/")
+        one_run.ours_here(job, watcher)
     times: Counter[str] = Counter()
     for event in watcher.watch.key_averages():
         times[group_of(event.key)] += event.self_cpu_time_total

@@ -151,11 +151,11 @@ def test_a_lack_of_memory_while_measuring_costs_no_training(
     real = ft.mean_loss
     sizes: list[int] = []
 
-    def mean_loss(model: Any, examples: Any, size: int, device: Any) -> float:
+    def mean_loss(model: Any, examples: Any, size: int) -> float:
         sizes.append(size)
         if size > fits:
             raise torch.OutOfMemoryError(FULL)
-        return real(model, examples, size, device)
+        return real(model, examples, size)
 
     monkeypatch.setattr(ft, "mean_loss", mean_loss)
     code, printed = run("--model-name", phi_folder, *FLAGS)

@@ -181,7 +181,7 @@ def test_the_validation_loss_is_a_mean_over_tokens_not_batches(cfg: ft.Config) -
     with torch.no_grad():
         expected = reference_loss(model, data.train, True).item()
     for most in (1, 100, 10_000):
-        assert ft.mean_loss(model, data.train, most, CPU) == pytest.approx(expected, abs=1e-5)
+        assert ft.mean_loss(model, data.train, most) == pytest.approx(expected, abs=1e-5)
 
 
 def test_measuring_leaves_four_bit_gradients_as_they_are(cfg: ft.Config) -> None:
@@ -197,7 +197,7 @@ def test_measuring_leaves_four_bit_gradients_as_they_are(cfg: ft.Config) -> None
         return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
     before = gradients()
-    ft.mean_loss(model, data.held_out, 500, CPU_4BIT)
+    ft.mean_loss(model, data.held_out, 500)
     after = gradients()
     assert before.keys() == after.keys()
     for name, gradient in before.items():
@@ -222,7 +222,7 @@ def test_training_changes_the_adapter_and_nothing_else(cfg: ft.Config, device: f
 def test_the_base_loss_is_measured_without_the_adapter(cfg: ft.Config) -> None:
     model, data, trained = train(cfg)
     with model.disable_adapter():
-        assert ft.mean_loss(model, data.held_out, 1000, CPU) == pytest.approx(trained.base_loss)
+        assert ft.mean_loss(model, data.held_out, 1000) == pytest.approx(trained.base_loss)
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_the_adapter_kept_is_the_best_one(overshooting: ft.Config) -> None:
     assert min(losses) < losses[-1], "the case is not the one meant"
     assert trained.final_loss == min(losses)
     assert trained.best_step == losses.index(min(losses)) + 1
-    measured = ft.mean_loss(model, data.held_out, 1000, CPU)
+    measured = ft.mean_loss(model, data.held_out, 1000)
     assert measured == pytest.approx(min(losses), abs=1e-6)
 
 
@@ -252,7 +252,7 @@ def test_the_last_adapter_is_kept_when_asked(overshooting: ft.Config) -> None:
     model, data, trained = train(overshooting)
     assert trained.best_step is None
     assert trained.final_loss == eval_losses(trained)[-1]
-    measured = ft.mean_loss(model, data.held_out, 1000, CPU)
+    measured = ft.mean_loss(model, data.held_out, 1000)
     assert measured == pytest.approx(trained.final_loss, abs=1e-6)
 
 

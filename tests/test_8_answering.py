@@ -29,7 +29,7 @@ def tuned(phi_folder: Path) -> ft.Tuned:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    return ft.Tuned(model, ft.load_tokenizer(cfg), CPU)
+    return ft.Tuned(model, ft.load_tokenizer(cfg))
 
 
 def ask(tuned: ft.Tuned, *questions: str, **settings: Any) -> list[ft.Answer]:
@@ -89,7 +89,7 @@ def test_what_a_base_says_of_its_own_answers_is_left_aside(
     told = []
     for folder in (phi_folder, copy):
         cfg = ft.Config(MODEL_NAME=str(folder))
-        alone = ft.Tuned(ft.load_base(cfg, CPU).eval(), ft.load_tokenizer(cfg), CPU)
+        alone = ft.Tuned(ft.load_base(cfg, CPU).eval(), ft.load_tokenizer(cfg))
         told.append(ask(alone, "Why?", MAX_TOKENS=8))
     assert told[0] == told[1]
 
@@ -112,7 +112,7 @@ def test_sixteen_bits_answer_as_they_were_taught(phi_folder: Path) -> None:
         model = ft.add_lora(cfg, ft.load_base(cfg, device)).eval()
         block = model.get_base_model().model.layers[0]
         block.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
-        told.append(ask(ft.Tuned(model, ft.load_tokenizer(cfg), device), "Why?", MAX_TOKENS=4))
+        told.append(ask(ft.Tuned(model, ft.load_tokenizer(cfg)), "Why?", MAX_TOKENS=4))
     assert set(seen) == {torch.float32}
     assert told[0] == told[1]
 
