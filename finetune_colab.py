@@ -5,6 +5,7 @@
     python finetune_colab.py demo       the whole job on a small built-in model: no GPU, no download
     python finetune_colab.py chat       talk with the tuned model; --web: in the browser
     python finetune_colab.py compare    the base and the tuned model side by side
+    python finetune_colab.py export     merged weights, GGUF, a Space, the Hub: --to says which
     python finetune_colab.py --help     every setting; each is a constant of Config and a flag
 
 What a run leaves behind
@@ -18,8 +19,8 @@ and what check leaves
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens    7 training     10 talking
-    2 where data comes from  5 device and plan       8 answering    11 commands
-    3 rows to pairs          6 models                9 report
+    2 where data comes from  5 device and plan       8 answering    11 export
+    3 rows to pairs          6 models                9 report       12 commands
 """
 
 # /// script
@@ -70,7 +71,9 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
+import tarfile
 import tempfile
 import textwrap
 import threading
@@ -190,6 +193,14 @@ class Config:
     SHARE: bool = False  # chat --web: also under a public link, which Colab needs
     PORT: int = 0  # chat --web: the page is at this port; 0 = the first free one from 7860
 
+    # -- Export
+    TO: str = ""  # export: what to make: merged, gguf, space or hub
+    QUANTIZE: str = "q8_0"  # export --to gguf, --to space: how exact its numbers stay
+    MERGE_INTO: str = "auto"  # export: the base as published or in 4 bits; auto = what loses less
+    EXPORT_DIR: str = ""  # export: where to write; empty = beside OUTPUT_DIR, as ./model-gguf
+    HUB_REPO: str = ""  # export --to hub: the repository, as name or owner/name
+    HUB_PRIVATE: bool = True  # export --to hub: only you can see it
+
     # -- Talking
     YES: bool = False  # train without asking, whatever the quality of the data
     JSON: bool = False  # check: the findings as one JSON object, for programs
@@ -202,17 +213,19 @@ DEMO_MODEL = "demo"
 MAY_BE_EMPTY = (
     *("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"),
     *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "SYSTEM", "QUESTION", "QUESTIONS"),
+    *("TO", "EXPORT_DIR", "HUB_REPO"),
 )
 # These would do nothing elsewhere.
 ONLY_WITH = {
     **dict.fromkeys(("BASE", "WEB", "SHARE", "PORT"), ("chat",)),
     **dict.fromkeys(("SYSTEM", "QUESTION"), ("chat", "compare")),
-    **{"QUESTIONS": ("compare",), "JSON": ("check",)},
+    **{"QUESTIONS": ("compare",), "JSON": ("check",), "QUANTIZE": ("export", "chat")},
+    **dict.fromkeys(("TO", "MERGE_INTO", "EXPORT_DIR", "HUB_REPO", "HUB_PRIVATE"), ("export",)),
 }
 # On the person's own disk, which is nobody else's business.
 PLACES = (
     *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR", "QUESTIONS"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR", "QUESTIONS", "EXPORT_DIR"),
 )
 
 SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
@@ -249,6 +262,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "OPTIMIZER": ("auto", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"),
     "LR_SCHEDULER": ("cosine", "linear", "constant", "constant_with_warmup"),
     "REPORT_TO": ("none", "tensorboard", "wandb", "trackio"),
+    "TO": ("merged", "gguf", "space", "hub"),
+    "QUANTIZE": ("q8_0", "f16", "q4_k_m"),
+    "MERGE_INTO": ("auto", "16bit", "4bit"),
 }
 TYPE_IN_WORDS = {
     str: "text",
@@ -498,7 +514,7 @@ def config_problems(cfg: Config) -> list[str]:
         low, high = SMALLEST_AND_LARGEST.get(name, (-math.inf, math.inf))
         if name in SMALLEST_AND_LARGEST and not low <= value <= high:
             problems.append(f"{name} is {value}, but it has to lie between {low:,} and {high:,}.")
-        if name in CHOICES and value not in CHOICES[name]:
+        if value and name in CHOICES and value not in CHOICES[name]:
             problems.append(f"{name} is {value!r}; it has to be one of {', '.join(CHOICES[name])}.")
         if value in ("", []) and name not in MAY_BE_EMPTY:
             problems.append(f"{name} is empty, but it is needed.")
@@ -3417,6 +3433,7 @@ def machine_here(device: Device, shape: Shape) -> Machine:
 # 6  Models
 # ==================================================================================================
 
+LICENCES = {"microsoft/phi-2": "mit"}
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
 TOKENIZER_FILE = "tokenizer_config.json"  # by which a tokenizer is known to have been downloaded
@@ -3427,6 +3444,9 @@ NOISY = (
     "transformers.trainer_utils",
 )
 ADAPTER = "adapter_model.safetensors"
+ADAPTER_GGUF = "adapter-f16.gguf"
+LLAMA_FLOOR = "0.2.18"  # of cyllama
+READ_AT_ONCE = 512  # tokens
 DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
 BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
@@ -3602,6 +3622,28 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
     return model
 
 
+def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
+    """Without an NVIDIA GPU the weights lie in the computer's own memory."""
+    import psutil
+
+    bytes_each = 4 if device.dtype == "float32" else 2
+    size = parameters * (
+        1 if device.four_bit else bytes_each
+    )  # in 4 bits with all that comes along
+    memory = psutil.virtual_memory()
+    if device.kind == "cuda" or size <= memory.available:
+        return
+    needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
+    if size <= memory.total:
+        free = f"{memory.available / 1e9:.1f} GB are free"
+        say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
+        return
+    raise UserError(
+        f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
+        "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
+    )
+
+
 @contextmanager
 def usable_peft() -> Iterator[Any]:
     """The peft library, kept from what it stumbles over."""
@@ -3731,44 +3773,226 @@ class Tuned:
 
 def context_of(model: Any, tokenizer: Any) -> int:
     """Tokens that a question and its answer may have together."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    known = model if isinstance(model, LlamaCpp) else model.config
+    positions = getattr(known, "max_position_embeddings", None)
     return int(min(tokenizer.model_max_length, positions or math.inf))
 
 
-def load_tuned(place: Path, four_bit: bool | None = None) -> Tuned:
-    """A finished run: its folder, its zip, or a folder with the merged model."""
-    from safetensors.torch import load_file
-    from transformers import AutoTokenizer
-
+def load_tuned(place: Path, four_bit: bool | None = None, quantize: str = "") -> Tuned:
+    """A finished run: its folder, its zip, or a folder with the merged model or a GGUF."""
     with opened_model(place) as folder:
         refuse_pickles(folder)
-        cfg = settings_of(folder, place)
+        run = Run(place, folder)
+        if file := gguf_in(folder, quantize):
+            say("Device", f"the processor, in llama.cpp: {file.name}")
+            return run.tuned(LlamaCpp(file), run.refuse_untuned)
         if four_bit is not None:
-            cfg.LOAD_IN_4BIT = four_bit
-        device, merged = pick_device(cfg), is_merged(folder)
+            run.cfg.LOAD_IN_4BIT = four_bit
+        device = pick_device(run.cfg)
+        load_untuned = functools.cache(lambda: run.load_base(device))
+        if is_merged(folder):
+            model = load_base(run.cfg, device, folder)
+        else:
+            model = run.with_adapter(load_untuned())
+        return run.tuned(model.eval(), load_untuned)
+
+
+class Run:
+    """A finished run, as far as later commands need it."""
+
+    def __init__(self, place: Path, folder: Path) -> None:
+        """The run is in `folder`, which the person knows as `place`: of a zip, what was in it."""
+        from transformers import AutoTokenizer
+
+        self.place, self.folder = place, folder
+        self.cfg, self.record = settings_of(folder, place), record_of(folder)
         with explained_adapter_errors(place):
-            weights = {} if merged else load_file(folder / ADAPTER)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            record = record_of(folder)
-            form, examples = record["prompt_format"], record.get("examples")
-            if form.encode().count(b"{question}") != 1:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            self.form: str = self.record["prompt_format"]
+            if self.form.encode().count(b"{question}") != 1:
                 raise ValueError("its prompt_format has no place for a question")
-            examples = [text for text in examples or [] if isinstance(text, str)]
-        home = place if place.is_dir() else place.absolute().parent
+            examples = self.record.get("examples") or []
+            self.examples = [text for text in examples if isinstance(text, str)]
+            if not is_merged(folder) and not gguf_in(folder):
+                self.weights = adapter_weights(folder)
+        if self.tokenizer.pad_token_id is None:
+            self.tokenizer.pad_token = self.tokenizer.eos_token
 
-        @functools.cache
-        def load_untuned() -> PreTrainedModel:
-            return load_base(cfg, device, base_of(folder, cfg, home))
+    def base_folder(self) -> Path | None:
+        home = self.place if self.place.is_dir() else self.place.absolute().parent
+        return base_of(self.folder, self.cfg, home)
 
-        if merged:
-            model = load_base(cfg, device, folder)
-        else:  # not from adapter_config.json, which can name code to be run
-            model = add_lora(cfg, load_untuned())
-            with explained_adapter_errors(place):
-                put_adapter(model, weights)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return Tuned(model.eval(), tokenizer, form, examples, load_untuned)
+    def load_base(self, device: Device) -> PreTrainedModel:
+        return load_base(self.cfg, device, self.base_folder())
+
+    def with_adapter(self, base: PreTrainedModel) -> PeftModel:
+        model = add_lora(self.cfg, base)  # not from adapter_config.json, which can name code to run
+        with explained_adapter_errors(self.place):
+            put_adapter(model, self.weights)
+        return model
+
+    def base_file(self, name: str) -> Path | None:
+        """One file of the base model, if it has it."""
+        from huggingface_hub import errors, hf_hub_download
+
+        folder = self.base_folder()
+        if folder or self.cfg.MODEL_NAME == DEMO_MODEL:
+            path = (folder or demo_folder()) / name
+            return path if path.is_file() else None
+        with explained_model_errors(self.cfg), suppress(errors.EntryNotFoundError):
+            revision = model_revision(self.cfg)
+            return Path(hf_hub_download(self.cfg.MODEL_NAME, name, revision=revision))
+        return None
+
+    def shape(self) -> Any:
+        """The base's own config."""
+        from transformers import AutoConfig
+
+        path = (
+            self.folder / "config.json" if is_merged(self.folder) else self.base_file("config.json")
+        )
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+    def stored_dtype(self) -> str:
+        """The numbers in which the base was published."""
+        return str(self.shape().dtype or "float16").removeprefix("torch.")
+
+    def parameters(self) -> int:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.shape()).num_parameters()
+
+    def tuned(self, model: Any, load_untuned: Callable[[], Any]) -> Tuned:
+        return Tuned(model, self.tokenizer, self.form, self.examples, load_untuned)
+
+    def refuse_untuned(self) -> NoReturn:
+        raise UserError(
+            f"{self.place} holds the tuned model alone. To ask the base as well, name the folder that "
+            "the training has written: --output-dir ./model"
+        )
+
+
+def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / ADAPTER)
+
+
+def gguf_in(folder: Path, quantize: str = "") -> Path | None:
+    """The model in this folder as a file for llama.cpp, quantised like this if there are several."""
+    files = [path for path in sorted(folder.glob("*.gguf")) if path.name != ADAPTER_GGUF]
+    return next(
+        (path for path in files if path.stem.endswith(f"-{quantize}")), next(iter(files), None)
+    )
+
+
+def llama_cpp() -> Any:
+    """llama.cpp's own interface; cyllama brings it ready-made for Linux, macOS and Windows."""
+    if is_below(installed_version("cyllama"), LLAMA_FLOOR):
+        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
+    from cyllama.llama import llama_cpp as library
+
+    library.disable_logging()
+    return library
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, on the processor. It takes and gives the tokens of the training."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = library = llama_cpp()
+
+        class Model(library.LlamaModel):  # type: ignore[name-defined]
+            n_vocab = 0  # where some versions of cyllama look for it in vain
+
+        settings = library.LlamaModelParams()
+        settings.n_gpu_layers = 0
+        try:
+            self.model = Model(str(path), settings, verbose=False)
+        except Exception as error:
+            raise UserError(
+                f"llama.cpp cannot open {path.name}: {preview(str(error), 200)}\nExport it once more."
+            ) from None
+        self.vocabulary = self.model.get_vocab()
+        self.model.n_vocab = self.vocabulary.n_vocab
+        self.max_position_embeddings: int = self.model.n_ctx_train
+
+    def generate(
+        self,
+        prompt: list[int],
+        cfg: Config,
+        end: int,
+        heard: Callable[[list[int]], bool] | None = None,
+    ) -> list[int]:
+        """The tokens of an answer, its end included."""
+        import numpy as np
+
+        most = max(1, min(cfg.MAX_TOKENS, self.max_position_embeddings - len(prompt)))
+        reading, chance = Reading(self, len(prompt) + most), np.random.default_rng(cfg.SEED)
+        told: list[int] = []
+        while len(told) < most:
+            unread = told[-1:] or prompt
+            (logits,) = reading.logits(unread, len(unread) - 1)
+            told.append(choose(logits, told, cfg, chance))
+            if told[-1] == end or (heard and heard(list(told))):
+                break
+        return told
+
+    def mean_loss(self, examples: Sequence[Example]) -> float:
+        """Of a token to predict, over all examples together."""
+        import numpy as np
+
+        losses = []
+        for ids, labels in ((example["input_ids"], example["labels"]) for example in examples):
+            start = next(i for i, label in enumerate(labels) if label != IGNORE)
+            logits = Reading(self, len(ids)).logits(ids[:-1], start - 1)
+            for here, label in zip(logits, labels[start:], strict=True):
+                if label != IGNORE:
+                    losses.append(np.logaddexp.reduce(here) - here[label])
+        return float(np.mean(losses))
+
+
+class Reading:
+    """A text that llama.cpp reads piece by piece, with room for so many tokens."""
+
+    def __init__(self, model: LlamaCpp, room: int) -> None:
+        self.library, self.length = model.library, 0
+        settings = self.library.LlamaContextParams()
+        settings.n_ctx, settings.n_batch = room, READ_AT_ONCE
+        settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+        self.session = self.library.LlamaContext(model.model, settings, verbose=False)
+
+    def logits(self, tokens: Sequence[int], first: int = 0) -> Iterator[Any]:
+        """Read on; what the model expects after each of these tokens from `first` on."""
+        import numpy as np
+
+        for start in range(0, len(tokens), READ_AT_ONCE):
+            part = list(tokens[start : start + READ_AT_ONCE])
+            batch = self.library.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
+            batch.set_batch(part, self.length, True)
+            self.session.decode(batch)
+            self.length += len(part)
+            for i in range(max(0, first - start), len(part)):
+                yield np.array(self.session.get_logits_ith(i))
+
+
+def choose(logits: Any, told: Sequence[int], cfg: Config, chance: Any) -> int:
+    """The next token, by the rules and in the order of transformers."""
+    import numpy as np
+
+    if told and cfg.REPETITION_PENALTY != 1:
+        said = list(set(told))
+        raised = logits[said] > 0
+        logits[said] *= np.where(raised, 1 / cfg.REPETITION_PENALTY, cfg.REPETITION_PENALTY)
+    if not cfg.TEMPERATURE:
+        return int(logits.argmax())
+    logits = logits / cfg.TEMPERATURE
+    likeliest = np.argsort(-logits, kind="stable")
+    shares = np.exp(logits[likeliest] - np.logaddexp.reduce(logits))
+    shares = shares[np.cumsum(shares) - shares < cfg.TOP_P]
+    return int(chance.choice(likeliest[: len(shares)], p=shares / shares.sum()))
 
 
 @contextmanager
@@ -4047,13 +4271,32 @@ def without_learning(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     import torch
 
     was_training, dtype = model.training, model.get_input_embeddings().weight.dtype
-    half = dtype != torch.float32
+    half, kind = dtype != torch.float32, model.device.type
+    numbers = in_float32() if half and kind == "cpu" else torch.autocast(kind, dtype, enabled=half)
     model.eval()
     try:
-        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=half):
+        with torch.no_grad(), numbers:
             yield
     finally:
         model.train(was_training)
+
+
+def in_float32() -> Any:
+    """Weights in 16 bits, computed with in 32: processors are slow or inexact otherwise."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    wider = (torch.nn.functional.linear, torch.nn.functional.layer_norm)
+
+    class Wider(TorchFunctionMode):
+        def __torch_function__(
+            self, called: Any, _: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if called in wider:
+                args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
+            return called(*args, **(kwargs or {}))
+
+    return Wider()
 
 
 @contextmanager
@@ -5323,6 +5566,9 @@ def generate(
 
     After each token of a single answer, `heard` gets all so far, and may end it by saying True.
     """
+    if isinstance(model, LlamaCpp):
+        end = tokenizer.eos_token_id
+        return [model.generate(prompt, cfg, end, heard) for prompt in prompts]
     import torch
     from transformers import StoppingCriteria
 
@@ -5524,6 +5770,8 @@ def overlap(tokenizer: Any, answer: str, reference: str) -> float | None:
 MOST_BARS = 12  # epochs; more are drawn as lines
 BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
 ANSWERS = "answers.xlsx"
+SAMPLE = "sample_rows.json"
+ROWS_IN_SAMPLE = 16
 REPORT_MARK = "made by finetune_colab.py"  # by which a report is known as ours, to be replaced
 
 
@@ -5910,6 +6158,7 @@ def save_run(
             (staged / BASE_PLACE).write_bytes(os.fsencode(base.resolve()))
         card = model_card(cfg, data, trained)
         (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        write_json(staged / SAMPLE, sample_of(data))
         try:
             if result:
                 write_answers(staged / ANSWERS, result)
@@ -5925,6 +6174,11 @@ def save_run(
         own = {"run": run, "files": sorted([*files, "run.json"])}
         write_json(staged / "run.json", own | run_record(cfg, device, data, trained))
     return final, write_zip(final)
+
+
+def sample_of(data: Prepared) -> list[Messages]:
+    """A few rows to go along with the model: whatever is made of it later is measured on them."""
+    return [pair.messages for pair in (data.held_out_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]]
 
 
 # -- Answers before and after
@@ -6251,7 +6505,6 @@ MOST_TURNS = 100  # that it remembers
 PAGE_FLOOR = "6.7"  # of gradio, also for security
 PAGE_TITLE = "Ask the tuned model"
 PAGE_OPTIONS: dict[str, Any] = {
-    "server_name": "127.0.0.1",  # of this computer only
     "prevent_thread_lock": True,
     "quiet": True,
     "ssr_mode": False,
@@ -6273,7 +6526,7 @@ def model_to_ask(cfg: Config) -> Tuned:
         device = pick_device(cfg)
         base = load_base(cfg, device).eval()
         return Tuned(base, load_tokenizer(cfg), load_untuned=lambda: base)
-    tuned = load_tuned(place, cfg.LOAD_IN_4BIT)
+    tuned = load_tuned(place, cfg.LOAD_IN_4BIT, cfg.QUANTIZE)
     say("Model", f"{near(place)}{', as it was before its training' if cfg.BASE else ''}")
     return tuned
 
@@ -6653,7 +6906,605 @@ def said(history: Sequence[dict[str, Any]]) -> Messages:
 
 
 # ==================================================================================================
-# 11  Commands
+# 11  Export
+# ==================================================================================================
+
+EXPORTED = re.compile(r"-(merged|gguf|space)$|\.zip$")  # what a name of OUTPUT_DIR may end with
+SHARD = "2GB"  # of merged weights: an upload that breaks off loses no more
+CONVERTERS = (  # llama.cpp's own, as they lie in the source archive of its Python package
+    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca77"
+    "3a59fe7cf3/llama_cpp_python-0.3.36.tar.gz"
+)
+CONVERTERS_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+CONVERTER_PARTS = re.compile(
+    r".*?/vendor/llama\.cpp/((convert_(hf|lora)_to_gguf\.py|LICENSE|conversion/|gguf-py/gguf/).*)"
+)
+# A tokenizer that they do not know cuts words as GPT-2 does, or else the test of the file fails.
+CONVERT = """
+import os, runpy, sys
+folder, script, *sys.argv[1:] = sys.argv[1:]
+sys.path[:0] = [folder, os.path.join(folder, "gguf-py")]
+from conversion.base import TextModel
+known = TextModel.get_vocab_base_pre
+def pre(self, tokenizer):
+    try:
+        return known(self, tokenizer)
+    except NotImplementedError:
+        return "gpt-2"
+TextModel.get_vocab_base_pre = pre
+runpy.run_path(os.path.join(folder, script), run_name="__main__")
+"""
+Q4_K_M = 15  # its number in llama.cpp
+# The loss may be higher by this share; of what is quantised also by 0.02, where it is near zero
+LOSS_ALLOWED = {"merged": 0.01, "f16": 0.01, "q8_0": 0.02, "q4_k_m": 0.15}
+SMALL_LOSS = 0.02
+HARD_TO_CUT = (
+    "Why?  Two  blanks,   three\t\ttabs\t and\n\n\nlines\r\n  indented",
+    "def f(x):\n    if x:\n        return {'a': [1, 22, 333, 4444, 55555]}  # ok",
+    "I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) \"quoted\" ... !!! ###",
+    "über naïve Ærø ľščťžý İstanbul ß ﬁ Ⅷ ½ e\u0301 \u00a0\u200bzero",
+    "Что это? 这是什么？ これは何ですか 이것은 무엇인가 מה זה ما هذا यह क्या है กขค",
+    "🚀👩\u200d👩\u200d👧 ✅ 🇸🇰 \U0001f9d1\U0001f3fd",
+    "<|endoftext|> </s> <|im_end|> <|end|> [INST] <0x0A> <unk> {{ braces }} {question}",
+    " leading", "trailing ", "\n", " ", "a", "Instruct: Why?\nOutput:",
+)  # fmt: skip
+
+
+def export_place(cfg: Config, kind: str) -> Path:
+    """./model gives ./model-gguf, unless EXPORT_DIR says otherwise."""
+    place = local_path(cfg.OUTPUT_DIR)
+    return place.with_name(f"{exported_name(cfg)}-{kind}").absolute()
+
+
+def exported_name(cfg: Config) -> str:
+    return EXPORTED.sub("", local_path(cfg.OUTPUT_DIR).resolve().name)
+
+
+def refuse_other_folder(final: Path, kind: str) -> None:
+    """An export takes the place of an earlier one of its kind, and of nothing else."""
+    ours = not is_there(final) or (
+        final.is_dir() and (record_of(final).get("export") == kind or not any(final.iterdir()))
+    )
+    if not ours or Path.cwd().is_relative_to(final.resolve()):
+        raise UserError(
+            f"{final} holds something else than an earlier export --to {kind}, so it is left alone.\n"
+            f"Choose another place: --export-dir {unused(final.with_name(f'{final.name}-{kind}'))}"
+        )
+
+
+@contextmanager
+def explained_export_errors(final: Path, need: float) -> Iterator[None]:
+    """A full disk as one message; what was begun is gone by then, what was there before is not."""
+    try:
+        if shutil.disk_usage(nearest(final)).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and "os error" not in str(error):
+            raise
+        raise UserError(
+            f"{final} could not be written: {preview(str(error), 200)}.\n{room(final.parent, need)}"
+            "Nothing of it is left. Make room, or choose another --export-dir, and run the same command again."
+        ) from error
+
+
+def adapter_of(folder: Path) -> str:
+    """By which adapter two exports are known to be of the same training."""
+    return record_of(folder).get("adapter") or checksum(folder / ADAPTER)
+
+
+def write_export_record(folder: Path, run: Run, kind: str, **more: Any) -> None:
+    """The run.json of an export: the run's own, and what it is made of."""
+    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    own = {"export": kind, "adapter": adapter_of(run.folder), "files": sorted({*files, "run.json"})}
+    write_json(folder / "run.json", run.record | own | more)
+
+
+# -- Merged weights
+
+
+def export_merged(cfg: Config, final: Path) -> Path:
+    """The base with the adapter in its weights, as transformers, vLLM and llama.cpp read it."""
+    place = local_path(cfg.OUTPUT_DIR)
+    refuse_other_folder(final, "merged")
+    with opened_model(place) as folder:
+        refuse_pickles(folder)
+        run = Run(place, folder)
+        if not hasattr(run, "weights"):
+            raise UserError(f"{place} has no adapter to merge.\nName the folder of a training.")
+        examples = examples_to_measure(run)
+        model, losses, way = least_lossy_merge(cfg, run, examples)
+        refuse_loss("merged", losses[way], losses["adapter"])
+        need = model.num_parameters() * model.dtype.itemsize + SMALL_FILES
+        earlier = place_for_earlier(final, run.record.get("run", ""))
+        with explained_export_errors(final, need), staged_folder(final, earlier) as staged:
+            model.save_pretrained(staged, max_shard_size=SHARD)
+            write_companions(run, staged)
+            measured = {"way": way, **losses, "rows": len(examples)}
+            write_export_record(staged, run, "merged", merged=measured)
+    return final
+
+
+def examples_to_measure(run: Run) -> list[Example]:
+    try:
+        kept = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
+        return [encode(run.tokenizer, talk, run.form) for talk in kept]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(
+            f"{run.place} has no rows to measure with ({SAMPLE}).\n"
+            "Run the training command once more: a finished run writes its files anew without training."
+        ) from None
+
+
+def least_lossy_merge(
+    cfg: Config, run: Run, examples: Sequence[Example]
+) -> tuple[Any, dict[str, float], str]:
+    """The merged model, the losses with the adapter and with each way to merge, and the way taken.
+
+    An adapter that was trained on weights in 4 bits has learnt to make up for their rounding. So it
+    may lose less when they are taken with the rounding: loaded in 4 bits, widened again, and only then
+    added to. Never is anything added to weights that are still in 4 bits.
+    """
+    in_4_bits = bool(run.record["device"]["four_bit"])
+    if cfg.MERGE_INTO == "4bit" and not in_4_bits:
+        raise UserError("MERGE_INTO 4bit is for runs that were trained on weights in 4 bits.")
+    ways = ["16bit", "4bit"] if in_4_bits else ["16bit"]
+    ways = ways if cfg.MERGE_INTO == "auto" else [cfg.MERGE_INTO]
+    here = device_here(run.cfg)[1]
+    exact = Device("cuda" if here.kind == "cuda" else "cpu", run.stored_dtype(), False, "")
+    refuse_small_memory(run.cfg, exact, run.parameters())
+    trained = here._replace(four_bit=True) if in_4_bits else exact
+
+    def merged(way: str) -> Any:
+        base = run.load_base(exact._replace(four_bit=way == "4bit"))
+        base = base.dequantize() if way == "4bit" else base
+        return run.with_adapter(base).merge_and_unload(safe_merge=True)
+
+    model, losses = run.with_adapter(run.load_base(trained)), {}
+    losses["adapter"] = known_loss(model, examples)
+    for way in ways:
+        model = None  # there is room for one at a time
+        release_memory()
+        model = merged(way)
+        losses[way] = known_loss(model, examples)
+    best = min(ways, key=lambda way: losses[way])
+    if best != ways[-1]:
+        model = None
+        release_memory()
+        model = merged(best)
+    names = {"adapter": "with the adapter", "16bit": "merged", "4bit": "merged into 4 bits"}
+    told = "; ".join(f"{names[way]} {loss:.4f}" for way, loss in losses.items())
+    say("Loss", f"on {len(examples)} rows that went along with the run: {told}")
+    return model, losses, best
+
+
+def known_loss(model: Any, examples: Sequence[Example]) -> float:
+    loss = measured_loss(model, examples, READ_AT_ONCE)
+    if loss is None:
+        raise MemoryError("not even one row could be measured")
+    return loss
+
+
+def refuse_loss(kind: str, loss: float, wanted: float) -> None:
+    """An export that answers worse than what it is made of is not called done."""
+    allowed = wanted * (1 + LOSS_ALLOWED[kind]) + (SMALL_LOSS if kind != "merged" else 0)
+    if not loss <= allowed:
+        other = "--merge-into 4bit or 16bit" if kind == "merged" else "--quantize q8_0 or f16"
+        raise UserError(
+            f"Nothing was written: the loss would rise from {wanted:.4f} to {loss:.4f}.\n"
+            f"Try the other way, {other}, or use the adapter as it is."
+        )
+
+
+def write_companions(run: Run, folder: Path) -> None:
+    """What belongs to merged weights: the base's form, the tokenizer, how to ask and how to answer."""
+    shape = run.shape()
+    shape.dtype = run.stored_dtype()
+    shape.save_pretrained(folder)
+    run.tokenizer.chat_template = chat_template(run.form)
+    run.tokenizer.save_pretrained(folder)
+    if pieces := run.base_file("tokenizer.model"):  # which transformers 5 does not save
+        shutil.copyfile(pieces, folder / pieces.name)
+    how = manner_of(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
+    how.repetition_penalty, how.bos_token_id = (
+        run.cfg.REPETITION_PENALTY,
+        run.tokenizer.bos_token_id,
+    )
+    how.save_pretrained(folder)
+    shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
+    write_card(folder, run, MERGED_CARD)
+
+
+def chat_template(form: str) -> str:
+    """The form of a question as other programs take it: a template of Jinja."""
+    before, after = map(json.dumps, form.split("{question}"))
+    return (
+        "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
+        "{%- if message['role'] == 'system' -%}"
+        "{%- set ns.system = message['content'] + '\\n\\n' -%}"
+        "{%- elif message['role'] == 'user' -%}"
+        f"{{{{- {before} + ns.system + message['content'] + {after} -}}}}"
+        "{%- set ns.system = '' -%}"
+        "{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
+    )
+
+
+# -- GGUF, for llama.cpp and all that is built on it
+
+
+def merged_folder(cfg: Config, beside: Path) -> Path:
+    """Merged weights of OUTPUT_DIR: itself, those of an earlier export, or made now."""
+    place = local_path(cfg.OUTPUT_DIR)
+    if is_folder(place) and is_merged(place):
+        return place
+    merged = beside.with_name(f"{exported_name(cfg)}-merged")
+    with opened_model(place) as folder:
+        if is_folder(merged) and record_of(merged).get("adapter") == adapter_of(folder):
+            say("Merged", f"taken from {near(merged)}")
+            return merged
+    say("Merging", f"first into {near(merged)}, which serves further exports and may be deleted")
+    return export_merged(cfg, merged)
+
+
+def converters() -> Path:
+    """The folder with llama.cpp's converters: fetched once, and the bytes that are known here."""
+    folder = cache_folder(f"converters-{CONVERTERS_SHA256[:12]}")
+    if is_folder(folder):
+        return folder
+    archive = fetch_link(CONVERTERS)
+    found = checksum(archive)
+    if found != CONVERTERS_SHA256:
+        archive.unlink()
+        raise UserError(
+            f"The converters of llama.cpp did not arrive as they should: checksum {found}.\n"
+            "Run the same command again; if it stays so, the network changes what it carries."
+        )
+    with staged_folder(folder) as staged, tarfile.open(archive) as packed:
+        for member in packed:
+            wanted = CONVERTER_PARTS.fullmatch(member.name)
+            content = packed.extractfile(member) if wanted and member.isfile() else None
+            if wanted and content:
+                path = staged / wanted[1]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content.read())
+    archive.unlink()
+    return folder
+
+
+def convert(script: str, *options: object) -> None:
+    """Run a converter in a process of its own."""
+    command = [sys.executable, "-c", CONVERT, converters(), script, *options]
+    done = subprocess.run(
+        [str(part) for part in command], capture_output=True, text=True, check=False
+    )
+    LOG.info("%s", done.stdout + done.stderr)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        missing = re.search("No module named '(\\w+)'", lines[-1])
+        advice = (
+            f"pip install {missing[1]}" if missing else "llama.cpp may not know this model yet."
+        )
+        raise UserError(f"The conversion failed: {preview(lines[-1], 200)}\n{advice}")
+
+
+def export_gguf(cfg: Config, final: Path) -> Path:
+    """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp before it gets its name."""
+    llama_cpp()
+    refuse_other_folder(final, "gguf")
+    source = merged_folder(cfg, final)
+    run = Run(source, source)
+    refuse_unconvertible(run.shape())
+    if record_of(final).get("adapter") not in (None, adapter_of(source)):
+        final.rename(unused(final.with_name(f"{final.name}.previous")))
+    file = final / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
+    need = sum(path.stat().st_size for path in source.glob("*.safetensors")) * 1.5 + SMALL_FILES
+    with explained_export_errors(final, need):
+        final.mkdir(parents=True, exist_ok=True)
+        for cut_off in final.glob("*.partial"):
+            cut_off.unlink()
+        run.tokenizer.save_pretrained(final)
+        losses = record_of(final).get("gguf", {})
+        write_export_record(final, run, "gguf", gguf=losses)
+        with staged_file(file) as staged:
+            write_gguf(source, staged, cfg.QUANTIZE)
+            losses[cfg.QUANTIZE] = tested_gguf(staged, run, cfg.QUANTIZE)
+        adapter = local_path(cfg.OUTPUT_DIR)
+        if (adapter / ADAPTER).is_file() and not (final / ADAPTER_GGUF).exists():
+            with staged_file(final / ADAPTER_GGUF) as staged:
+                options = ("--base", source, "--outfile", staged, "--outtype", "f16")
+                convert("convert_lora_to_gguf.py", adapter, *options)
+                LlamaCpp(file).model.lora_adapter_init(str(staged))
+        (final / "Modelfile").write_text(modelfile(run, file.name), encoding="utf-8")
+        write_card(final, run, GGUF_CARD, file=file.name)
+        write_export_record(final, run, "gguf", gguf=losses)
+    return final
+
+
+def refuse_unconvertible(shape: Any) -> None:
+    if shape.model_type == "phi" and shape.intermediate_size != 4 * shape.hidden_size:
+        raise UserError(
+            "llama.cpp takes only models of phi-2's type whose inner size is four times the hidden one;\n"
+            f"this one has {shape.intermediate_size} and {shape.hidden_size}. Use --to merged."
+        )
+
+
+def write_gguf(source: Path, file: Path, quantize: str) -> None:
+    say("Converting", f"{near(source)} to {quantize}")
+    if quantize != "q4_k_m":
+        convert("convert_hf_to_gguf.py", source, "--outfile", file, "--outtype", quantize)
+        return
+    whole = file.with_suffix(".f16.partial")
+    try:
+        convert("convert_hf_to_gguf.py", source, "--outfile", whole, "--outtype", "f16")
+        how = llama_cpp().LlamaModelQuantizeParams()
+        how.ftype, how.nthread = Q4_K_M, os.cpu_count() or 1
+        llama_cpp().model_quantize(str(whole), str(file), how)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def tested_gguf(file: Path, run: Run, quantize: str) -> float:
+    """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
+    model, examples = LlamaCpp(file), examples_to_measure(run)
+    for text in HARD_TO_CUT:
+        here = run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        there = list(model.vocabulary.tokenize(text, False, False))
+        if here != there:
+            raise UserError(
+                f"llama.cpp cuts {preview(text)!r} into other tokens than the training did, so the file "
+                "would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
+            )
+    end = model.vocabulary.token_eos()
+    if end != run.tokenizer.eos_token_id:
+        raise UserError(f"llama.cpp takes token {end} for the end, so the model would never stop.")
+    loss, wanted = model.mean_loss(examples), known_merged_loss(run)
+    say("Loss", f"in llama.cpp {loss:.4f}, in transformers {wanted:.4f}, on {len(examples)} rows")
+    refuse_loss(quantize, loss, wanted)
+    return loss
+
+
+def known_merged_loss(run: Run) -> float:
+    measured = run.record["merged"]
+    return float(measured[measured["way"]])
+
+
+def modelfile(run: Run, file: str) -> str:
+    """How Ollama asks: its template, from what the model's own template makes of marked texts."""
+
+    def rendered(*texts: str) -> list[str]:
+        roles = {"S": "system", "U": "user", "A": "assistant"}
+        talk = [{"role": roles[text[1]], "content": text} for text in texts]
+        last = talk[-1]["role"] == "user"
+        whole = run.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=last)
+        begin = run.tokenizer.bos_token or ""
+        whole = whole.removeprefix(begin) if begin else whole  # llama.cpp puts it there itself
+        return re.split("|".join(map(re.escape, texts)), whole)
+
+    with_system, without = rendered("\x01S\x01", "\x01U\x01"), rendered("\x01U\x01")
+    told = rendered("\x01U\x01", "\x01A\x01")
+    end = told[2].strip() or run.tokenizer.eos_token
+    return (
+        f"FROM ./{file}\n"
+        'TEMPLATE """{{ if .System }}'
+        f"{with_system[0]}{{{{ .System }}}}{with_system[1]}{{{{ else }}}}{without[0]}{{{{ end }}}}"
+        f'{{{{ .Prompt }}}}{without[1]}{{{{ .Response }}}}{end}"""\n'
+        f"PARAMETER temperature {run.cfg.TEMPERATURE:g}\n"
+        f"PARAMETER top_p {run.cfg.TOP_P:g}\n"
+        f"PARAMETER repeat_penalty {run.cfg.REPETITION_PENALTY:g}\n"
+        f"PARAMETER num_predict {run.cfg.MAX_TOKENS}\n"
+        f"PARAMETER stop {json.dumps(run.tokenizer.eos_token)}\n"
+    )
+
+
+# -- A Space, and the Hub
+
+
+def export_space(cfg: Config, final: Path) -> Path:
+    """A folder for Hugging Face Spaces: the page of `chat --web` with a model for a processor."""
+    script = Path(globals().get("__file__", ""))
+    if not script.is_file():
+        raise UserError("A Space holds this script. Save it as finetune_colab.py and run that.")
+    refuse_other_folder(final, "space")
+    source = final.with_name(f"{exported_name(cfg)}-gguf")
+    file = source / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
+    merged = merged_folder(cfg, source)
+    if not file.is_file() or record_of(source).get("adapter") != adapter_of(merged):
+        export_gguf(cfg, source)
+    run = Run(source, source)
+    earlier = place_for_earlier(final, "")
+    need = file.stat().st_size + SMALL_FILES
+    with explained_export_errors(final, need), staged_folder(final, earlier) as staged:
+        shutil.copyfile(file, staged / file.name)
+        shutil.copyfile(script, staged / "finetune_colab.py")
+        run.tokenizer.save_pretrained(staged)
+        for name, text in SPACE_FILES.items():
+            (staged / name).write_text(text, encoding="utf-8")
+        write_card(staged, run, SPACE_CARD)
+        write_export_record(staged, run, "space")
+    return final
+
+
+def export_hub(cfg: Config, _: Path) -> str:
+    """Put OUTPUT_DIR on the Hub, whatever it holds: an adapter, merged weights, GGUF, a Space."""
+    from huggingface_hub import HfApi, get_token
+
+    folder = local_path(cfg.OUTPUT_DIR)
+    if not is_folder(folder):
+        raise UserError(f"There is no folder {folder} to upload.\nName one: --output-dir ./model")
+    refuse_pickles(folder)
+    settings_of(folder)
+    if not cfg.HUB_REPO:
+        raise UserError("Where to? Name the repository: --hub-repo YOUR-NAME/my-model")
+    token = get_token()
+    if not token:
+        raise UserError(
+            "No token of the Hugging Face Hub was found.\nMake one with the right to write at "
+            "https://huggingface.co/settings/tokens and put it into HF_TOKEN (on Colab: the key at the left)."
+        )
+    kind = "space" if record_of(folder).get("export") == "space" else "model"
+    api = HfApi(token=token)
+    with explained_upload_errors(cfg.HUB_REPO, token):
+        made = api.create_repo(
+            cfg.HUB_REPO,
+            repo_type=kind,
+            private=cfg.HUB_PRIVATE,
+            exist_ok=True,
+            space_sdk="gradio" if kind == "space" else None,
+        )
+        if cfg.HUB_PRIVATE and not api.repo_info(made.repo_id, repo_type=kind).private:
+            raise UserError(
+                f"{made.repo_id} is there already, and everybody can see it.\n"
+                "Choose another --hub-repo, or say that this is meant: --no-hub-private"
+            )
+        say(
+            "Upload",
+            f"{near(folder)} to {made.repo_id}, {'private' if cfg.HUB_PRIVATE else 'public'}",
+        )
+        api.upload_folder(
+            repo_id=made.repo_id,
+            repo_type=kind,
+            folder_path=folder,
+            ignore_patterns=[*NOT_FOR_OTHERS, "*.partial", ".*", "**/.*"],
+            commit_message="Uploaded by finetune_colab.py",
+        )
+    return str(made)
+
+
+@contextmanager
+def explained_upload_errors(repository: str, token: str) -> Iterator[None]:
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # of the Hub's client, the network or the disk
+        found = preview(f"{type(error).__name__}: {error}".replace(token, "…"), 300)
+        raise UserError(
+            f"The upload to {repository} did not end well.\n{found}\nCheck the name, the token's right "
+            "to write, and the connection; then run the same command again: files that have arrived are "
+            "not sent again."
+        ) from None
+
+
+NOT_FOR_OTHERS = (ANSWERS, SAMPLE, BASE_PLACE)  # data, and places of this computer
+
+
+def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
+    base = run.cfg.MODEL_NAME
+    named = "" if base.startswith("./") or base == DEMO_MODEL else f"base_model: {base}\n"
+    licence = f"license: {LICENCES[base]}\n" if base in LICENCES else ""
+    figures = ""
+    with suppress(OSError):
+        whole = (run.folder / "README.md").read_text(encoding="utf-8")
+        figures = "".join(whole.partition("## The run")[1:])
+    text = card.format(
+        front=licence + named,
+        base=preview(base.removeprefix("./"), 100).replace("<", "&lt;"),
+        figures=figures,
+        prompt=run.form,
+        **more,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+MERGED_CARD = """\
+---
+{front}library_name: transformers
+pipeline_tag: text-generation
+tags:
+- question-answering
+---
+
+# {base}, fine-tuned
+
+Fine-tuned by `finetune_colab.py` on pairs of questions and answers; the adapter is in the weights.
+
+```python
+from transformers import pipeline
+
+ask = pipeline("text-generation", ".")
+talk = [{{"role": "user", "content": "What is overfitting?"}}]
+print(ask(talk, return_full_text=False)[0]["generated_text"].strip())
+```
+
+The tokenizer's chat template is the form of the training:
+
+```text
+{prompt}
+```
+
+{figures}"""
+
+GGUF_CARD = """\
+---
+{front}base_model_relation: quantized
+library_name: gguf
+pipeline_tag: text-generation
+tags:
+- question-answering
+---
+
+# {base}, fine-tuned, for llama.cpp
+
+| program | how |
+| --- | --- |
+| Ollama | `ollama create mine -f Modelfile`, then `ollama run mine` |
+| llama.cpp | `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja` |
+| LM Studio | `lms import {file}`, or copy the file into its folder of models |
+| `finetune_colab.py` | `python finetune_colab.py chat --output-dir .` |
+
+The form of a question is in the file, for programs that use templates, and in `Modelfile`:
+
+```text
+{prompt}
+```
+
+`adapter-f16.gguf` is the adapter alone, for a GGUF of the base model: `llama-cli -m BASE --lora adapter-f16.gguf`.
+
+{figures}"""
+
+SPACE_CARD = """\
+---
+title: Ask {base}, fine-tuned
+emoji: 💬
+colorFrom: blue
+colorTo: indigo
+sdk: gradio
+sdk_version: 6.31.0
+python_version: "3.12"
+app_file: app.py
+{front}suggested_hardware: cpu-basic
+---
+
+# Ask {base}, fine-tuned
+
+The page of `finetune_colab.py chat --web`, with the model in llama.cpp on a processor. On your own computer:
+`pip install -r requirements.txt`, then `python app.py`.
+"""
+SPACE_FILES = {
+    "app.py": '''\
+"""The page of the fine-tuned model. Settings: python finetune_colab.py --help"""
+
+import sys
+
+import finetune_colab
+
+sys.exit(finetune_colab.main(["chat", "--web", "--output-dir", ".", *sys.argv[1:]]))
+''',
+    "requirements.txt": f"cyllama>={LLAMA_FLOOR}\ngradio>={PAGE_FLOOR}\njinja2\ntransformers>=5.6\npyyaml\n",
+    ".gitattributes": "*.gguf filter=lfs diff=lfs merge=lfs -text\n",
+}
+
+
+EXPORTERS: dict[str, Callable[[Config, Path], object]] = {
+    "merged": export_merged,
+    "gguf": export_gguf,
+    "space": export_space,
+    "hub": export_hub,
+}
+
+
+# ==================================================================================================
+# 12  Commands
 # ==================================================================================================
 
 DEMO_SETTINGS: dict[str, Any] = {
@@ -6960,12 +7811,24 @@ def say_answers(result: Comparison) -> None:
     say("Speed", f"{result.tokens_per_second:.1f} tokens a second, {count} questions asked twice")
 
 
+def export(cfg: Config) -> int:
+    """Take the model elsewhere: merged weights, GGUF, a Space, the Hub."""
+    if not cfg.TO:
+        raise UserError("Export to what? --to merged, gguf, space or hub; see finetune.md.")
+    final = local_path(cfg.EXPORT_DIR).absolute() if cfg.EXPORT_DIR else export_place(cfg, cfg.TO)
+    with only_run_in(final, "EXPORT_DIR"):
+        place = EXPORTERS[cfg.TO](cfg, final)
+    say("Saved", near(place) if isinstance(place, Path) else str(place))
+    return 0
+
+
 COMMANDS: dict[str, Callable[[Config], int]] = {
     "train": train,
     "check": check,
     "demo": demo,
     "chat": chat,
     "compare": compare,
+    "export": export,
 }
 
 
@@ -7189,25 +8052,6 @@ def model_problems(cfg: Config) -> list[str]:
     with collecting(problems):
         refuse_full_disk(cfg, trainable)
     return problems
-
-
-def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
-    """Without an NVIDIA GPU the weights lie in the computer's own memory."""
-    import psutil
-
-    size = parameters * (1 if device.four_bit else 4)  # in 4 bits with all that comes along
-    memory = psutil.virtual_memory()
-    if device.kind == "cuda" or size <= memory.available:
-        return
-    needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
-    if size <= memory.total:
-        free = f"{memory.available / 1e9:.1f} GB are free"
-        say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
-        return
-    raise UserError(
-        f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
-        "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
-    )
 
 
 def disk_needed(cfg: Config, trainable: int, checkpoints: int = 0) -> tuple[int, int]:

@@ -39,10 +39,10 @@ S1 SIGTERM: test_7_checkpoints a_signal_saves_at_the_next_step_and_ends
 S2 training that returns early passes for finished: test_7_checkpoints a_signal_saves_at_the_next_step_and_ends
 S3 Ctrl+C, once and twice: test_7_checkpoints a_second_signal_ends_at_once
 S4 a signal during a save: test_7_checkpoints a_signal_while_saving_lets_it_finish
-S5 a signal outside of the training: test_12_end_to_end an_end_outside_of_the_training_comes_at_once
+S5 a signal outside of the training: test_13_end_to_end an_end_outside_of_the_training_comes_at_once
 S6 SIGHUP: test_7_checkpoints a_signal_saves_at_the_next_step_and_ends
 S7 the machine vanishes, twenty times: test_7_kills twenty_kills_of_one_run_change_nothing
-S8 two runs in one folder: test_11_preflight a_second_run_in_a_folder_is_refused_until_the_first_is_gone
+S8 two runs in one folder: test_12_preflight a_second_run_in_a_folder_is_refused_until_the_first_is_gone
 S9 off the main thread: test_7_checkpoints off_the_main_thread_it_trains_and_says_what_is_missing
 Disks
 D1 full while the adapter is saved: test_7_disk a_full_disk_keeps_the_last_checkpoint
@@ -50,7 +50,7 @@ D2 full while the optimizer is saved: test_7_disk a_full_disk_keeps_the_last_che
 D3 full in the middle of a JSON file: test_7_disk a_disk_that_goes_in_the_middle_of_a_file
 D4 full while zipping: test_9_safety a_disk_that_fills_up_leaves_no_half_of_a_zip
 D5 a limit on files: test_7_disk a_file_that_cannot_be_written_ends_in_one_message
-D6 a folder that cannot be written to: test_11_preflight a_folder_is_written_to_in_earnest
+D6 a folder that cannot be written to: test_12_preflight a_folder_is_written_to_in_earnest
 D7 a drive that goes away: test_7_checkpoints a_mirror_that_fails_is_a_warning
 D8 a torn copy: test_7_checkpoints a_new_machine_goes_on_from_the_mirror
 D9 a rename across disks: test_9_safety a_run_that_dies_while_saving_leaves_only_whole_files
@@ -62,7 +62,7 @@ M2 a GPU that answers no more: test_7_memory a_gpu_that_answers_no_more_ends_wit
 M3 out of memory on the longest row: test_7_memory the_longest_row_is_tried_without_a_trace
 M4 out of memory while measuring: test_7_memory a_lack_of_memory_while_measuring_costs_no_training
 M5 not even one pair fits: test_7_training memory_that_runs_out_is_one_message_with_the_levers
-M6 the computer's own memory is full: test_11_preflight memory_is_judged_where_the_weights_lie
+M6 the computer's own memory is full: test_12_preflight memory_is_judged_where_the_weights_lie
 M7 a NaN: test_7_memory an_adapter_with_a_nan_is_never_saved
 M8 nothing to learn in a row: test_7_training a_row_that_is_too_long_is_left_out_whole
 M9 one pair or a few: test_3_pairs one_pair_is_too_few
@@ -89,7 +89,7 @@ V1 code in a checkpoint: test_7_checkpoints code_in_a_checkpoint_is_not_run
 V2 a pickle beside the adapter: test_9_safety a_file_that_can_run_programs_is_refused
 V3 code in a model's configuration: test_9_safety a_model_brings_no_code
 V4 a base model that is replaced: test_9_safety a_base_that_is_replaced_on_the_hub_changes_no_finished_run
-V5 formulas in tables: test_11_check nothing_in_the_report_is_a_formula
+V5 formulas in tables: test_12_check nothing_in_the_report_is_a_formula
 V6 links in the zip: test_9_safety only_own_files_get_into_the_zip
 V7 a hostile zip: test_7_checkpoints a_hostile_zip_leaves_nothing_behind
 V8 secrets and places: test_9_safety no_file_holds_a_secret
