@@ -855,9 +855,9 @@ def persistently(place: str, fetch: Callable[[], Result]) -> Result:
     )
 
 
-def fetch_link(link: str) -> Path:
+def fetch_link(link: str, name: str = "") -> Path:
     """The file behind a link; what an earlier run fetched, when the server still has that version."""
-    place = without_secrets(link)
+    place = name or without_secrets(link)
     if urllib.parse.urlsplit(link).username:
         raise UserError(
             f"The link to {place} holds a password. Download the file and name it instead."
@@ -3767,6 +3767,11 @@ class Tuned:
             yield self.load_untuned()
 
     @property
+    def is_alone(self) -> bool:
+        """Whether there is no way back to the model as it was."""
+        return isinstance(self.model, LlamaCpp)
+
+    @property
     def context(self) -> int:
         return context_of(self.model, self.tokenizer)
 
@@ -3918,6 +3923,10 @@ class LlamaCpp:
         self.vocabulary = self.model.get_vocab()
         self.model.n_vocab = self.vocabulary.n_vocab
         self.max_position_embeddings: int = self.model.n_ctx_train
+
+    def tokens(self, text: str) -> list[int]:
+        """As llama.cpp cuts a text by default, with whatever it puts before it."""
+        return list(self.vocabulary.tokenize(text, True, False))
 
     def generate(
         self,
@@ -4288,13 +4297,16 @@ def in_float32() -> Any:
 
     wider = (torch.nn.functional.linear, torch.nn.functional.layer_norm)
 
+    def widened(value: Any) -> Any:
+        return value.float() if isinstance(value, torch.Tensor) else value
+
     class Wider(TorchFunctionMode):
-        def __torch_function__(
-            self, called: Any, _: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
+        def __torch_function__(self, called: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
             if called in wider:
-                args = [a.float() if isinstance(a, torch.Tensor) else a for a in args]
-            return called(*args, **(kwargs or {}))
+                args = list(map(widened, args))
+                kwargs = {name: widened(value) for name, value in kwargs.items()}
+            return called(*args, **kwargs)
 
     return Wider()
 
@@ -6810,7 +6822,7 @@ def page_of(tuned: Tuned, cfg: Config) -> Any:
             )
             speed.render()
             show_examples(tuned, talk.textbox)
-        with gr.Tab("Compare"):
+        with gr.Tab("Compare", visible=not tuned.is_alone):
             question = gr.Textbox(**box, label="Question")
             with gr.Row():
                 ask, stop = gr.Button("Ask both", variant="primary"), gr.Button("Stop")
@@ -6946,8 +6958,8 @@ HARD_TO_CUT = (
     "Что это? 这是什么？ これは何ですか 이것은 무엇인가 מה זה ما هذا यह क्या है กขค",
     "🚀👩\u200d👩\u200d👧 ✅ 🇸🇰 \U0001f9d1\U0001f3fd",
     "<|endoftext|> </s> <|im_end|> <|end|> [INST] <0x0A> <unk> {{ braces }} {question}",
-    " leading", "trailing ", "\n", " ", "a", "Instruct: Why?\nOutput:",
-)  # fmt: skip
+    *(" leading", "trailing ", "\n", " ", "a", "Instruct: Why?\nOutput:"),
+)
 
 
 def export_place(cfg: Config, kind: str) -> Path:
@@ -7102,7 +7114,7 @@ def write_companions(run: Run, folder: Path) -> None:
     shape.dtype = run.stored_dtype()
     shape.save_pretrained(folder)
     run.tokenizer.chat_template = chat_template(run.form)
-    run.tokenizer.save_pretrained(folder)
+    save_tokenizer(run.tokenizer, folder)
     if pieces := run.base_file("tokenizer.model"):  # which transformers 5 does not save
         shutil.copyfile(pieces, folder / pieces.name)
     how = manner_of(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
@@ -7113,6 +7125,14 @@ def write_companions(run: Run, folder: Path) -> None:
     how.save_pretrained(folder)
     shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
     write_card(folder, run, MERGED_CARD)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """And with it, that nothing goes before a prompt; llama.cpp would begin with a token of its own."""
+    tokenizer.save_pretrained(folder)
+    place = folder / TOKENIZER_FILE
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
 
 
 def chat_template(form: str) -> str:
@@ -7151,7 +7171,7 @@ def converters() -> Path:
     folder = cache_folder(f"converters-{CONVERTERS_SHA256[:12]}")
     if is_folder(folder):
         return folder
-    archive = fetch_link(CONVERTERS)
+    archive = fetch_link(CONVERTERS, "the converters of llama.cpp (77 MB, once)")
     found = checksum(archive)
     if found != CONVERTERS_SHA256:
         archive.unlink()
@@ -7202,7 +7222,7 @@ def export_gguf(cfg: Config, final: Path) -> Path:
         final.mkdir(parents=True, exist_ok=True)
         for cut_off in final.glob("*.partial"):
             cut_off.unlink()
-        run.tokenizer.save_pretrained(final)
+        save_tokenizer(run.tokenizer, final)
         losses = record_of(final).get("gguf", {})
         write_export_record(final, run, "gguf", gguf=losses)
         with staged_file(file) as staged:
@@ -7246,13 +7266,13 @@ def write_gguf(source: Path, file: Path, quantize: str) -> None:
 def tested_gguf(file: Path, run: Run, quantize: str) -> float:
     """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
     model, examples = LlamaCpp(file), examples_to_measure(run)
-    for text in HARD_TO_CUT:
-        here = run.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        there = list(model.vocabulary.tokenize(text, False, False))
-        if here != there:
+    for question in HARD_TO_CUT:
+        talk = [asked_by_user(question)]
+        prompt = "".join(text for text, _ in turns(talk, run.form))
+        if model.tokens(prompt) != encode(run.tokenizer, talk, run.form)["input_ids"]:
             raise UserError(
-                f"llama.cpp cuts {preview(text)!r} into other tokens than the training did, so the file "
-                "would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
+                f"llama.cpp cuts the question {question!r} into other tokens than the training did, so "
+                "the file would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
             )
     end = model.vocabulary.token_eos()
     if end != run.tokenizer.eos_token_id:
@@ -7276,8 +7296,6 @@ def modelfile(run: Run, file: str) -> str:
         talk = [{"role": roles[text[1]], "content": text} for text in texts]
         last = talk[-1]["role"] == "user"
         whole = run.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=last)
-        begin = run.tokenizer.bos_token or ""
-        whole = whole.removeprefix(begin) if begin else whole  # llama.cpp puts it there itself
         return re.split("|".join(map(re.escape, texts)), whole)
 
     with_system, without = rendered("\x01S\x01", "\x01U\x01"), rendered("\x01U\x01")
@@ -7316,7 +7334,7 @@ def export_space(cfg: Config, final: Path) -> Path:
     with explained_export_errors(final, need), staged_folder(final, earlier) as staged:
         shutil.copyfile(file, staged / file.name)
         shutil.copyfile(script, staged / "finetune_colab.py")
-        run.tokenizer.save_pretrained(staged)
+        save_tokenizer(run.tokenizer, staged)
         for name, text in SPACE_FILES.items():
             (staged / name).write_text(text, encoding="utf-8")
         write_card(staged, run, SPACE_CARD)
@@ -7484,10 +7502,12 @@ SPACE_FILES = {
     "app.py": '''\
 """The page of the fine-tuned model. Settings: python finetune_colab.py --help"""
 
+import os
 import sys
 
 import finetune_colab
 
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses PyTorch, which is not needed
 sys.exit(finetune_colab.main(["chat", "--web", "--output-dir", ".", *sys.argv[1:]]))
 ''',
     "requirements.txt": f"cyllama>={LLAMA_FLOOR}\ngradio>={PAGE_FLOOR}\njinja2\ntransformers>=5.6\npyyaml\n",
@@ -7495,6 +7515,13 @@ sys.exit(finetune_colab.main(["chat", "--web", "--output-dir", ".", *sys.argv[1:
 }
 
 
+NEXT = {
+    "merged": "ask it: python finetune_colab.py chat --output-dir {}",
+    "gguf": "README.md in {0} says how to use it. To ask it here: python finetune_colab.py chat --output-dir {0}",
+    "space": "try it: python app.py in {0}. To put it online: python finetune_colab.py export --to hub "
+    "--output-dir {0} --hub-repo NAME",
+    "hub": "open {} in your browser",
+}
 EXPORTERS: dict[str, Callable[[Config, Path], object]] = {
     "merged": export_merged,
     "gguf": export_gguf,
@@ -7818,7 +7845,9 @@ def export(cfg: Config) -> int:
     final = local_path(cfg.EXPORT_DIR).absolute() if cfg.EXPORT_DIR else export_place(cfg, cfg.TO)
     with only_run_in(final, "EXPORT_DIR"):
         place = EXPORTERS[cfg.TO](cfg, final)
-    say("Saved", near(place) if isinstance(place, Path) else str(place))
+    name = near(place) if isinstance(place, Path) else str(place)
+    say("Saved", name)
+    say("Next", NEXT[cfg.TO].format(name))
     return 0
 
 

@@ -31,7 +31,7 @@ def command_lines() -> Iterator[tuple[str, str]]:
         for block in blocks(name, "(?:bash|text)"):
             for line in block.splitlines():
                 if "finetune_colab.py" in line.split("#")[0]:
-                    yield name, line.lstrip("!")
+                    yield name, line.lstrip("!").partition("  #")[0]
 
 
 @pytest.mark.parametrize("command", ft.COMMANDS)
@@ -62,16 +62,19 @@ def test_every_documented_command_line_is_understood(place: str, line: str) -> N
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_flag_mentioned_exists(name: str) -> None:
     known = {ft.flag(setting) for setting in ft.setting_types()} | {"--help", "--config"}
-    pip = {"--quiet"}
+    others = {"--quiet", "--jinja", "--lora"}  # of other programs
     for word in re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text_of(name)):
-        assert word.replace("--no-", "--") in known | pip, word
+        assert word.replace("--no-", "--") in known | others, word
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_every_link_to_a_file_leads_somewhere(name: str) -> None:
     for target in re.findall(r"\]\(([^)]+)\)", text_of(name)):
         if not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+            file, _, section = target.partition("#")
+            assert (ROOT / file).exists(), target
+            titles = re.findall(r"^#+ (.+)$", text_of(file), re.MULTILINE) if section else []
+            assert not section or section in [re.sub(r"\W+", "-", t.lower()) for t in titles]
 
 
 def test_the_figures_in_the_guide_are_those_that_are_written() -> None:
