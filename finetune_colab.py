@@ -45,6 +45,7 @@ import argparse
 import ast
 import base64
 import csv
+import ctypes
 import datetime
 import difflib
 import errno
@@ -6946,6 +6947,7 @@ def pre(self, tokenizer):
 TextModel.get_vocab_base_pre = pre
 runpy.run_path(os.path.join(folder, script), run_name="__main__")
 """
+M_MMAP_THRESHOLD = -3  # its number in glibc
 Q4_K_M = 15  # its number in llama.cpp
 # The loss may be higher by this share; of what is quantised also by 0.02, where it is near zero
 LOSS_ALLOWED = {"merged": 0.01, "f16": 0.01, "q8_0": 0.02, "q4_k_m": 0.15}
@@ -7057,6 +7059,7 @@ def least_lossy_merge(
     may lose less when they are taken with the rounding: loaded in 4 bits, widened again, and only then
     added to. Never is anything added to weights that are still in 4 bits.
     """
+    hand_back_memory()
     in_4_bits = bool(run.record["device"]["four_bit"])
     if cfg.MERGE_INTO == "4bit" and not in_4_bits:
         raise UserError("MERGE_INTO 4bit is for runs that were trained on weights in 4 bits.")
@@ -7088,6 +7091,12 @@ def least_lossy_merge(
     told = "; ".join(f"{names[way]} {loss:.4f}" for way, loss in losses.items())
     say("Loss", f"on {len(examples)} rows that went along with the run: {told}")
     return model, losses, best
+
+
+def hand_back_memory() -> None:
+    """Let glibc hand large pieces back as soon as they are free; it would keep 5 GB of phi-2's."""
+    with suppress(OSError, AttributeError):  # other systems
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def known_loss(model: Any, examples: Sequence[Example]) -> float:
