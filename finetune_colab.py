@@ -6078,17 +6078,22 @@ def output_bytes(trainable: int) -> int:
     return 2 * (4 * trainable + SMALL_FILES)
 
 
-def write_zip(folder: Path) -> Path:
-    """What others may have of the folder, in one zip beside it, read back before it gets its name."""
-    target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
-    for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
-        cut_off.unlink()
-    files = [
+def files_for_others(folder: Path) -> list[Path]:
+    """What may be passed on: no links, nothing that can run a program, no places of this computer."""
+    return [
         path
         for path in sorted(folder.rglob("*"))
         if path.is_file() and not path.is_symlink()
         if path.name != BASE_PLACE and path.suffix.lower() not in PICKLES
     ]
+
+
+def write_zip(folder: Path) -> Path:
+    """What others may have of the folder, in one zip beside it, read back before it gets its name."""
+    target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
+    for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
+        cut_off.unlink()
+    files = files_for_others(folder)
     need = sum(path.stat().st_size for path in files)
     try:
         if shutil.disk_usage(folder.parent).free < need:
@@ -7378,20 +7383,21 @@ def export_hub(cfg: Config, _: Path) -> str:
             exist_ok=True,
             space_sdk="gradio" if kind == "space" else None,
         )
-        if cfg.HUB_PRIVATE and not api.repo_info(made.repo_id, repo_type=kind).private:
+        private = api.repo_info(made.repo_id, repo_type=kind).private
+        if cfg.HUB_PRIVATE and not private:
             raise UserError(
                 f"{made.repo_id} is there already, and everybody can see it.\n"
                 "Choose another --hub-repo, or say that this is meant: --no-hub-private"
             )
         say(
             "Upload",
-            f"{near(folder)} to {made.repo_id}, {'private' if cfg.HUB_PRIVATE else 'public'}",
+            f"{near(folder)} to {made.repo_id}, {'private' if private else 'public'}",
         )
         api.upload_folder(
             repo_id=made.repo_id,
             repo_type=kind,
             folder_path=folder,
-            ignore_patterns=[*NOT_FOR_OTHERS, "*.partial", ".*", "**/.*"],
+            allow_patterns=files_for_the_hub(folder),
             commit_message="Uploaded by finetune_colab.py",
         )
     return str(made)
@@ -7404,15 +7410,26 @@ def explained_upload_errors(repository: str, token: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # of the Hub's client, the network or the disk
-        found = preview(f"{type(error).__name__}: {error}".replace(token, "…"), 300)
+        told = getattr(error, "server_message", None) or error  # the Hub's own words, if any
+        found = f"{type(error).__name__}: {told}"
+        for shape in (token, repr(token)[1:-1]):  # a sign that no header may hold is shown as \x0b
+            found = found.replace(shape, "…")
         raise UserError(
-            f"The upload to {repository} did not end well.\n{found}\nCheck the name, the token's right "
+            f"The upload to {repository} did not end well.\n{preview(found, 300)}\nCheck the name, the token's right "
             "to write, and the connection; then run the same command again: files that have arrived are "
             "not sent again."
         ) from None
 
 
-NOT_FOR_OTHERS = (ANSWERS, SAMPLE, BASE_PLACE)  # data, and places of this computer
+def files_for_the_hub(folder: Path) -> list[str]:
+    """Nor the rows of the data, nor hidden files and half ones; as patterns."""
+    inside = [path.relative_to(folder) for path in files_for_others(folder)]
+    return [
+        glob.escape(path.as_posix())
+        for path in inside
+        if path.name not in (ANSWERS, SAMPLE) and path.suffix != ".partial"
+        if not any(part.startswith(".") for part in path.parts)
+    ]
 
 
 def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
@@ -7423,9 +7440,11 @@ def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
     with suppress(OSError):
         whole = (run.folder / "README.md").read_text(encoding="utf-8")
         figures = "".join(whole.partition("## The run")[1:])
+    name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
     text = card.format(
         front=licence + named,
-        base=preview(base.removeprefix("./"), 100).replace("<", "&lt;"),
+        base=name,
+        title=json.dumps(f"Ask {name}, fine-tuned", ensure_ascii=False),  # quoted, as YAML has it
         figures=figures,
         prompt=run.form,
         **more,
@@ -7491,7 +7510,7 @@ The form of a question is in the file, for programs that use templates, and in `
 
 SPACE_CARD = """\
 ---
-title: Ask {base}, fine-tuned
+title: {title}
 emoji: 💬
 colorFrom: blue
 colorTo: indigo
