@@ -3733,7 +3733,7 @@ def lora_config(cfg: Config) -> PeftConfig:
         )
 
 
-def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
+def add_lora(cfg: Config, base: PreTrainedModel, learning: bool = True) -> PeftModel:
     adapted_layers(cfg, base)
     with usable_peft() as peft:
         model = peft.get_peft_model(base, lora_config(cfg))
@@ -3741,7 +3741,7 @@ def add_lora(cfg: Config, base: PreTrainedModel) -> PeftModel:
     for module in model.modules():
         # On some processors bitsandbytes repacks a 4-bit layer at its first use without gradients;
         # a repacked layer hands no gradient on, so measuring once would end all learning.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if learning and hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     # or else every checkpoint asks the Hub whether the base has another vocabulary by now
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
@@ -3792,14 +3792,16 @@ def load_tuned(place: Path, four_bit: bool | None = None, quantize: str = "") ->
         if file := gguf_in(folder, quantize):
             say("Device", f"the processor, in llama.cpp: {file.name}")
             return run.tuned(LlamaCpp(file), run.refuse_untuned)
-        if four_bit is not None:
-            run.cfg.LOAD_IN_4BIT = four_bit
+        if four_bit is not None or is_merged(folder):  # whose sums 4 bits would round once more
+            run.cfg.LOAD_IN_4BIT = bool(four_bit)
         device = pick_device(run.cfg)
+        if device.four_bit and device.kind == "cpu":  # the form in which bitsandbytes is fast there
+            device = device._replace(dtype="bfloat16")
         load_untuned = functools.cache(lambda: run.load_base(device))
         if is_merged(folder):
             model = load_base(run.cfg, device, folder)
         else:
-            model = run.with_adapter(load_untuned())
+            model = run.with_adapter(load_untuned(), learning=False)
         return run.tuned(model.eval(), load_untuned)
 
 
@@ -3831,8 +3833,10 @@ class Run:
     def load_base(self, device: Device) -> PreTrainedModel:
         return load_base(self.cfg, device, self.base_folder())
 
-    def with_adapter(self, base: PreTrainedModel) -> PeftModel:
-        model = add_lora(self.cfg, base)  # not from adapter_config.json, which can name code to run
+    def with_adapter(self, base: PreTrainedModel, learning: bool = True) -> PeftModel:
+        model = add_lora(
+            self.cfg, base, learning
+        )  # not from adapter_config.json, which can name code to run
         with explained_adapter_errors(self.place):
             put_adapter(model, self.weights)
         return model
@@ -6982,7 +6986,11 @@ def exported_name(cfg: Config) -> str:
 def refuse_other_folder(final: Path, kind: str) -> None:
     """An export takes the place of an earlier one of its kind, and of nothing else."""
     ours = not is_there(final) or (
-        final.is_dir() and (record_of(final).get("export") == kind or not any(final.iterdir()))
+        final.is_dir()
+        and (
+            record_of(final).get("export") == kind
+            or all(path.suffix == ".partial" for path in final.iterdir())
+        )
     )
     if not ours or Path.cwd().is_relative_to(final.resolve()):
         raise UserError(
@@ -7236,9 +7244,9 @@ def export_gguf(cfg: Config, final: Path) -> Path:
         final.mkdir(parents=True, exist_ok=True)
         for cut_off in final.glob("*.partial"):
             cut_off.unlink()
-        save_tokenizer(run.tokenizer, final)
         losses = record_of(final).get("gguf", {})
-        write_export_record(final, run, "gguf", gguf=losses)
+        write_export_record(final, run, "gguf", gguf=losses)  # first of all: it marks the folder
+        save_tokenizer(run.tokenizer, final)
         with staged_file(file) as staged:
             write_gguf(source, staged, cfg.QUANTIZE)
             losses[cfg.QUANTIZE] = tested_gguf(staged, run, cfg.QUANTIZE)
