@@ -1,6 +1,7 @@
 """What every export costs for a model of phi-2's real size, and how fast each result answers.
 
-    python benchmarks/export.py FOLDER        (needs 40 GB of disk; half an hour on 2 cores)
+    python benchmarks/export.py FOLDER            (needs 40 GB of disk; half an hour on 2 cores)
+    python benchmarks/export.py FOLDER answers    only how fast what is there answers
 
 The model has random weights and the adapter too: times and memory depend on sizes alone. Each step is a
 process of its own, as a person would start it. Memory is the most that it holds by itself; what it has
@@ -78,7 +79,7 @@ def make_run(home: Path) -> None:
     (folder / ft.BASE_PLACE).write_text(str(home / "base"))
 
 
-def measured(home: Path, label: str, command: list[object]) -> dict[str, object]:
+def measured(home: Path, label: str, command: list[object]) -> None:
     """Run a process to its end: seconds, memory, and the last line that it prints."""
     start, own, mapped, done = time.perf_counter(), 0, 0, threading.Event()
     process = subprocess.Popen(
@@ -116,7 +117,6 @@ def measured(home: Path, label: str, command: list[object]) -> dict[str, object]
         "said": " ".join([*losses, *lines[-1:]]),
     }
     print(json.dumps(row), flush=True)
-    return row
 
 
 def main() -> None:
@@ -125,24 +125,23 @@ def main() -> None:
     if not (home / "model").exists():
         make_run(home)
     python: list[object] = [sys.executable, SCRIPT]
-    rows = [
-        measured(home, f"merge, {way}", [*python, "export", "--to", "merged", "--merge-into", way])
-        for way in ("16bit", "4bit", "auto")
-    ]
-    for kind in ("q8_0", "f16", "q4_k_m"):
-        command = [*python, "export", "--to", "gguf", "--quantize", kind]
-        rows.append(measured(home, f"GGUF {kind}", command))
-        size = (home / "model-gguf" / f"model-{kind}.gguf").stat().st_size
-        print(kind, round(size / 1e9, 2), "GB", flush=True)
+    if sys.argv[2:] != ["answers"]:
+        for way in ("16bit", "4bit", "auto"):
+            command = [*python, "export", "--to", "merged", "--merge-into", way]
+            measured(home, f"merge, {way}", command)
+        for kind in ("q8_0", "f16", "q4_k_m"):
+            command = [*python, "export", "--to", "gguf", "--quantize", kind]
+            measured(home, f"GGUF {kind}", command)
+            size = (home / "model-gguf" / f"model-{kind}.gguf").stat().st_size
+            print(kind, round(size / 1e9, 2), "GB", flush=True)
     asking = [*python, "chat", "--max-tokens", TOKENS, "--output-dir"]
     for kind in ("q4_k_m", "q8_0", "f16"):
         command = [*asking, "model-gguf", "--quantize", kind, QUESTION]
-        rows.append(measured(home, f"answer, GGUF {kind}", command))
-    rows.append(measured(home, "answer, 4 bits", [*asking, "model", "--load-in-4bit", QUESTION]))
+        measured(home, f"answer, GGUF {kind}", command)
+    measured(home, "answer, 4 bits", [*asking, "model", "--load-in-4bit", QUESTION])
     for dtype in ("bfloat16", "float32"):
         command = [sys.executable, "-c", IN_TRANSFORMERS, "model-merged", QUESTION, TOKENS, dtype]
-        rows.append(measured(home, f"answer, transformers {dtype}", command))
-    (home / "export.json").write_text(json.dumps(rows, indent=2))
+        measured(home, f"answer, transformers {dtype}", command)
 
 
 if __name__ == "__main__":
