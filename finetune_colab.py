@@ -3872,7 +3872,8 @@ class Run:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(self.shape()).num_parameters()
+            model = AutoModelForCausalLM.from_config(self.shape(), trust_remote_code=False)
+        return int(model.num_parameters())
 
     def tuned(self, model: Any, load_untuned: Callable[[], Any]) -> Tuned:
         return Tuned(model, self.tokenizer, self.form, self.examples, load_untuned)
@@ -6958,6 +6959,8 @@ runpy.run_path(os.path.join(folder, script), run_name="__main__")
 """
 M_MMAP_THRESHOLD = -3  # its number in glibc
 Q4_K_M = 15  # its number in llama.cpp
+# Disk that a GGUF takes at the worst moment, as a share of the merged weights; see write_gguf
+SHARE_OF_MERGED = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.35}
 # The loss may be higher by this share; of what is quantised also by 0.02, where it is near zero
 LOSS_ALLOWED = {"merged": 0.01, "f16": 0.01, "q8_0": 0.02, "q4_k_m": 0.15}
 SMALL_LOSS = 0.02
@@ -7040,15 +7043,16 @@ def export_merged(cfg: Config, final: Path) -> Path:
         if not hasattr(run, "weights"):
             raise UserError(f"{place} has no adapter to merge.\nName the folder of a training.")
         examples = examples_to_measure(run)
-        model, losses, way = least_lossy_merge(cfg, run, examples)
-        refuse_loss("merged", losses[way], losses["adapter"])
-        need = model.num_parameters() * model.dtype.itemsize + SMALL_FILES
-        earlier = place_for_earlier(final, run.record.get("run", ""))
-        with explained_export_errors(final, need), staged_folder(final, earlier) as staged:
-            model.save_pretrained(staged, max_shard_size=SHARD)
-            write_companions(run, staged)
-            measured = {"way": way, **losses, "rows": len(examples)}
-            write_export_record(staged, run, "merged", merged=measured)
+        need = run.parameters() * (4 if run.stored_dtype() == "float32" else 2) + SMALL_FILES
+        with explained_export_errors(final, need):
+            model, losses, way = least_lossy_merge(cfg, run, examples)
+            refuse_loss("merged", losses[way], losses["adapter"])
+            earlier = place_for_earlier(final, run.record.get("run", ""))
+            with staged_folder(final, earlier) as staged:
+                model.save_pretrained(staged, max_shard_size=SHARD)
+                write_companions(run, staged)
+                measured = {"way": way, **losses, "rows": len(examples)}
+                write_export_record(staged, run, "merged", merged=measured)
     return final
 
 
@@ -7239,7 +7243,8 @@ def export_gguf(cfg: Config, final: Path) -> Path:
     if record_of(final).get("adapter") not in (None, adapter_of(source)):
         final.rename(unused(final.with_name(f"{final.name}.previous")))
     file = final / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
-    need = sum(path.stat().st_size for path in source.glob("*.safetensors")) * 1.5 + SMALL_FILES
+    merged = sum(path.stat().st_size for path in source.glob("*.safetensors"))
+    need = merged * SHARE_OF_MERGED[cfg.QUANTIZE] + SMALL_FILES
     with explained_export_errors(final, need):
         final.mkdir(parents=True, exist_ok=True)
         for cut_off in final.glob("*.partial"):
@@ -7250,12 +7255,8 @@ def export_gguf(cfg: Config, final: Path) -> Path:
         with staged_file(file) as staged:
             write_gguf(source, staged, cfg.QUANTIZE)
             losses[cfg.QUANTIZE] = tested_gguf(staged, run, cfg.QUANTIZE)
-        adapter = local_path(cfg.OUTPUT_DIR)
-        if (adapter / ADAPTER).is_file() and not (final / ADAPTER_GGUF).exists():
-            with staged_file(final / ADAPTER_GGUF) as staged:
-                options = ("--base", source, "--outfile", staged, "--outtype", "f16")
-                convert("convert_lora_to_gguf.py", adapter, *options)
-                LlamaCpp(file).model.lora_adapter_init(str(staged))
+        if not (final / ADAPTER_GGUF).exists():
+            write_adapter_gguf(cfg, source, final / ADAPTER_GGUF, file)
         (final / "Modelfile").write_text(modelfile(run, file.name), encoding="utf-8")
         write_card(final, run, GGUF_CARD, file=file.name)
         write_export_record(final, run, "gguf", gguf=losses)
@@ -7283,6 +7284,17 @@ def write_gguf(source: Path, file: Path, quantize: str) -> None:
         llama_cpp().model_quantize(str(whole), str(file), how)
     finally:
         whole.unlink(missing_ok=True)
+
+
+def write_adapter_gguf(cfg: Config, base: Path, final: Path, whole: Path) -> None:
+    """The adapter alone, which has to fit the whole model's file; nothing where it is merged already."""
+    with opened_model(local_path(cfg.OUTPUT_DIR)) as folder:
+        if not (folder / ADAPTER).is_file():
+            return
+        with staged_file(final) as staged:
+            options = ("--base", base, "--outfile", staged, "--outtype", "f16")
+            convert("convert_lora_to_gguf.py", folder, *options)
+            LlamaCpp(whole).model.lora_adapter_init(str(staged))
 
 
 def tested_gguf(file: Path, run: Run, quantize: str) -> float:
