@@ -3564,19 +3564,27 @@ def hollow_model(cfg: Config) -> PreTrainedModel | None:
     """The model with its layers and without their weights, to be measured before a download."""
     if not is_within_reach(cfg, "config.json"):
         return None
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    safe = {"trust_remote_code": False}
     try:
         if cfg.MODEL_NAME == DEMO_MODEL:
             shape = AutoConfig.for_model("phi", **DEMO_SHAPE)
         else:
-            shape = AutoConfig.from_pretrained(cfg.MODEL_NAME, revision=model_revision(cfg), **safe)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(shape, **safe)
+            revision = model_revision(cfg)
+            shape = AutoConfig.from_pretrained(
+                cfg.MODEL_NAME, revision=revision, trust_remote_code=False
+            )
+        return without_weights(shape)
     except Exception:  # it is found again, and explained, when the model is loaded
         return None
+
+
+def without_weights(shape: Any) -> PreTrainedModel:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
 
 
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
@@ -3623,14 +3631,16 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
     return model
 
 
+def bytes_of(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
+
+
 def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     """Without an NVIDIA GPU the weights lie in the computer's own memory."""
     import psutil
 
-    bytes_each = 4 if device.dtype == "float32" else 2
-    size = parameters * (
-        1 if device.four_bit else bytes_each
-    )  # in 4 bits with all that comes along
+    each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
+    size = parameters * each
     memory = psutil.virtual_memory()
     if device.kind == "cuda" or size <= memory.available:
         return
@@ -3821,8 +3831,8 @@ class Run:
                 raise ValueError("its prompt_format has no place for a question")
             examples = self.record.get("examples") or []
             self.examples = [text for text in examples if isinstance(text, str)]
-            if not is_merged(folder) and not gguf_in(folder):
-                self.weights = adapter_weights(folder)
+            alone = is_merged(folder) or gguf_in(folder)
+            self.weights = {} if alone else adapter_weights(folder)
         if self.tokenizer.pad_token_id is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
 
@@ -3834,9 +3844,8 @@ class Run:
         return load_base(self.cfg, device, self.base_folder())
 
     def with_adapter(self, base: PreTrainedModel, learning: bool = True) -> PeftModel:
-        model = add_lora(
-            self.cfg, base, learning
-        )  # not from adapter_config.json, which can name code to run
+        # not by adapter_config.json, which can name code to run
+        model = add_lora(self.cfg, base, learning)
         with explained_adapter_errors(self.place):
             put_adapter(model, self.weights)
         return model
@@ -3854,6 +3863,7 @@ class Run:
             return Path(hf_hub_download(self.cfg.MODEL_NAME, name, revision=revision))
         return None
 
+    @functools.cached_property
     def shape(self) -> Any:
         """The base's own config."""
         from transformers import AutoConfig
@@ -3863,17 +3873,14 @@ class Run:
         )
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
 
+    @property
     def stored_dtype(self) -> str:
         """The numbers in which the base was published."""
-        return str(self.shape().dtype or "float16").removeprefix("torch.")
+        return str(self.shape.dtype or "float16").removeprefix("torch.")
 
+    @functools.cached_property
     def parameters(self) -> int:
-        import torch
-        from transformers import AutoModelForCausalLM
-
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(self.shape(), trust_remote_code=False)
-        return int(model.num_parameters())
+        return int(without_weights(self.shape).num_parameters())
 
     def tuned(self, model: Any, load_untuned: Callable[[], Any]) -> Tuned:
         return Tuned(model, self.tokenizer, self.form, self.examples, load_untuned)
@@ -3986,7 +3993,7 @@ class Reading:
         for start in range(0, len(tokens), READ_AT_ONCE):
             part = list(tokens[start : start + READ_AT_ONCE])
             batch = self.library.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
-            batch.set_batch(part, self.length, True)
+            batch.set_batch(part, self.length, first < len(tokens) - 1)  # or else of the last alone
             self.session.decode(batch)
             self.length += len(part)
             for i in range(max(0, first - start), len(part)):
@@ -6144,7 +6151,7 @@ def place_for_earlier(final: Path, run: str) -> Path | None:
 
 
 @contextmanager
-def explained_disk_errors(folder: Path, need: float) -> Iterator[None]:
+def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> Iterator[None]:
     """A full or lost disk as one message; a library of another language brings no OSError."""
     try:
         yield
@@ -6152,9 +6159,8 @@ def explained_disk_errors(folder: Path, need: float) -> Iterator[None]:
         if not isinstance(error, OSError) and "os error" not in str(error):
             raise
         raise UserError(
-            f"The training is done, but {folder} could not be written: {preview(str(error), 200)}.\n"
-            f"{room(folder.parent, need)}Make room, or choose another --output-dir, and run the same command again: it "
-            "takes the adapter from the last checkpoint and does not train."
+            f"{done}{folder} could not be written: {preview(str(error), 200)}.\n"
+            f"{room(folder.parent, need)}{advice}"
         ) from error
 
 
@@ -6169,7 +6175,15 @@ def save_run(
     final, trained = output_folder(cfg), outcome(cfg, last)
     run, need = last.folder.parent.name, output_bytes(trained.tally.trainable)
     earlier = place_for_earlier(final, run)
-    with explained_disk_errors(final, need), staged_folder(final, earlier) as staged:
+    done = "The training is done, but "
+    advice = (
+        "Make room, or choose another --output-dir, and run the same command again: it "
+        "takes the adapter from the last checkpoint and does not train."
+    )
+    with (
+        explained_disk_errors(final, need, done, advice),
+        staged_folder(final, earlier) as staged,
+    ):
         shutil.copyfile(trained.adapter, staged / ADAPTER)
         adapter = lora_config(cfg)  # not the checkpoint's, which may have come from elsewhere
         adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
@@ -6978,8 +6992,8 @@ HARD_TO_CUT = (
 
 def export_place(cfg: Config, kind: str) -> Path:
     """./model gives ./model-gguf, unless EXPORT_DIR says otherwise."""
-    place = local_path(cfg.OUTPUT_DIR)
-    return place.with_name(f"{exported_name(cfg)}-{kind}").absolute()
+    beside = local_path(cfg.OUTPUT_DIR).with_name(f"{exported_name(cfg)}-{kind}")
+    return (local_path(cfg.EXPORT_DIR) if cfg.EXPORT_DIR else beside).absolute()
 
 
 def exported_name(cfg: Config) -> str:
@@ -6988,13 +7002,8 @@ def exported_name(cfg: Config) -> str:
 
 def refuse_other_folder(final: Path, kind: str) -> None:
     """An export takes the place of an earlier one of its kind, and of nothing else."""
-    ours = not is_there(final) or (
-        final.is_dir()
-        and (
-            record_of(final).get("export") == kind
-            or all(path.suffix == ".partial" for path in final.iterdir())
-        )
-    )
+    begun = final.is_dir() and all(path.suffix == ".partial" for path in final.iterdir())
+    ours = not is_there(final) or begun or record_of(final).get("export") == kind
     if not ours or Path.cwd().is_relative_to(final.resolve()):
         raise UserError(
             f"{final} holds something else than an earlier export --to {kind}, so it is left alone.\n"
@@ -7005,17 +7014,14 @@ def refuse_other_folder(final: Path, kind: str) -> None:
 @contextmanager
 def explained_export_errors(final: Path, need: float) -> Iterator[None]:
     """A full disk as one message; what was begun is gone by then, what was there before is not."""
-    try:
+    advice = (
+        "Nothing of it is left. Make room, or choose another --export-dir, and run the same command "
+        "again."
+    )
+    with explained_disk_errors(final, need, "", advice):
         if shutil.disk_usage(nearest(final)).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
-    except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise UserError(
-            f"{final} could not be written: {preview(str(error), 200)}.\n{room(final.parent, need)}"
-            "Nothing of it is left. Make room, or choose another --export-dir, and run the same command again."
-        ) from error
 
 
 def adapter_of(folder: Path) -> str:
@@ -7040,10 +7046,10 @@ def export_merged(cfg: Config, final: Path) -> Path:
     with opened_model(place) as folder:
         refuse_pickles(folder)
         run = Run(place, folder)
-        if not hasattr(run, "weights"):
+        if not run.weights:
             raise UserError(f"{place} has no adapter to merge.\nName the folder of a training.")
         examples = examples_to_measure(run)
-        need = run.parameters() * (4 if run.stored_dtype() == "float32" else 2) + SMALL_FILES
+        need = run.parameters * bytes_of(run.stored_dtype) + SMALL_FILES
         with explained_export_errors(final, need):
             model, losses, way = least_lossy_merge(cfg, run, examples)
             refuse_loss("merged", losses[way], losses["adapter"])
@@ -7083,8 +7089,8 @@ def least_lossy_merge(
     ways = ["16bit", "4bit"] if in_4_bits else ["16bit"]
     ways = ways if cfg.MERGE_INTO == "auto" else [cfg.MERGE_INTO]
     here = device_here(run.cfg)[1]
-    exact = Device("cuda" if here.kind == "cuda" else "cpu", run.stored_dtype(), False, "")
-    refuse_small_memory(run.cfg, exact, run.parameters())
+    exact = Device("cuda" if here.kind == "cuda" else "cpu", run.stored_dtype, False, "")
+    refuse_small_memory(run.cfg, exact, run.parameters)
     trained = here._replace(four_bit=True) if in_4_bits else exact
 
     def merged(way: str) -> Any:
@@ -7136,18 +7142,15 @@ def refuse_loss(kind: str, loss: float, wanted: float) -> None:
 
 def write_companions(run: Run, folder: Path) -> None:
     """What belongs to merged weights: the base's form, the tokenizer, how to ask and how to answer."""
-    shape = run.shape()
-    shape.dtype = run.stored_dtype()
-    shape.save_pretrained(folder)
+    run.shape.dtype = run.stored_dtype
+    run.shape.save_pretrained(folder)
     run.tokenizer.chat_template = chat_template(run.form)
     save_tokenizer(run.tokenizer, folder)
     if pieces := run.base_file("tokenizer.model"):  # which transformers 5 does not save
         shutil.copyfile(pieces, folder / pieces.name)
     how = manner_of(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
-    how.repetition_penalty, how.bos_token_id = (
-        run.cfg.REPETITION_PENALTY,
-        run.tokenizer.bos_token_id,
-    )
+    how.repetition_penalty = run.cfg.REPETITION_PENALTY
+    how.bos_token_id = run.tokenizer.bos_token_id
     how.save_pretrained(folder)
     shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
     write_card(folder, run, MERGED_CARD)
@@ -7239,7 +7242,7 @@ def export_gguf(cfg: Config, final: Path) -> Path:
     refuse_other_folder(final, "gguf")
     source = merged_folder(cfg, final)
     run = Run(source, source)
-    refuse_unconvertible(run.shape())
+    refuse_unconvertible(run.shape)
     if record_of(final).get("adapter") not in (None, adapter_of(source)):
         final.rename(unused(final.with_name(f"{final.name}.previous")))
     file = final / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
@@ -7325,15 +7328,16 @@ def known_merged_loss(run: Run) -> float:
 def modelfile(run: Run, file: str) -> str:
     """How Ollama asks: its template, from what the model's own template makes of marked texts."""
 
-    def rendered(*texts: str) -> list[str]:
-        roles = {"S": "system", "U": "user", "A": "assistant"}
-        talk = [{"role": roles[text[1]], "content": text} for text in texts]
-        last = talk[-1]["role"] == "user"
-        whole = run.tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=last)
-        return re.split("|".join(map(re.escape, texts)), whole)
+    def rendered(*roles: str) -> list[str]:
+        talk = [{"role": role, "content": f"\x01{role}\x01"} for role in roles]
+        asking = roles[-1] == "user"
+        whole = run.tokenizer.apply_chat_template(
+            talk, tokenize=False, add_generation_prompt=asking
+        )
+        return re.split("\x01\\w+\x01", whole)
 
-    with_system, without = rendered("\x01S\x01", "\x01U\x01"), rendered("\x01U\x01")
-    told = rendered("\x01U\x01", "\x01A\x01")
+    with_system, without = rendered("system", "user"), rendered("user")
+    told = rendered("user", "assistant")
     end = told[2].strip() or run.tokenizer.eos_token
     return (
         f"FROM ./{file}\n"
@@ -7890,7 +7894,7 @@ def export(cfg: Config) -> int:
     """Take the model elsewhere: merged weights, GGUF, a Space, the Hub."""
     if not cfg.TO:
         raise UserError("Export to what? --to merged, gguf, space or hub; see finetune.md.")
-    final = local_path(cfg.EXPORT_DIR).absolute() if cfg.EXPORT_DIR else export_place(cfg, cfg.TO)
+    final = export_place(cfg, cfg.TO)
     with only_run_in(final, "EXPORT_DIR"):
         place = EXPORTERS[cfg.TO](cfg, final)
     name = near(place) if isinstance(place, Path) else str(place)

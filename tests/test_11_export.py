@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 import finetune_colab as ft
 
 Run = Callable[..., tuple[int, str]]
+opened = functools.cache(ft.LlamaCpp)
 TARGETS = {
     "phi": "q_proj,v_proj,dense,fc1,fc2",
     "phi-3": "qkv_proj,o_proj,gate_up_proj,down_proj",
@@ -217,13 +218,6 @@ def test_llama_cpp_cuts_every_question_as_the_training_did(family: Family, quest
         talk, tokenize=False, add_generation_prompt=True
     )
     assert rendered == whole
-
-
-MODELS: dict[Path, ft.LlamaCpp] = {}
-
-
-def opened(path: Path) -> ft.LlamaCpp:
-    return MODELS.setdefault(path, ft.LlamaCpp(path) if path not in MODELS else MODELS[path])
 
 
 def test_the_template_gives_whole_talks_as_they_were_taught(family: Family) -> None:
