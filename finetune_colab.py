@@ -89,7 +89,15 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import (
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+    suppress,
+)
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
@@ -125,10 +133,14 @@ if TYPE_CHECKING:  # the heavy libraries load inside the functions that need the
 class Config:
     """Every setting, once. Edit a value here, or give its flag: LORA_R is also --lora-r."""
 
+    # -- Preset
+    PRESET: str = ""  # a set of settings at once, in place of those below; flags still win
+
     # -- Model
     MODEL_NAME: str = "microsoft/phi-2"  # a model on the Hub, a folder with one, or "demo"
     MODEL_REVISION: str = ""  # a commit of that model; empty = the pinned one, or else the newest
     LOAD_IN_4BIT: bool | None = None  # weights in 4 bits; None = yes on an NVIDIA GPU, else no
+    PROMPT_TEMPLATE: str = ""  # how to ask, around {question}; empty = in the model's own way
 
     # -- Data
     DATASET_PATH: str = "dataset.xlsx"  # a workbook, .csv, .jsonl, ...; also a link, s3:// or hf:
@@ -151,7 +163,11 @@ class Config:
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
     LORA_ALPHA: int = 32  # strength of the adapter; twice the rank is usual
     LORA_DROPOUT: float = 0.05  # share of the adapter's input switched off while training
-    LORA_TARGETS: list[str] = ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"]  # which layers
+    LORA_TARGETS: list[str] = ["all-linear"]  # which layers: names, all-linear, attention or mlp
+    LORA_LAYERS: str = ""  # of which blocks, counted from 0: 16-31, or 0,31; empty = of all
+    USE_RSLORA: bool = False  # strength alpha/sqrt(rank), not alpha/rank: for ranks of 64 and more
+    USE_DORA: bool = False  # learn length and direction apart: a little better, much slower
+    LORA_INIT: str = "default"  # how the adapter begins
 
     # -- Training
     LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
@@ -166,6 +182,9 @@ class Config:
     WEIGHT_DECAY: float = 0.0  # pull of the adapter towards zero; 0 to 0.1
     MAX_GRAD_NORM: float = 0.3  # longest gradient; a longer one is shortened to it; 0 = never
     GRADIENT_CHECKPOINTING: bool | None = None  # recompute, not remember; None = if memory is short
+    TORCH_COMPILE: bool = False  # compile parts of the model first, which takes a while
+    PACKING: bool = True  # short pairs share a row; False = a row for each: slower, the same result
+    NEFTUNE_ALPHA: float = 0.0  # noise on the words while training; 5 is usual; 0 = none
     FAST_ADAPTER: bool = True  # a layer and its adapter as one operation; False = as peft does it
     SEED: int = 42  # decides the held-out pairs, the order of the rows and the dropout
 
@@ -214,7 +233,7 @@ DEMO_MODEL = "demo"
 MAY_BE_EMPTY = (
     *("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"),
     *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "SYSTEM", "QUESTION", "QUESTIONS"),
-    *("TO", "EXPORT_DIR", "HUB_REPO"),
+    *("TO", "EXPORT_DIR", "HUB_REPO", "PROMPT_TEMPLATE", "LORA_LAYERS", "PRESET"),
 )
 # These would do nothing elsewhere.
 ONLY_WITH = {
@@ -245,6 +264,7 @@ SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
     "WARMUP_RATIO": (0, 0.9),
     "WEIGHT_DECAY": (0, 1),
     "MAX_GRAD_NORM": (0, 1000),
+    "NEFTUNE_ALPHA": (0, 100),
     "SEED": (0, 2**32 - 1),  # what numpy accepts
     "EVAL_STEPS": (0, 1_000_000),
     "LOGGING_STEPS": (1, 1_000_000),
@@ -265,7 +285,24 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "REPORT_TO": ("none", "tensorboard", "wandb", "trackio"),
     "TO": ("merged", "gguf", "space", "hub"),
     "QUANTIZE": ("q8_0", "f16", "q4_k_m"),
+    "LORA_INIT": ("default", "gaussian"),
     "MERGE_INTO": ("auto", "16bit", "4bit"),
+    "PRESET": ("quick", "balanced", "quality", "low-memory"),
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {
+        **{"NUM_EPOCHS": 1, "LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16},
+        "EVAL_ANSWERS": 5,
+    },
+    "balanced": {},  # the defaults
+    "quality": {
+        **{"NUM_EPOCHS": 8, "LEARNING_RATE": 1e-4, "LORA_R": 32, "LORA_ALPHA": 64},
+        "EARLY_STOPPING_PATIENCE": 3,
+    },
+    "low-memory": {
+        **{"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16, "TOKENS_AT_ONCE": 512},
+        "GRADIENT_CHECKPOINTING": True,
+    },
 }
 TYPE_IN_WORDS = {
     str: "text",
@@ -378,6 +415,8 @@ def parse_setting(name: str, value: Any) -> Any:
     if kind == bool | None:
         booleans |= {"": None, "none": None, "auto": None}
     try:
+        if name == "PROMPT_TEMPLATE" and isinstance(value, str):
+            return value.replace("\\n", "\n")  # as it is typed into a shell; each blank counts
         if kind in (bool, bool | None):
             return booleans[text.lower()]
         if kind == list[str]:
@@ -519,6 +558,8 @@ def config_problems(cfg: Config) -> list[str]:
             problems.append(f"{name} is {value!r}; it has to be one of {', '.join(CHOICES[name])}.")
         if value in ("", []) and name not in MAY_BE_EMPTY:
             problems.append(f"{name} is empty, but it is needed.")
+    if cfg.PROMPT_TEMPLATE and str(cfg.PROMPT_TEMPLATE).count("{question}") != 1:
+        problems.append("PROMPT_TEMPLATE needs one {question}, where the question goes.")
     if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
         problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
     return problems
@@ -3099,6 +3140,8 @@ def say_quality(quality: Quality, minimum: float) -> None:
 IGNORE = -100  # the label that torch's cross entropy leaves out
 FEWEST_TO_HOLD_OUT = 5  # of fewer questions than this, each is worth more taught than measured
 PROMPT_FORMAT = "Instruct: {question}\nOutput:"  # the question form of phi-2's model card
+CHAT_TEMPLATE = "chat template"  # in place of a form: the one that the tokenizer brings
+BLANK = "\ue000{}\ue001"  # stands for a text that is not there yet
 
 
 class Example(TypedDict):
@@ -3113,8 +3156,7 @@ def turns(
 ) -> Iterator[tuple[str, bool]]:
     """A conversation as pieces of text, each with whether it is the model's to say.
 
-    The one place that knows the form: training and every way of asking go through it. The texts
-    are joined, not formatted, since a question may itself hold braces.
+    The texts are joined, not formatted, since a question may itself hold braces.
     """
     before, after = form.split("{question}")
     for message in messages:
@@ -3129,18 +3171,149 @@ def encode(
 ) -> Example:
     """Ids and labels, made together: the answers are learnt, each with its end of turn.
 
-    Every piece is cut into tokens by itself, exactly as when the model is asked, and as plain
-    text: an answer that quotes "<|endoftext|>" does not end there.
+    The one place that knows how: training and every way of asking go through it. What people and
+    the model say is plain text: an answer that quotes "<|endoftext|>" does not end there.
     """
+    if form == CHAT_TEMPLATE:
+        return encode_chat(tokenizer, messages)
     input_ids: list[int] = []
     labels: list[int] = []
-    for text, learnt in turns(messages, form):
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    for text, learnt in turns(messages, form):  # each cut into tokens by itself, as when asking
+        ids = plain_tokens(tokenizer, text)
         if learnt:
             ids = [*ids, tokenizer.eos_token_id]
         input_ids += ids
         labels += ids if learnt else [IGNORE] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
+
+
+def plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Of a text in which nothing is a sign to the model."""
+    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    return list(ids)
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
+    """By the model's own chat template: what stands before an answer is what stands there when asking.
+
+    Prompts and answers are cut into tokens together, since a word after a mark is another token than
+    at the beginning of a text. Where a text spells out one of the marks, each piece is cut by itself.
+    """
+    plain = not any(marks_of(tokenizer).search(message["content"]) for message in messages)
+    ids: list[int] = []
+    labels: list[int] = []
+    whole = ""
+    pieces = chat_pieces(tokenizer, tuple(message["role"] for message in messages))
+    for learnt, group in itertools.groupby(pieces, key=lambda piece: piece[1]):
+        parts = [part for part, _ in group]
+        whole += "".join(p if isinstance(p, str) else messages[p]["content"] for p in parts)
+        more = tokenizer(whole, add_special_tokens=False)["input_ids"]
+        if plain and more[: len(ids)] == ids:
+            more = more[len(ids) :]
+        else:
+            more = []
+            for part in parts:
+                if isinstance(part, str):
+                    more += tokenizer(part, add_special_tokens=False)["input_ids"]
+                else:
+                    more += plain_tokens(tokenizer, messages[part]["content"])
+        ids += more
+        labels += more if learnt else [IGNORE] * len(more)
+    return {"input_ids": ids, "labels": labels}
+
+
+@functools.lru_cache(maxsize=16)
+def marks_of(tokenizer: Any) -> re.Pattern[str]:
+    """What the tokenizer takes for a sign and not for text."""
+    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
+
+
+@functools.lru_cache(maxsize=256)
+def chat_pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str | int, bool]]:
+    """A talk of these roles in the chat template: literal text or the number of a message, and whether
+    that is learnt.
+
+    The template is asked once for each pattern of roles, with marked blanks in place of what is said. So
+    it can neither trim an answer nor take a part of it for its own.
+    """
+
+    def rendered(count: int, asking: bool) -> str:
+        talk = [{"role": role, "content": BLANK.format(i)} for i, role in enumerate(roles[:count])]
+        return str(
+            tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=asking)
+        )
+
+    pieces: list[tuple[str | int, bool]] = []
+    lead, end, is_told = around_an_answer(tokenizer)
+    done = ""
+    asking = [i for i, role in enumerate(roles) if role == "assistant"]
+    for i in asking if roles[-1] == "assistant" else [*asking, len(roles)]:
+        asked = rendered(i, asking=True)
+        if not asked.startswith(done):
+            raise ValueError("it tells earlier turns in another way later on")
+        parts = re.split(BLANK.format(r"(\d+)"), asked[len(done) :])
+        pieces += [(int(part) if n % 2 else part, False) for n, part in enumerate(parts) if part]
+        if i < len(roles):
+            pieces += [(part, True) for part in (lead, i, end) if part != ""]
+            done = asked + lead + BLANK.format(i) + (end if is_told else "")
+    return pieces
+
+
+@functools.lru_cache(maxsize=16)
+def around_an_answer(tokenizer: Any) -> tuple[str, str, bool]:
+    """What the chat template puts before an answer besides the prompt (at most a blank), what ends it, and
+    whether the template itself says so: where it has no sign for the end, that of the tokenizer is taught.
+    """
+    question, answer = (BLANK.format(role) for role in ("user", "assistant"))
+    asked = [{"role": "user", "content": question}]
+    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    talk = [*asked, {"role": "assistant", "content": answer}]
+    before, _, tail = tokenizer.apply_chat_template(talk, tokenize=False).partition(answer)
+    lead = str(before.removeprefix(prompt))
+    end = marks_of(tokenizer).search(tail)
+    told = str(tail[: end.end()]) if end else str(tokenizer.eos_token)
+    return lead if lead.isspace() else "", told, bool(end)
+
+
+def end_sign(tokenizer: Any) -> str:
+    """The sign that ends an answer in the chat template."""
+    return marks_of(tokenizer).findall(around_an_answer(tokenizer)[1])[-1]
+
+
+def form_in_words(tokenizer: Any, form: str) -> str:
+    """The text around a single question."""
+    if form != CHAT_TEMPLATE:
+        return form
+    pieces = chat_pieces(tokenizer, ("user",))
+    return "".join(piece if isinstance(piece, str) else "{question}" for piece, _ in pieces)
+
+
+def template_fault(tokenizer: Any) -> str:
+    """Why the chat template of this tokenizer cannot be taught; nothing if it can."""
+    try:
+        pieces = chat_pieces(tokenizer, ("user", "assistant") * 2)
+        if [piece for piece, _ in pieces if isinstance(piece, int)] != [0, 1, 2, 3]:
+            return "it leaves out what is said"
+        end_sign(tokenizer)
+    except Exception as error:  # a template is a program of its maker's
+        return preview(str(error), 100) or type(error).__name__
+    return ""
+
+
+def form_of(cfg: Config, tokenizer: Any) -> str:
+    """How this model is asked: as the person says, by its chat template, or as phi-2 is."""
+    if cfg.PROMPT_TEMPLATE:
+        if isinstance(tokenizer, EstimatedTokenizer):
+            return cfg.PROMPT_TEMPLATE
+        if sign := marks_of(tokenizer).search(cfg.PROMPT_TEMPLATE):
+            raise UserError(
+                f"PROMPT_TEMPLATE has {sign[0]}, a sign of this model, which would be taught as mere text.\n"
+                "Write it without such signs, or leave it out: then the model's own chat template is used."
+            )
+        return cfg.PROMPT_TEMPLATE
+    there = getattr(tokenizer, "chat_template", None)
+    return CHAT_TEMPLATE if there and not template_fault(tokenizer) else PROMPT_FORMAT
 
 
 class EstimatedTokenizer:
@@ -3319,7 +3492,7 @@ def plan_run(
     labels = sum(label != IGNORE for example in examples for label in example["labels"])
     share = labels / plan.tokens_per_epoch
     at_once = max(min(plan.tokens_at_once, most), lengths[0])
-    epoch = seconds_of(shape, device, machine, plan, lengths, labels)
+    epoch = seconds_of(shape, device, machine, plan, lengths, labels) / processes()
     return plan._replace(
         seconds=epoch * steps / steps_per_epoch,
         memory_gb=memory_of(shape, device, at_once, share, plan.checkpointing) / 1e9,
@@ -3370,6 +3543,8 @@ def memory_of(
     """Bytes at the worst moment, with so many tokens at once, of which this share is learnt."""
     size = 4 if device.dtype == "float32" else 2
     weights = shape.parameters * (0.65 if device.four_bit else size)  # parts are not in 4 bits
+    if is_sharded():
+        weights = weights / processes() + 2 * size * shape.weights / shape.blocks
     adapter = shape.adapter * 4 * 4  # value, gradient, and two figures of the optimizer
     block = kept_bytes(shape, device) + 8 * shape.dropped / shape.blocks
     kept = shape.blocks * (4 * shape.hidden if checkpointing else block)
@@ -3424,10 +3599,194 @@ def machine_here(device: Device, shape: Shape) -> Machine:
 
     flops = 2 * tokens.numel() * shape.inner / timed(lambda: tokens @ weight)
     bandwidth = 2 * large.nbytes / timed(large.clone)
-    memory = psutil.virtual_memory().total
+    memory = psutil.virtual_memory().total / processes()
     if device.kind == "cuda":
         memory = torch.cuda.get_device_properties(0).total_memory
     return Machine("here", flops, bandwidth, memory)
+
+
+# -- Several processes, which a launcher has started: accelerate launch, or torchrun
+
+ENDED = (
+    "Another process of this training has ended, so this one ends, too.\n"
+    "Run the same command again: it goes on from the newest checkpoint."
+)
+SHARDED = "FINETUNE_COLAB_SHARDED"  # in the environment: no process holds the whole model
+
+
+def is_sharded() -> bool:
+    """Whether accelerate was asked for FSDP."""
+    return SHARDED in os.environ
+
+
+def process_number() -> int:
+    """Of this process among those that were launched together; the first is 0, and so is a lone one."""
+    return int(os.environ.get("RANK", "0")) if "LOCAL_RANK" in os.environ else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that speaks and writes."""
+    return process_number() == 0
+
+
+def processes() -> int:
+    """How many work together, between join_others and leave_others."""
+    if "torch" not in sys.modules:
+        return 1
+    from torch import distributed
+
+    met = distributed.is_available() and distributed.is_initialized()
+    return distributed.get_world_size() if met else 1
+
+
+def join_others() -> None:
+    """Meet the processes that were launched beside this one, each with a GPU of its own.
+
+    The libraries are not told of them. In each process the Trainer goes through the whole training;
+    only the rows of a step are shared out, and their gradients summed.
+    """
+    environment = os.environ
+    if "LOCAL_RANK" not in environment:
+        return
+    count, here = int(environment.get("WORLD_SIZE", "1")), int(environment["LOCAL_RANK"])
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+        raise UserError(
+            "DeepSpeed does not work here. Use --multi_gpu or --use_fsdp of accelerate."
+        )
+    if int(environment.get("LOCAL_WORLD_SIZE", count)) != count:
+        raise UserError("The processes have to be on one machine: --num_machines 1")
+    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" and count > 1:
+        environment[SHARDED] = "1"
+    for name in [name for name in environment if name.startswith("ACCELERATE_")]:
+        del environment[name]  # how to train is decided by the settings alone
+    environment["LOCAL_RANK"] = "-1"  # or else accelerate would share out the work in its own way
+    gpus = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
+    environment["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else "".join(gpus[here : here + 1])
+    if count == 1:
+        return
+    from torch import distributed
+
+    # the first may be long about a download; that a process has ended, the others notice at once
+    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
+    environment["WORLD_SIZE"] = "1"
+    logging.getLogger("transformers.training_args").addFilter(
+        lambda record: "parallel_mode" not in record.getMessage()  # that it has not been told
+    )
+
+
+def leave_others() -> None:
+    """From here on each process is alone."""
+    if processes() > 1:
+        from torch import distributed
+
+        with suppress(UserError):
+            highest(0)  # so that none hangs up while another is still listening
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def only_first_speaks() -> Iterator[None]:
+    if is_first():
+        yield
+        return
+    LOG.disabled = True
+    nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  libraries hold on to it
+    with redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+def is_first_to_fail() -> bool:
+    """Whether it falls to this process to say why all of them end."""
+    if processes() == 1:
+        return is_first()
+    from torch import distributed
+
+    try:
+        return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
+    except RuntimeError:  # the process that kept the count has ended
+        return is_first()
+
+
+@contextmanager
+def explained_ends(sign: str = "") -> Iterator[None]:
+    """A connection breaks when the process at its other end does."""
+    try:
+        yield
+    except RuntimeError as error:
+        if sign not in str(error):
+            raise
+        LOG.info("The others: %s", error)
+        raise UserError(ENDED) from None
+
+
+def agree(find: Callable[[], Result]) -> Result:
+    """What the first process finds, in all of them; when it fails, all end."""
+    if processes() == 1:
+        return find()
+    from torch import distributed
+
+    told: list[Any] = [None]  # that it has failed
+    try:
+        if is_first():
+            told = [(find(),)]
+    finally:
+        with explained_ends():
+            distributed.broadcast_object_list(told)
+    if told[0] is None:
+        raise SystemExit(2)  # the first says why
+    return told[0][0]
+
+
+def highest(number: int) -> int:
+    """The highest of what the processes come with."""
+    if processes() == 1:
+        return number
+    import torch
+
+    numbers = torch.tensor([number])
+    with explained_ends():
+        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
+    return int(numbers)
+
+
+def summed(numbers: torch.Tensor) -> torch.Tensor:
+    """The sum of what the processes come with; the same in all of them, to the last bit."""
+    if processes() == 1:
+        return numbers
+    import torch
+
+    sums = numbers if numbers.is_cuda else numbers.cpu()
+    with explained_ends():
+        torch.distributed.all_reduce(sums, group=gpu_group() if numbers.is_cuda else None)
+    return sums.to(numbers.device)
+
+
+@functools.cache
+def gpu_group() -> Any:
+    """The way from GPU to GPU."""
+    from torch import distributed
+
+    return distributed.new_group(backend="nccl")
+
+
+def draw_apart(seed: int, step: int) -> None:
+    """For each process and step other random numbers, and the same whenever the step is repeated."""
+    if processes() > 1:
+        import torch
+
+        torch.manual_seed(random.Random(f"{seed} {step} {process_number()}").getrandbits(63))
+
+
+def refuse_uneven(device: Device) -> None:
+    """When there are fewer GPUs than processes, the last ones have none."""
+    import torch
+
+    if device.kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"{processes()} processes were launched, and there are fewer GPUs.\n"
+            "Launch one for each GPU: --num_processes, or --nproc-per-node of torchrun"
+        )
 
 
 # ==================================================================================================
@@ -3445,6 +3804,11 @@ NOISY = (
     "transformers.trainer_utils",
 )
 ADAPTER = "adapter_model.safetensors"
+TARGET_GROUPS = {
+    "all-linear": re.compile(""),
+    "attention": re.compile(r"\b(self_attn|attn|attention|self_attention)\."),
+    "mlp": re.compile(r"\b(mlp|feed_forward|ffn)\."),
+}
 ADAPTER_GGUF = "adapter-f16.gguf"
 LLAMA_FLOOR = "0.2.18"  # of cyllama
 READ_AT_ONCE = 512  # tokens
@@ -3534,6 +3898,8 @@ def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
         )
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
             raise OSError("it has no tokenizer")
+    if form_of(cfg, tokenizer) == CHAT_TEMPLATE:  # then this ends an answer, here and elsewhere
+        tokenizer.eos_token = end_sign(tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
     return tokenizer
@@ -3619,9 +3985,9 @@ def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTra
             source,
             config=shape,
             dtype=dtype,  # "auto" would load phi-2 as float16 even on a processor
-            attn_implementation="sdpa",  # sums in float32; plain attention overflows phi-2's float16
+            # its default is sdpa, which sums in float32: plain attention overflows phi-2's float16
             use_safetensors=True,
-            device_map={"": device.kind},
+            device_map={"": "cpu" if is_sharded() else device.kind},
             output_loading_info=True,
             **options,
         )
@@ -3640,7 +4006,7 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     import psutil
 
     each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
-    size = parameters * each
+    size = parameters * each * processes()
     memory = psutil.virtual_memory()
     if device.kind == "cuda" or size <= memory.available:
         return
@@ -3668,30 +4034,73 @@ def usable_peft() -> Iterator[Any]:
         sys.modules["torchao"] = None  # type: ignore[assignment]
         say("Note", "the old torchao of this machine is left aside: peft does not work with it")
     with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning
-        )
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # and then to True
         import peft
 
         yield peft
 
 
-def adapted_layers(cfg: Config, base: PreTrainedModel) -> list[Any]:
-    """The layers that LORA_TARGETS names."""
+def linear_layers(base: PreTrainedModel) -> dict[str, Any]:
+    """All but the last, by their full names."""
     import torch
+    from transformers.pytorch_utils import Conv1D
 
-    linear = [
-        (name.rpartition(".")[2], module)
+    head = base.get_output_embeddings()
+    return {
+        name: module
         for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear) and name != "lm_head"
-    ]
-    known = {name for name, _ in linear}
-    if unknown := sorted(set(cfg.LORA_TARGETS) - known):
+        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
+    }
+
+
+def sides(layer: Any) -> tuple[int, int]:
+    """How many numbers go into a linear layer and how many come out; GPT-2's kind calls them otherwise."""
+    return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
+
+
+def adapted_layers(cfg: Config, base: PreTrainedModel) -> dict[str, Any]:
+    """The layers that LORA_TARGETS and LORA_LAYERS name, by their full names."""
+    linear = linear_layers(base)
+    groups = [path for group, path in TARGET_GROUPS.items() if group in cfg.LORA_TARGETS]
+    named = set(cfg.LORA_TARGETS) - set(TARGET_GROUPS)
+    kinds = {name.rpartition(".")[2] for name in linear}
+    if unknown := sorted(named - kinds):
         raise UserError(
             f"LORA_TARGETS names {', '.join(unknown)}, which {cfg.MODEL_NAME} does not have.\n"
-            f"Its layers are: {', '.join(sorted(known))}"
+            f"Its layers are: {', '.join(sorted(kinds))}; or {', '.join(TARGET_GROUPS)}"
         )
-    return [module for name, module in linear if name in cfg.LORA_TARGETS]
+    blocks = {name: int(number[1]) for name in linear if (number := re.search(r"\.(\d+)\.", name))}
+    chosen = blocks_named(cfg.LORA_LAYERS)
+    last = max(blocks.values(), default=-1)
+    if chosen and max(chosen) > last:
+        raise UserError(
+            f"LORA_LAYERS {cfg.LORA_LAYERS} names block {max(chosen)}; {cfg.MODEL_NAME} has 0 to {last}."
+        )
+    # models with a state take the weights out of this layer, so that its adapter would go unseen
+    unseen = "out_proj" if base._is_stateful else None
+
+    def is_wanted(name: str) -> bool:
+        kind = name.rpartition(".")[2]
+        grouped = any(path.search(name) for path in groups) and kind != unseen
+        return (grouped or kind in named) and (not chosen or blocks.get(name) in chosen)
+
+    layers = {name: module for name, module in linear.items() if is_wanted(name)}
+    if not layers:
+        raise UserError(
+            f"LORA_TARGETS {', '.join(cfg.LORA_TARGETS)} finds nothing in {cfg.MODEL_NAME}.\n"
+            f"Its layers are: {', '.join(sorted(kinds))}"
+        )
+    return layers
+
+
+def blocks_named(text: str) -> set[int]:
+    """0,4-6 is the blocks 0, 4, 5 and 6; nothing is all of them."""
+    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
+    chosen = {n for p in parts if p for n in range(int(p[1]), int(p[2] or p[1]) + 1)}
+    if text.strip() and not (all(parts) and chosen):
+        raise UserError(f"LORA_LAYERS {text!r} is no list of blocks, such as 16-31 or 0,1,30,31.")
+    return chosen
 
 
 def known_shape(cfg: Config) -> Shape | None:
@@ -3711,42 +4120,43 @@ def plan_here(
 
 def shape_of(cfg: Config, model: PreTrainedModel) -> Shape:
     """What the cost depends on; the weights may be missing."""
-    import torch
-
-    adapted, shape = adapted_layers(cfg, model), model.config
-    modules = {name: module for name, module in model.named_modules() if name != "lm_head"}
-    linear = [module for module in modules.values() if isinstance(module, torch.nn.Linear)]
-    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in modules)
-    wide = any(layer.in_features == shape.intermediate_size for layer in adapted)
+    linear, words = linear_layers(model), model.get_input_embeddings()
+    adapted = [sides(layer) for layer in adapted_layers(cfg, model).values()]
+    inner = max(inputs for inputs, _ in map(sides, linear.values()))
+    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in linear)
     return Shape(
-        blocks=shape.num_hidden_layers,
-        hidden=shape.hidden_size,
-        inner=shape.intermediate_size,
-        wide_numbers=(3 if gated else 1) + wide,
-        weights=sum(layer.in_features * layer.out_features for layer in linear),
-        vocabulary=shape.vocab_size,
+        blocks=model.config.get_text_config().num_hidden_layers,
+        hidden=words.embedding_dim,
+        inner=inner,
+        wide_numbers=(3 if gated else 1) + any(inputs == inner for inputs, _ in adapted),
+        weights=sum(math.prod(sides(layer)) for layer in linear.values()),
+        vocabulary=words.num_embeddings,
         parameters=model.num_parameters(),
-        adapter=sum(cfg.LORA_R * (layer.in_features + layer.out_features) for layer in adapted),
-        dropped=cfg.LORA_DROPOUT * sum(layer.in_features for layer in adapted),
+        adapter=sum(cfg.LORA_R * sum(layer) for layer in adapted),
+        dropped=cfg.LORA_DROPOUT * sum(inputs for inputs, _ in adapted),
     )
 
 
-def lora_config(cfg: Config) -> PeftConfig:
+def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
+    """What peft is told; `layers` are full names, so that no other program reads them in another way."""
     with usable_peft() as peft:
         return peft.LoraConfig(
             task_type="CAUSAL_LM",
             r=cfg.LORA_R,
             lora_alpha=cfg.LORA_ALPHA,
             lora_dropout=cfg.LORA_DROPOUT,
-            target_modules=list(cfg.LORA_TARGETS),
+            target_modules=sorted(layers),
+            use_rslora=cfg.USE_RSLORA,
+            use_dora=cfg.USE_DORA,
+            init_lora_weights=cfg.LORA_INIT if cfg.LORA_INIT != "default" else True,
             revision=model_revision(cfg),
         )
 
 
 def add_lora(cfg: Config, base: PreTrainedModel, learning: bool = True) -> PeftModel:
-    adapted_layers(cfg, base)
+    layers = adapted_layers(cfg, base)
     with usable_peft() as peft:
-        model = peft.get_peft_model(base, lora_config(cfg))
+        model = peft.get_peft_model(base, lora_config(cfg, layers))
     model.peft_config["default"].base_model_name_or_path = base_name(cfg)
     for module in model.modules():
         # On some processors bitsandbytes repacks a 4-bit layer at its first use without gradients;
@@ -3756,6 +4166,27 @@ def add_lora(cfg: Config, base: PreTrainedModel, learning: bool = True) -> PeftM
     # or else every checkpoint asks the Hub whether the base has another vocabulary by now
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     return model
+
+
+def shard(model: PeftModel, device: Device) -> None:
+    """Leave this process its part of the frozen weights; a block is put together while it works.
+
+    The adapter is whole in every process, as without sharding.
+    """
+    from torch import distributed
+    from torch.distributed import fsdp
+
+    learnt = {p for p in model.parameters() if p.requires_grad}
+    for parameter in learnt:
+        parameter.data = parameter.data.to(device.kind)
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # nothing changes logits
+    group = gpu_group() if device.kind == "cuda" else distributed.group.WORLD
+    mesh = distributed.device_mesh.DeviceMesh.from_group(group, device.kind)
+    kinds = model.get_base_model()._no_split_modules or ()
+    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
+    for module in (*blocks, model):
+        # True also for the last: saving, which only the first does, must find nothing to divide again
+        fsdp.fully_shard(module, mesh=mesh, ignored_params=learnt, reshard_after_forward=True)
 
 
 @dataclass
@@ -3827,7 +4258,7 @@ class Run:
         with explained_adapter_errors(place):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             self.form: str = self.record["prompt_format"]
-            if self.form.encode().count(b"{question}") != 1:
+            if self.form != CHAT_TEMPLATE and self.form.encode().count(b"{question}") != 1:
                 raise ValueError("its prompt_format has no place for a question")
             examples = self.record.get("examples") or []
             self.examples = [text for text in examples if isinstance(text, str)]
@@ -3937,9 +4368,9 @@ class LlamaCpp:
         self.model.n_vocab = self.vocabulary.n_vocab
         self.max_position_embeddings: int = self.model.n_ctx_train
 
-    def tokens(self, text: str) -> list[int]:
-        """As llama.cpp cuts a text by default, with whatever it puts before it."""
-        return list(self.vocabulary.tokenize(text, True, False))
+    def tokens(self, text: str, marks: bool) -> list[int]:
+        """As llama.cpp cuts a text, with whatever it puts before it; with marks as signs, or as text."""
+        return list(self.vocabulary.tokenize(text, True, marks))
 
     def generate(
         self,
@@ -4030,6 +4461,22 @@ def explained_adapter_errors(place: Path) -> Iterator[None]:
 
 def is_merged(folder: Path) -> bool:
     return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def layers_in(adapter: Path) -> list[str]:
+    """The layers that a saved adapter is for."""
+    from safetensors import safe_open
+
+    with safe_open(adapter, "numpy") as file:
+        keys = list(file.keys())
+    names = {name.partition(".lora_")[0] for name in keys if ".lora_" in name}
+    return sorted(name.removeprefix("base_model.model.") for name in names)
+
+
+def layers_in_words(layers: Sequence[str]) -> str:
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    blocks = {number[1] for name in layers if (number := re.search(r"\.(\d+)\.", name))}
+    return f"{', '.join(kinds)} of {len(blocks)} blocks"
 
 
 def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
@@ -4126,6 +4573,7 @@ def attend_in_each_example(
     attention_mask: torch.Tensor | None,
     *,
     lengths: list[int],  # of the examples; required, so that they can never silently see each other
+    sliding_window: int | None = None,  # how far back some models look
     dropout: float = 0.0,
     scaling: float | None = None,
     **_: Any,
@@ -4134,12 +4582,18 @@ def attend_in_each_example(
     import torch
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+    def window(length: int) -> torch.Tensor | None:
+        if not sliding_window or length <= sliding_window:
+            return None
+        seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
+        return seen.tril().triu(1 - sliding_window)[None, None]
+
     parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
     seen = [
         sdpa_attention_forward(
-            module, *part, None, dropout=dropout, scaling=scaling, is_causal=True
+            module, *part, window(length), dropout=dropout, scaling=scaling, is_causal=True
         )[0]
-        for part in parts
+        for length, part in zip(lengths, parts, strict=True)
     ]
     return torch.cat(seen, dim=1), None
 
@@ -4259,11 +4713,14 @@ def joint_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def joint_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
+def joint_layers(model: PeftModel, wanted: bool = True, compiled: bool = False) -> Iterator[None]:
     """Compute each layer and its adapter as one, wherever that is possible."""
+    import torch
+
+    compute = torch.compiler.disable(joint_forward) if compiled else joint_forward
     layers: list[Any] = [layer for layer in model.modules() if wanted and is_plain_adapter(layer)]
     for layer in layers:
-        layer.forward = functools.partial(joint_forward, layer)
+        layer.forward = functools.partial(compute, layer)
     try:
         yield
     finally:
@@ -4272,18 +4729,136 @@ def joint_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
 
 
 @contextmanager
+def compiled_parts(model: PeftModel, wanted: bool) -> Iterator[None]:
+    """Let torch compile what lies between the attentions, whose rows differ from step to step."""
+    blocks = model.get_base_model()._no_split_modules or () if wanted else ()
+    attention = TARGET_GROUPS["attention"]
+    parts = [
+        part
+        for block in model.modules()
+        if type(block).__name__ in blocks
+        for name, part in block.named_children()
+        if not attention.match(f"{name}.")
+    ]
+    for part in parts:
+        part.compile(dynamic=True)
+    try:
+        yield
+    finally:
+        for part in parts:
+            part._compiled_call_impl = None
+
+
+def flatten(examples: Sequence[Example]) -> dict[str, Any]:
+    """Lay examples end to end in one row, without a single token of padding.
+
+    Positions start again with each example, attention stays inside each (see flat_rows), and the
+    model's last layer runs only at the positions that have something to predict.
+    """
+    import torch
+
+    lengths = [len(example["input_ids"]) for example in examples]
+    labels = torch.tensor([label for example in examples for label in example["labels"]])
+    return {
+        "input_ids": torch.tensor(
+            [[token for example in examples for token in example["input_ids"]]]
+        ),
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "labels": labels[None],  # the first of each example is a prompt's, so nothing leaks across
+        "logits_to_keep": (labels != IGNORE).nonzero()[:, 0] - 1,  # position i predicts i + 1
+        "lengths": lengths,
+        "use_cache": False,
+    }
+
+
+@contextmanager
 def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Let the model read rows of several examples, as `flatten` makes them."""
+    """Let the model read rows as `flatten` makes them: of several examples, or else of one."""
+    with in_full(model), (laid_flat if may_share_rows(model) else laid_alone)(model):
+        yield
+
+
+def may_share_rows(model: Any) -> bool:
+    """Whether two examples in one row give what each gives alone: tried once, on the model itself."""
+    import torch
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if hasattr(base, "may_share_rows"):
+        return bool(base.may_share_rows)
+    base.may_share_rows = False
+    if base._is_stateful or base.config._attn_implementation != "sdpa":
+        return False
+    texts = (list(range(12)), list(range(20)))
+    examples = [Example(input_ids=text, labels=[IGNORE, *text[1:]]) for text in texts]
+
+    def logits(row: Sequence[Example]) -> torch.Tensor:
+        inputs = flatten(row)
+        del inputs["labels"]
+        there = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
+        return model(**there).logits[0].float()
+
+    with without_learning(model), in_full(model):
+        with laid_alone(model):
+            alone = torch.cat([logits([example]) for example in examples])
+        with laid_flat(model):
+            together = logits(examples)
+    exact = torch.finfo(model.get_input_embeddings().weight.dtype).eps
+    error = (together - alone).abs().max() / alone.std()
+    base.may_share_rows = bool(error <= max(10 * exact, 1e-4))
+    return base.may_share_rows
+
+
+@contextmanager
+def laid_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Rows of one example, in the model's usual way, which needs nothing of what lies flat."""
+    kept: list[torch.Tensor] = []
+
+    def usual(_: Any, args: Any, inputs: dict[str, Any]) -> Any:
+        flat = ("logits_to_keep", "position_ids", "lengths")
+        kept[:] = [
+            inputs[name] for name in flat[:1] if name in inputs
+        ]  # none within another of these
+        return args, {name: value for name, value in inputs.items() if name not in flat}
+
+    def keep(_: Any, __: Any, outputs: Any) -> None:
+        for places in kept:
+            outputs.logits = outputs.logits[:, places]
+
+    hooks = [
+        model.register_forward_pre_hook(usual, with_kwargs=True),
+        model.register_forward_hook(keep),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@contextmanager
+def laid_flat(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
-    AttentionInterface.register(FLAT_ATTENTION, attend_in_each_example)
-    AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
     usual = model.config._attn_implementation
+    if usual == FLAT_ATTENTION:
+        yield
+        return
+    lengths: list[int] = []
+
+    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:  # some models do not hand them on
+        lengths[:] = inputs["lengths"]
+
+    def attend(*states: Any, **options: Any) -> Any:
+        return attend_in_each_example(*states, **options | {"lengths": list(lengths)})
+
+    AttentionInterface.register(FLAT_ATTENTION, attend)
+    AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
     model.set_attn_implementation(FLAT_ATTENTION)
+    hook = model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        with in_full(model):
-            yield
+        yield
     finally:
+        hook.remove()
         model.set_attn_implementation(usual)
 
 
@@ -4409,6 +4984,7 @@ class Prepared:
     """Everything that training needs of the data; made without a GPU and without the weights."""
 
     tokenizer: Any  # the model's; for `check` without internet, an estimate
+    form: str  # how a question is asked
     pairs: Pairs
     quality: Quality
     tokens: list[int]  # of each pair that is kept
@@ -4423,7 +4999,11 @@ def prepare(cfg: Config, may_estimate: bool = False) -> Prepared:
     """From the data file to tokens, saying what was found. The same for `check` and for training."""
     pairs = find_pairs(cfg)
     tokenizer = tokenizer_or_estimate(cfg) if may_estimate else load_tokenizer(cfg)
-    examples = [encode(tokenizer, pair.messages) for pair in pairs.kept]
+    form = form_of(cfg, tokenizer)
+    if form == PROMPT_FORMAT and getattr(tokenizer, "chat_template", None):
+        fault = template_fault(tokenizer)
+        say("Note", f"the chat template of {cfg.MODEL_NAME} is not used: {fault}")
+    examples = [encode(tokenizer, pair.messages, form) for pair in pairs.kept]
     longest = min(cfg.MAX_LENGTH, tokenizer.model_max_length)
     lengths = [len(example["labels"]) for example in examples]
     fits = [length <= longest for length in lengths]
@@ -4443,6 +5023,7 @@ def prepare(cfg: Config, may_estimate: bool = False) -> Prepared:
     here = [not one for one in away]
     return Prepared(
         tokenizer,
+        form,
         pairs,
         quality,
         tokens=list(itertools.compress(lengths, fits)),
@@ -4471,26 +5052,15 @@ def pairs_to_ask(data: Prepared) -> list[Pair]:
     return data.held_out_pairs or data.train_pairs
 
 
-def flatten(examples: Sequence[Example]) -> dict[str, Any]:
-    """Lay examples end to end in one row, without a single token of padding.
-
-    Positions start again with each example, attention stays inside each (see flat_rows), and the
-    model's last layer runs only at the positions that have something to predict.
-    """
-    import torch
-
-    lengths = [len(example["input_ids"]) for example in examples]
-    labels = torch.tensor([label for example in examples for label in example["labels"]])
-    return {
-        "input_ids": torch.tensor(
-            [[token for example in examples for token in example["input_ids"]]]
-        ),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "labels": labels[None],  # the first of each example is a prompt's, so nothing leaks across
-        "logits_to_keep": (labels != IGNORE).nonzero()[:, 0] - 1,  # position i predicts i + 1
-        "lengths": lengths,
-        "use_cache": False,
-    }
+def dealt(examples: Sequence[Example], count: int) -> list[list[Example]]:
+    """The same examples in so many rows, all about as long."""
+    rows: list[list[Example]] = [[] for _ in range(count)]
+    shortest = [(0, number) for number in range(count)]  # a heap of tokens and rows
+    for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
+        length, number = shortest[0]
+        rows[number].append(example)
+        heapq.heapreplace(shortest, (length + len(example["input_ids"]), number))
+    return rows
 
 
 def rows_of(examples: Sequence[Example], most: int) -> list[list[Example]]:
@@ -4499,27 +5069,60 @@ def rows_of(examples: Sequence[Example], most: int) -> list[list[Example]]:
     def tokens(row: Sequence[Example]) -> int:
         return sum(len(example["input_ids"]) for example in row)
 
-    longest_first = sorted(examples, key=lambda example: -len(example["input_ids"]))
-    most = max(most, tokens(longest_first[:1]))
+    if not examples:
+        return []
+    longest = max(len(example["input_ids"]) for example in examples)
+    most = max(most, longest)
     for count in range(math.ceil(tokens(examples) / most), len(examples) + 1):
-        rows: list[list[Example]] = [[] for _ in range(count)]
-        shortest = [(0, number) for number in range(count)]  # a heap of tokens and rows
-        for example in longest_first:
-            length, number = shortest[0]
-            rows[number].append(example)
-            heapq.heapreplace(shortest, (length + len(example["input_ids"]), number))
-        if max(shortest)[0] <= most:
+        rows = dealt(examples, count)
+        if max(map(tokens, rows)) <= most:
             break
     return rows
 
 
+def own_rows(examples: Sequence[Example], most: int) -> list[list[Example]]:
+    """Of these, the rows that this process computes; of one example each if `most` is 0."""
+    rows = [
+        rows_of(share, most) if most else [[example] for example in share]
+        for share in (dealt(examples, processes()) if processes() > 1 else [examples])
+    ]
+    own = rows[process_number() if processes() > 1 else 0]
+    # the processes put every block together for each row, so that they must have equally many
+    idle = max(map(len, rows)) - len(own) if is_sharded() else 0
+    return own + idle * [[Example(input_ids=[0], labels=[IGNORE])]]
+
+
 def lay_out(examples: Sequence[Example], most: int) -> dict[str, Any]:
-    """One step: its rows, and what the Trainer counts."""
+    """One step: its rows, of one example each if `most` is 0, and what the Trainer counts."""
+    whole, rows = flatten(examples), [flatten(row) for row in own_rows(examples, most)]
+    return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
+
+
+@contextmanager
+def noisy_words(model: PeftModel, alpha: float) -> Iterator[None]:
+    """NEFTune: in training, noise on the words; the weaker, the longer the example."""
     import torch
 
-    rows = [flatten(row) for row in rows_of(examples, most)]
-    whole = {name: torch.cat([row[name] for row in rows], 1) for name in ("input_ids", "labels")}
-    return whole | {"rows": rows}
+    lengths: list[int] = []
+
+    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
+        lengths[:] = inputs["lengths"]
+
+    def noise(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor | None:
+        if not model.training:
+            return None
+        each = [torch.full((n, 1), alpha / math.sqrt(n * words.shape[-1])) for n in lengths]
+        return words + torch.empty_like(words).uniform_(-1, 1) * torch.cat(each).to(words.device)
+
+    hooks = []
+    if alpha:
+        hooks += [model.register_forward_pre_hook(note, with_kwargs=True)]
+        hooks += [model.get_input_embeddings().register_forward_hook(noise)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -4544,14 +5147,68 @@ def mean_loss(model: PeftModel, examples: Sequence[Example], tokens_at_once: int
     import torch
 
     total, tokens = 0.0, 0
-    with without_learning(model), flat_rows(model):
-        for row in rows_of(examples, tokens_at_once):
+    most = tokens_at_once if may_share_rows(model) else 0
+    with all_or_none(), without_learning(model), flat_rows(model):
+        for row in own_rows(examples, most):
             batch = flatten(row)
             batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             labels = batch.pop("labels")
             total += summed_loss(model(**batch).logits, labels).item()
             tokens += int((labels != IGNORE).sum())
+    total, tokens = summed(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
     return total / tokens
+
+
+class CommonMemoryError(MemoryError):
+    """Memory ran out, and all processes know of it."""
+
+
+@contextmanager
+def all_or_none() -> Iterator[None]:
+    """What fails in here in one process fails in all: none may wait for another in vain."""
+    if processes() == 1:
+        yield
+        return
+    if is_sharded():  # they need one another on the way, too: the one that fails can only end
+        with explained_ends("by peer"):
+            yield
+        return
+    from torch import distributed
+
+    own: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        own = error
+    kind = "memory" if own and memory_fault(own) else type(own).__name__
+    found: list[Any] = [None] * processes()
+    with explained_ends():
+        distributed.all_gather_object(found, (kind, str(own)) if own else None)
+    faults = [(fault[0] != "memory", *fault) for fault in found if fault]
+    if not faults:
+        return
+    _, kind, text = max(faults)
+    if kind == "memory":
+        raise CommonMemoryError(text or "out of memory")
+    if own and not isinstance(own, UserError):
+        raise own  # with its traceback
+    raise UserError(text if kind == "UserError" else f"A process failed: {kind}: {text}")
+
+
+def summed_gradients(model: PeftModel, loss: Any) -> Any:
+    """Give this process the gradients of all rows of the step, and their loss; it may have had none."""
+    if processes() == 1:
+        return loss
+    import torch
+
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learnt]
+    loss = torch.as_tensor(loss, dtype=torch.float32, device=learnt[0].device)
+    # in one piece, which takes the time of one
+    sums = summed(torch.cat([part.flatten() for part in (*gradients, loss)]))
+    for p, gradient in zip(learnt, sums[:-1].split([p.numel() for p in learnt]), strict=True):
+        p.grad = gradient.view_as(p)
+    return sums[-1].clone()
 
 
 # -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
@@ -4563,11 +5220,12 @@ LOADABLE = (".safetensors", *PICKLES)  # what a library might take up by its nam
 FORM = 2  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
 TAKEN_UP = "taken_up.json"  # which checkpoint the person has named, and where it lay
 NEWEST_KEPT = 2  # and the best one
+PROJECT = "finetune_colab"  # under which a service that shows curves files them
 MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
 # The settings that decide the result. Runs that differ in others are the same run.
 DECIDING = (
-    "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
-    "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
+    "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LORA_LAYERS USE_RSLORA USE_DORA LORA_INIT LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
+    "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM NEFTUNE_ALPHA SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
 ).split()
 
 
@@ -4604,6 +5262,18 @@ def base_identity(cfg: Config) -> str:
         return fingerprint([shape, *map(checksum, weights)])
 
 
+def taught(data: Prepared) -> Any:
+    """The tokens of all pairs; with a chat template, which may tell today's date, what leads to them."""
+    if data.form != CHAT_TEMPLATE:
+        return [data.train, data.held_out]
+    answers = [
+        [label for label in example["labels"] if label != IGNORE]
+        for example in (*data.train, *data.held_out)
+    ]
+    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.held_out_pairs)]
+    return [data.tokenizer.chat_template, pairs, answers]
+
+
 def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
     """Everything that decides the adapter. Where it is equal, a checkpoint may be taken up."""
     return {
@@ -4612,7 +5282,7 @@ def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
         "OPTIMIZER": optimizer_name(cfg, device),
         "LOAD_IN_4BIT": device.four_bit,
         "the base model": base_identity(cfg),
-        "the data": fingerprint([data.train, data.held_out]),
+        "the data": fingerprint(taught(data)),
         "the script": FORM,
     }
 
@@ -5018,6 +5688,7 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = 0
+        self.agreed = 0
         self.usual: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -5034,6 +5705,11 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.usual.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+    def agree(self) -> int:
+        """Whether somebody has asked, of this process or another: all of them stop at the same step."""
+        self.agreed = highest(self.asked)
+        return self.agreed
 
     def receive(self, number: int, _: Any) -> None:
         if self.asked:
@@ -5067,9 +5743,12 @@ def with_less_memory(plan: Plan, longest: int, error: BaseException) -> Plan:
     fault = memory_fault(error)
     if not fault:
         raise error
-    if fault == "broken":
+    # then the others are at another place, and do not know of it
+    alone = processes() > 1 and not isinstance(error, CommonMemoryError)
+    if fault == "broken" or alone:
+        who = "A process" if alone else "The GPU"
         raise UserError(
-            f"The GPU ran out of memory and answers no more: {preview(str(error), 100)}\n"
+            f"{who} ran out of memory and answers no more: {preview(str(error), 100)}\n"
             "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
             f"add --tokens-at-once {max(longest, plan.tokens_at_once // 2)}, then "
             "--gradient-checkpointing; neither changes the result."
@@ -5126,7 +5805,7 @@ def measured_loss(
                 raise UserError(NOT_A_NUMBER)
             return loss
         except (RuntimeError, MemoryError) as error:
-            if memory_fault(error) != "full":
+            if memory_fault(error) != "full" or is_sharded():
                 raise
         release_memory()  # not before here, since the error holds on to what filled it
         if tokens_at_once <= longest:
@@ -5137,6 +5816,19 @@ def measured_loss(
 
 
 # -- The training itself
+
+
+def monitored(cfg: Config, run: str) -> str:
+    """Where else the curves go; says it, since a service may keep them for others to see."""
+    where = {
+        "tensorboard": f"tensorboard --logdir {cfg.LOG_DIR} shows the curves",
+        "wandb": f"the curves go to the project {os.environ.setdefault('WANDB_PROJECT', PROJECT)} of Weights & Biases",
+        "trackio": f"trackio show --project {PROJECT} shows the curves",
+    }
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(local_path(cfg.LOG_DIR) / run)
+    if cfg.REPORT_TO in where:
+        say("Monitor", where[cfg.REPORT_TO])
+    return cfg.REPORT_TO
 
 
 def training_arguments(
@@ -5172,7 +5864,9 @@ def training_arguments(
         include_num_input_tokens_seen="all",  # every token counts: none is padding
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
-        report_to=cfg.REPORT_TO,
+        report_to=monitored(cfg, folder.name) if is_first() else "none",
+        project=PROJECT,
+        run_name=folder.name,
         **({checkpointing: True} if plan.checkpointing else {}),
     )
     arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
@@ -5190,11 +5884,15 @@ def build_trainer(
 ) -> Trainer:
     from transformers import Trainer
 
+    packed = cfg.PACKING and may_share_rows(model)
+
     class AnswerTrainer(Trainer):
         def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
             """Row by row: the gradient of a step is the sum of theirs, and so is the loss."""
             step = super().training_step
-            return sum(step(model, row, num_items_in_batch) for row in inputs["rows"])
+            with all_or_none():
+                loss = sum(step(model, row, num_items_in_batch) for row in inputs["rows"])
+            return summed_gradients(model, loss)
 
         def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
             """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
@@ -5210,12 +5908,8 @@ def build_trainer(
             return metrics
 
         def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            if (keeper.path_of(self.state.global_step) / COMMIT).exists():
-                return  # it is saved, and what is saved is never changed
-            refuse_nan(model)
-            tally.finished = is_finished(cfg, self.state)
-            with keeper.saving(self.state, {"tally": tally.record()}):
-                super()._save_checkpoint(model, trial)
+            write = functools.partial(super()._save_checkpoint, model, trial)
+            agree(lambda: save_checkpoint(cfg, self, keeper, tally, write))
 
         def _load_scaler(self, checkpoint: str | None) -> None:
             if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
@@ -5226,9 +5920,20 @@ def build_trainer(
         training_arguments(cfg, plan, device, bool(data.held_out), keeper.folder),
         train_dataset=data.train,
         eval_dataset=data.held_out or None,
-        data_collator=functools.partial(lay_out, most=plan.tokens_at_once),
+        data_collator=functools.partial(lay_out, most=plan.tokens_at_once if packed else 0),
         compute_loss_func=step_loss,
     )
+
+
+def save_checkpoint(
+    cfg: Config, trainer: Trainer, keeper: Keeper, tally: Tally, write: Callable[[], None]
+) -> None:
+    if (keeper.path_of(trainer.state.global_step) / COMMIT).exists():
+        return  # it is saved, and what is saved is never changed
+    refuse_nan(trainer.model)
+    tally.finished = is_finished(cfg, trainer.state)
+    with keeper.saving(trainer.state, {"tally": tally.record()}):
+        write()
 
 
 def is_finished(cfg: Config, state: Any) -> bool:
@@ -5339,19 +6044,20 @@ def pace(
             if args.device.type != "cpu":
                 try_longest_row(trainer, data, plan)
 
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
+        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            draw_apart(cfg.SEED, state.global_step)
             tally.start()
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            overdue = time.monotonic() - keeper.saved_at > 60 * cfg.SAVE_MINUTES
-            control.should_save |= bool(overdue or stop.asked)
-            control.should_training_stop |= bool(stop.asked)
+            overdue = agree(lambda: time.monotonic() - keeper.saved_at > 60 * cfg.SAVE_MINUTES)
+            control.should_save |= bool(overdue or stop.agree())
+            control.should_training_stop |= bool(stop.agreed)
             if control.should_evaluate or control.should_save or control.should_training_stop:
                 tally.pause()
                 control.should_log = True  # a checkpoint holds the losses of all steps up to it
 
         def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop |= bool(stop.asked)  # while measuring or saving
+            control.should_training_stop |= bool(stop.agree())  # while measuring or saving
 
     return Pace()
 
@@ -5391,9 +6097,15 @@ def train_adapter(
     When memory runs out, the same steps are done with less at once, from the newest checkpoint on.
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in learnt.values():
+        parameter.data.copy_(summed(parameter.data * is_first()))  # all begin as the first does
     untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
     first = start.record["tally"] if start else first_figures(model, data, plan)
     longest = max(len(example["input_ids"]) for example in data.train)
+    if not (cfg.PACKING and may_share_rows(model)):
+        plan = plan._replace(tokens_at_once=longest)  # a pair, then, and no more
+    if not may_share_rows(model):
+        say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
     while True:
         tally = Tally(**(start.record["tally"] if start else first))
         tally.tokens_at_once, tally.device = plan.tokens_at_once, device.kind
@@ -5404,10 +6116,10 @@ def train_adapter(
         except (RuntimeError, MemoryError) as error:
             plan = with_less_memory(plan, longest, error)
         release_memory()  # not before here, since the error holds on to what filled it
-        start = keeper.latest()
+        start = agree(keeper.latest)
         for name, parameter in learnt.items():
             parameter.data.copy_(untrained[name])
-    last = keeper.latest()
+    last = agree(keeper.latest)
     assert last, "the Trainer saves its last step"
     return last
 
@@ -5437,7 +6149,13 @@ def run_trainer(
 ) -> None:
     """One go at the training: to its end, or as far as the person and the memory allow."""
     trainer = build_trainer(cfg, model, data, device, plan, keeper, tally)
-    with joint_layers(model, cfg.FAST_ADAPTER), flat_rows(model), Interruption() as stop:
+    with (
+        joint_layers(model, cfg.FAST_ADAPTER, cfg.TORCH_COMPILE),
+        compiled_parts(model, cfg.TORCH_COMPILE),
+        noisy_words(model, cfg.NEFTUNE_ALPHA),
+        flat_rows(model),
+        Interruption() as stop,
+    ):
         trainer.add_callback(pace(trainer, cfg, data, plan, keeper, tally, stop))
         trainer.add_callback(figures_to_log())
         show_losses(trainer)
@@ -5446,6 +6164,13 @@ def run_trainer(
         except Exception as error:
             if stop.asked and memory_fault(error):
                 raise Stopped(stop.asked) from None
+            source = type(error).__module__
+            if cfg.REPORT_TO in source or source.startswith(("torch._dynamo", "torch._inductor")):
+                name = f"REPORT_TO {cfg.REPORT_TO}" if cfg.REPORT_TO in source else "TORCH_COMPILE"
+                raise UserError(
+                    f"{name} does not work here: {preview(str(error), 200)}\n"
+                    "Mend that, or train without it."
+                ) from error
             if tally.begun or not start or memory_fault(error) or isinstance(error, UserError):
                 raise
             raise UserError(
@@ -5454,9 +6179,9 @@ def run_trainer(
                 f"It was written with {other_versions(tally.versions)}.\n"
                 "Install those versions, or start again from the beginning with --no-resume."
             ) from error
-    if stop.asked:
+    if stop.agree():
         step = f"Step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise Stopped(stop.asked, f"{step} is saved, and {way_on(cfg)}.")
+        raise Stopped(stop.agreed, f"{step} is saved, and {way_on(cfg)}.")
 
 
 def other_versions(there: dict[str, str | None]) -> str:
@@ -5767,11 +6492,13 @@ def ask_group(
 
 def loss_of_answer(tuned: Tuned, model: Any, talk: Talk, prompt: list[int]) -> float | None:
     """The mean loss of the answer wanted, after exactly what the model was asked."""
-    wanted = encode(tuned.tokenizer, [{"role": "assistant", "content": talk.reference}], tuned.form)
-    ids = prompt + wanted["input_ids"]
+    answered = [*talk.messages, {"role": "assistant", "content": talk.reference}]
+    labels = encode(tuned.tokenizer, answered, tuned.form)["labels"]
+    wanted = labels[max(i for i, label in enumerate(labels) if label == IGNORE) + 1 :]
+    ids = prompt + wanted
     if not talk.reference or len(ids) > tuned.context:
         return None
-    example: Example = {"input_ids": ids, "labels": [IGNORE] * len(prompt) + wanted["labels"]}
+    example: Example = {"input_ids": ids, "labels": [IGNORE] * len(prompt) + wanted}
     with suppress(UserError):  # one that is no number is not shown
         return measured_loss(model, [example], len(ids))
     return None
@@ -5964,7 +6691,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
     pairs = [pair.messages for pair in data.pairs.kept]
     return {
         "settings": public_settings(cfg),
-        "prompt_format": PROMPT_FORMAT,
+        "prompt_format": data.form,
         "base_model": public_settings(cfg)["MODEL_NAME"],
         "base_revision": model_revision(cfg),
         "device": device._asdict(),
@@ -6009,7 +6736,7 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
         "Validation loss before → after": f"{in_words(trained.base_loss)} → {in_words(trained.final_loss)}",
         "Training loss, mean over all steps": in_words(mean_train_loss(trained.history)),
         "LoRA rank / alpha / dropout": f"{cfg.LORA_R} / {cfg.LORA_ALPHA} / {cfg.LORA_DROPOUT}",
-        "Adapted layers": ", ".join(cfg.LORA_TARGETS),
+        "Adapted layers": layers_in_words(layers_in(trained.adapter)),
         "Trainable parameters": f"{trained.tally.trainable:,}",
     }
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
@@ -6019,8 +6746,8 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
         copy=f"Copy `{name}`, the base model, into this folder.\n" if local and not toy else "",
         source=json.dumps(source),
         revision=f", revision={json.dumps(revision)}" if revision and not local else "",
-        prompt=PROMPT_FORMAT,
-        prompt_code=repr(PROMPT_FORMAT),
+        prompt=form_in_words(data.tokenizer, data.form),
+        prompt_code=repr(form_in_words(data.tokenizer, data.form)),
         rows=rows,
     )
 
@@ -6065,7 +6792,7 @@ model = PeftModel.from_pretrained(base, ".").to(device).eval()
 tokenizer = AutoTokenizer.from_pretrained(".")
 
 prompt = {prompt_code}.replace("{{question}}", "What is overfitting?")
-inputs = tokenizer(prompt, return_tensors="pt").to(device)
+inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device)
 output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
 answer = output[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
@@ -6185,7 +6912,8 @@ def save_run(
         staged_folder(final, earlier) as staged,
     ):
         shutil.copyfile(trained.adapter, staged / ADAPTER)
-        adapter = lora_config(cfg)  # not the checkpoint's, which may have come from elsewhere
+        # not the checkpoint's settings, which may have come from elsewhere
+        adapter = lora_config(cfg, layers_in(trained.adapter))
         adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
         adapter.save_pretrained(str(staged))
         data.tokenizer.save_pretrained(staged)
@@ -6957,11 +7685,12 @@ CONVERTER_PARTS = re.compile(
     r".*?/vendor/llama\.cpp/((convert_(hf|lora)_to_gguf\.py|LICENSE|conversion/|gguf-py/gguf/).*)"
 )
 # A tokenizer that they do not know cuts words as GPT-2 does, or else the test of the file fails.
+# The tokenizer may lie in a folder of its own, whose word on blanks holds for models of every type.
 CONVERT = """
-import os, runpy, sys
-folder, script, *sys.argv[1:] = sys.argv[1:]
+import json, os, pathlib, runpy, sys
+folder, vocabulary, script, *sys.argv[1:] = sys.argv[1:]
 sys.path[:0] = [folder, os.path.join(folder, "gguf-py")]
-from conversion.base import TextModel
+from conversion.base import ModelBase, TextModel
 known = TextModel.get_vocab_base_pre
 def pre(self, tokenizer):
     try:
@@ -6969,8 +7698,18 @@ def pre(self, tokenizer):
     except NotImplementedError:
         return "gpt-2"
 TextModel.get_vocab_base_pre = pre
+metadata = ModelBase.prepare_metadata
+def before_vocabulary(self, vocab_only):
+    metadata(self, vocab_only)
+    self.dir_model = pathlib.Path(vocabulary)
+    settings = json.loads((self.dir_model / "tokenizer_config.json").read_bytes())
+    self.gguf_writer.add_add_space_prefix(settings["add_prefix_space"])
+if vocabulary:
+    ModelBase.prepare_metadata = before_vocabulary
 runpy.run_path(os.path.join(folder, script), run_name="__main__")
 """
+# Signs that swallow the blanks after them: llama.cpp knows of it by the name Phi-3, if it finds these.
+SIGNS_OF_PHI_3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
 M_MMAP_THRESHOLD = -3  # its number in glibc
 Q4_K_M = 15  # its number in llama.cpp
 # Disk that a GGUF takes at the worst moment, as a share of the merged weights; see write_gguf
@@ -7144,7 +7883,8 @@ def write_companions(run: Run, folder: Path) -> None:
     """What belongs to merged weights: the base's form, the tokenizer, how to ask and how to answer."""
     run.shape.dtype = run.stored_dtype
     run.shape.save_pretrained(folder)
-    run.tokenizer.chat_template = chat_template(run.form)
+    if run.form != CHAT_TEMPLATE:
+        run.tokenizer.chat_template = chat_template(run.form)
     save_tokenizer(run.tokenizer, folder)
     if pieces := run.base_file("tokenizer.model"):  # which transformers 5 does not save
         shutil.copyfile(pieces, folder / pieces.name)
@@ -7220,9 +7960,9 @@ def converters() -> Path:
     return folder
 
 
-def convert(script: str, *options: object) -> None:
-    """Run a converter in a process of its own."""
-    command = [sys.executable, "-c", CONVERT, converters(), script, *options]
+def convert(script: str, *options: object, vocabulary: Path | str = "") -> None:
+    """Run a converter in a process of its own; the tokenizer may lie in another folder."""
+    command = [sys.executable, "-c", CONVERT, converters(), vocabulary, script, *options]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False
     )
@@ -7242,6 +7982,7 @@ def export_gguf(cfg: Config, final: Path) -> Path:
     refuse_other_folder(final, "gguf")
     source = merged_folder(cfg, final)
     run = Run(source, source)
+    begin_with_blank(run)
     refuse_unconvertible(run.shape)
     if record_of(final).get("adapter") not in (None, adapter_of(source)):
         final.rename(unused(final.with_name(f"{final.name}.previous")))
@@ -7256,7 +7997,7 @@ def export_gguf(cfg: Config, final: Path) -> Path:
         write_export_record(final, run, "gguf", gguf=losses)  # first of all: it marks the folder
         save_tokenizer(run.tokenizer, final)
         with staged_file(file) as staged:
-            write_gguf(source, staged, cfg.QUANTIZE)
+            write_gguf(run, staged, cfg.QUANTIZE)
             losses[cfg.QUANTIZE] = tested_gguf(staged, run, cfg.QUANTIZE)
         if not (final / ADAPTER_GGUF).exists():
             write_adapter_gguf(cfg, source, final / ADAPTER_GGUF, file)
@@ -7274,14 +8015,62 @@ def refuse_unconvertible(shape: Any) -> None:
         )
 
 
-def write_gguf(source: Path, file: Path, quantize: str) -> None:
-    say("Converting", f"{near(source)} to {quantize}")
+def marks_blanks(run: Run) -> bool:
+    """Whether a chat template is cut by a tokenizer as SentencePiece's, with ▁ for a blank."""
+    return run.form == CHAT_TEMPLATE and "▁" in "".join(run.tokenizer.tokenize("a b"))
+
+
+def blank_after_signs(tokenizer: Any) -> bool:
+    """Whether a text after a sign gets a blank before it; llama.cpp gives one to all texts or to none."""
+    return str(tokenizer.tokenize(f"{tokenizer.eos_token}a")[1]).startswith("▁")
+
+
+def begin_with_blank(run: Run) -> None:
+    """Let the chat template say the blank that transformers puts before a text, and llama.cpp does not."""
+    if not marks_blanks(run) or blank_after_signs(run.tokenizer):
+        return
+    asked = run.tokenizer.apply_chat_template(
+        [asked_by_user("Why?")], tokenize=False, add_generation_prompt=True
+    )
+    if run.tokenizer.tokenize(asked) == run.tokenizer.tokenize(f" {asked}"):
+        run.tokenizer.chat_template = "{{ ' ' }}" + run.tokenizer.get_chat_template()
+
+
+def save_vocabulary(run: Run, folder: Path) -> None:
+    """The tokenizer with what the converters ask for and transformers no longer writes."""
+    save_tokenizer(run.tokenizer, folder)
+    for name in ("config.json", "tokenizer.model"):
+        if (run.folder / name).is_file():
+            shutil.copyfile(run.folder / name, folder / name)
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    settings = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
+    settings["added_tokens_decoder"] = {str(one["id"]): one for one in whole["added_tokens"]}
+    settings["add_prefix_space"] = blank_after_signs(run.tokenizer)
+    write_json(folder / TOKENIZER_FILE, settings)
+
+
+def convert_whole(run: Run, file: Path, kind: str) -> None:
+    """By llama.cpp's converter, told all that it needs to cut texts as here."""
+    options: list[object] = [run.folder, "--outfile", file, "--outtype", kind]
+    swallow = any(token.rstrip for token in run.tokenizer.added_tokens_decoder.values())
+    if swallow and run.tokenizer.get_vocab().keys() >= SIGNS_OF_PHI_3:
+        options += ["--model-name", f"Phi-3 {run.folder.name}"]
+    if not marks_blanks(run):
+        convert("convert_hf_to_gguf.py", *options)
+        return
+    with tempfile.TemporaryDirectory(prefix="finetune") as place:
+        save_vocabulary(run, Path(place))
+        convert("convert_hf_to_gguf.py", *options, vocabulary=place)
+
+
+def write_gguf(run: Run, file: Path, quantize: str) -> None:
+    say("Converting", f"{near(run.folder)} to {quantize}")
     if quantize != "q4_k_m":
-        convert("convert_hf_to_gguf.py", source, "--outfile", file, "--outtype", quantize)
+        convert_whole(run, file, quantize)
         return
     whole = file.with_suffix(".f16.partial")
     try:
-        convert("convert_hf_to_gguf.py", source, "--outfile", whole, "--outtype", "f16")
+        convert_whole(run, whole, "f16")
         how = llama_cpp().LlamaModelQuantizeParams()
         how.ftype, how.nthread = Q4_K_M, os.cpu_count() or 1
         llama_cpp().model_quantize(str(whole), str(file), how)
@@ -7294,19 +8083,31 @@ def write_adapter_gguf(cfg: Config, base: Path, final: Path, whole: Path) -> Non
     with opened_model(local_path(cfg.OUTPUT_DIR)) as folder:
         if not (folder / ADAPTER).is_file():
             return
-        with staged_file(final) as staged:
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        if settings.get("use_dora"):  # which llama.cpp does not know
+            return
+        with tempfile.TemporaryDirectory(prefix="finetune") as place, staged_file(final) as staged:
+            if settings.get("use_rslora"):  # said in the one way of counting that it knows
+                strength = settings["lora_alpha"] * settings["r"] ** 0.5
+                settings |= {"use_rslora": False, "lora_alpha": strength}
+            shutil.copyfile(folder / ADAPTER, Path(place, ADAPTER))
+            write_json(Path(place, "adapter_config.json"), settings)
             options = ("--base", base, "--outfile", staged, "--outtype", "f16")
-            convert("convert_lora_to_gguf.py", folder, *options)
+            convert("convert_lora_to_gguf.py", place, *options)
             LlamaCpp(whole).model.lora_adapter_init(str(staged))
 
 
 def tested_gguf(file: Path, run: Run, quantize: str) -> float:
     """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
     model, examples = LlamaCpp(file), examples_to_measure(run)
+    form, marks = form_in_words(run.tokenizer, run.form), run.form == CHAT_TEMPLATE
     for question in HARD_TO_CUT:
-        talk = [asked_by_user(question)]
-        prompt = "".join(text for text, _ in turns(talk, run.form))
-        if model.tokens(prompt) != encode(run.tokenizer, talk, run.form)["input_ids"]:
+        if marks and marks_of(run.tokenizer).search(question):
+            continue  # there it is a sign, whoever says it
+        prompt = form.replace("{question}", question)
+        composed = unicodedata.normalize("NFC", prompt)  # by Qwen's tokenizer, not by llama.cpp
+        here = encode(run.tokenizer, [asked_by_user(question)], run.form)["input_ids"]
+        if here not in (model.tokens(text, marks) for text in (prompt, composed)):
             raise UserError(
                 f"llama.cpp cuts the question {question!r} into other tokens than the training did, so "
                 "the file would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
@@ -7326,24 +8127,15 @@ def known_merged_loss(run: Run) -> float:
 
 
 def modelfile(run: Run, file: str) -> str:
-    """How Ollama asks: its template, from what the model's own template makes of marked texts."""
-
-    def rendered(*roles: str) -> list[str]:
-        talk = [{"role": role, "content": f"\x01{role}\x01"} for role in roles]
-        asking = roles[-1] == "user"
-        whole = run.tokenizer.apply_chat_template(
-            talk, tokenize=False, add_generation_prompt=asking
-        )
-        return re.split("\x01\\w+\x01", whole)
-
-    with_system, without = rendered("system", "user"), rendered("user")
-    told = rendered("user", "assistant")
-    end = told[2].strip() or run.tokenizer.eos_token
+    """How Ollama asks: whole talks as they were taught, instructions before the first question."""
+    pieces = chat_pieces(run.tokenizer, ("user", "assistant", "user"))
+    talk = "".join(piece if isinstance(piece, str) else "\x01" for piece, _ in pieces)
+    first, _, later, asking = talk.split("\x01")
     return (
         f"FROM ./{file}\n"
-        'TEMPLATE """{{ if .System }}'
-        f"{with_system[0]}{{{{ .System }}}}{with_system[1]}{{{{ else }}}}{without[0]}{{{{ end }}}}"
-        f'{{{{ .Prompt }}}}{without[1]}{{{{ .Response }}}}{end}"""\n'
+        f'TEMPLATE """{first}{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}'
+        f'{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{asking}'
+        f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{later}{{{{ end }}}}{{{{ end }}}}"""\n'
         f"PARAMETER temperature {run.cfg.TEMPERATURE:g}\n"
         f"PARAMETER top_p {run.cfg.TOP_P:g}\n"
         f"PARAMETER repeat_penalty {run.cfg.REPETITION_PENALTY:g}\n"
@@ -7470,7 +8262,7 @@ def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
         base=name,
         title=json.dumps(f"Ask {name}, fine-tuned", ensure_ascii=False),  # quoted, as YAML has it
         figures=figures,
-        prompt=run.form,
+        prompt=form_in_words(run.tokenizer, run.form),
         **more,
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -7601,15 +8393,51 @@ DEMO_SETTINGS: dict[str, Any] = {
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
+    join_others()
     with cleared(cfg):
         run_training(cfg)
     return 0
 
 
 def run_training(cfg: Config) -> Prepared:
+    """All of it in the first process; in others, their share of the steps."""
+    cfg, data, device, plan, keeper, last = agree(lambda: begun(cfg))
+    model = None
+    if not last or not last.record["tally"]["finished"]:
+        with all_or_none():
+            refuse_uneven(device)
+            base = load_base(cfg, device)
+            from transformers import set_seed
+
+            set_seed(cfg.SEED)
+            model = add_lora(cfg, base)
+        if is_sharded():
+            shard(model, device)
+        last = train_adapter(cfg, model, data, device, plan, keeper, last)
+    leave_others()
+    if is_first():
+        finish(cfg, data, device, keeper, last, model)
+    return data
+
+
+class Begun(NamedTuple):
+    """What is known when the first step can begin."""
+
+    cfg: Config  # with the commit of the model
+    data: Prepared
+    device: Device
+    plan: Plan
+    keeper: Keeper
+    start: Checkpoint | None
+
+
+def begun(cfg: Config) -> Begun:
+    """Everything before the model is loaded."""
+    say_preset(cfg)
     data = prepare(cfg)
     refuse_few(data.pairs)
     device = pick_device(cfg)
+    refuse_sharded(cfg, device)
     plan = plan_here(cfg, data.train, known_shape(cfg), device)
     say_plan(cfg, data, plan)
     say_estimate(plan)
@@ -7620,14 +8448,25 @@ def run_training(cfg: Config) -> Prepared:
         keeper.log = keeper.log.with_name(last.record["tally"]["log"])
     start_log(keeper.log)
     say_start(cfg, plan, keeper, last)
-    model = None
-    if not last or not last.record["tally"]["finished"]:
-        base = load_base(cfg, device)
-        from transformers import set_seed
+    return Begun(cfg, data, device, plan, keeper, last)
 
-        set_seed(cfg.SEED)
-        model = add_lora(cfg, base)
-        last = train_adapter(cfg, model, data, device, plan, keeper, last)
+
+def refuse_sharded(cfg: Config, device: Device) -> None:
+    if is_sharded() and device.four_bit:
+        raise UserError("FSDP cannot divide weights in 4 bits. Add --no-load-in-4bit")
+    if is_sharded() and cfg.EVAL_ANSWERS:
+        say("Note", "no questions are asked at the end: no process holds the whole model")
+
+
+def finish(
+    cfg: Config,
+    data: Prepared,
+    device: Device,
+    keeper: Keeper,
+    last: Checkpoint,
+    model: PeftModel | None,
+) -> None:
+    """Everything after the last step: OUTPUT_DIR, the questions, and what came of it all."""
     result = kept_answers(cfg, data, keeper, last)
     folder, archive = save_run(cfg, device, data, last, result)
     if not result and (result := held_out_answers(cfg, data, device, keeper, last, model)):
@@ -7635,7 +8474,6 @@ def run_training(cfg: Config) -> Prepared:
     if result:
         say_answers(result)
     say_result(outcome(cfg, last), folder, archive)
-    return data
 
 
 def place_of_answers(cfg: Config, data: Prepared, keeper: Keeper, last: Checkpoint) -> Path:
@@ -7664,7 +8502,7 @@ def held_out_answers(
 ) -> Comparison | None:
     """What the model says before and after: an extra, for which nobody pays with the adapter."""
     pairs = pairs_to_ask(data)[: cfg.EVAL_ANSWERS]
-    if not pairs:
+    if not pairs or is_sharded():
         return None
     try:
         from safetensors.torch import load_file
@@ -7674,7 +8512,7 @@ def held_out_answers(
         model = model or add_lora(cfg, load_base(cfg, device))
         put_adapter(model, load_file(outcome(cfg, last).adapter))
         talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs]
-        tuned = Tuned(model, data.tokenizer)
+        tuned = Tuned(model, data.tokenizer, data.form)
         result = ask_both(tuned, talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
         if len(result.asked) == len(pairs):
             write_json(
@@ -7789,8 +8627,11 @@ def check_record(
 def demo(cfg: Config) -> int:
     """The whole job on the built-in model, then the questions of the workbook, before and after."""
     say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
+    join_others()
     with cleared(cfg):
         taught = run_training(cfg).train_pairs
+    if not is_first():
+        return 0
     tuned = load_tuned(output_folder(cfg))
     prompts = [prompt_of(tuned, pair.messages[:-1], cfg) for pair in taught]
     with tuned.untuned() as model:
@@ -7913,11 +8754,24 @@ COMMANDS: dict[str, Callable[[Config], int]] = {
 }
 
 
+def say_preset(cfg: Config) -> None:
+    """What a preset has set, and which of it the person has set otherwise."""
+    if not cfg.PRESET:
+        return
+    told = []
+    for name, value in PRESETS[cfg.PRESET].items():
+        own = "" if getattr(cfg, name) == value else f" (yours: {as_text(getattr(cfg, name))})"
+        told.append(f"{name} {as_text(value)}{own}")
+    say("Preset", f"{cfg.PRESET} sets {', '.join(told) or 'nothing: these are the defaults'}")
+
+
 def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
     held_out = (
         f"{len(data.held_out_pairs)} held out to measure" if data.held_out else "none held out"
     )
     say("Pairs", f"{len(data.train_pairs)} to learn, {held_out}")
+    if processes() > 1:
+        say("Processes", f"{processes()}, which share the pairs of every step")
     epochs = plan.steps / plan.steps_per_epoch
     say(
         "Plan",
@@ -7989,17 +8843,21 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
 @contextmanager
 def cleared(cfg: Config) -> Iterator[None]:
     """Refuse, all at once, what would fail later; then hold the folders of the run to its end."""
+    with ExitStack() as held:
+        agree(lambda: clear(cfg, held))
+        yield
+
+
+def clear(cfg: Config, held: ExitStack) -> None:
     problems = preflight(cfg)
     folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
-    with ExitStack() as held:
-        for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
-            with collecting(problems):
-                held.enter_context(only_run_in(folder, setting))
-        if problems:
-            raise UserError("\n\n".join(problems))
-        for name, value in (public_settings(cfg) | installed_versions()).items():
-            LOG.info("%-28s%s", name, as_text(value))
-        yield
+    for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
+        with collecting(problems):
+            held.enter_context(only_run_in(folder, setting))
+    if problems:
+        raise UserError("\n\n".join(problems))
+    for name, value in (public_settings(cfg) | installed_versions()).items():
+        LOG.info("%-28s%s", name, as_text(value))
 
 
 @contextmanager
@@ -8258,8 +9116,10 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     command, file = flags.pop("command"), flags.pop("config")
     if words := flags.pop("question", []):
         flags["QUESTION"] = " ".join(words)
-    demo_settings = DEMO_SETTINGS if command == "demo" else {}
-    cfg = checked(demo_settings | (read_settings_file(Path(file)) if file else {}) | flags)
+    demo_settings = DEMO_SETTINGS if command == "demo" else {}  # which has to learn by heart
+    own = (read_settings_file(Path(file)) if file else {}) | flags
+    preset = PRESETS.get(own.get("PRESET", Config.PRESET), {})
+    cfg = checked(preset | demo_settings | own)
     for name, commands in ONLY_WITH.items():
         if getattr(cfg, name) != getattr(Config, name) and command not in commands:
             where = " or ".join(commands)
@@ -8274,6 +9134,7 @@ def command_line() -> list[str]:
     return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
 
 
+@only_first_speaks()
 @collected_log()
 def main(argv: Sequence[str] | None = None) -> int:
     command, cfg = "", Config()
@@ -8281,6 +9142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, cfg = read_command_line(command_line() if argv is None else argv)
         # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
         os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+        if not is_first() and command not in ("train", "demo"):
+            return 0
         return COMMANDS[command](cfg)
     except UserError as error:
         message = str(error)
@@ -8295,15 +9158,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return int(done.code or 0)
     except Exception as error:
         if not memory_fault(error):
-            if command in ("train", "demo"):
+            if command in ("train", "demo") and is_first():
                 start_log(log_path(cfg))
             LOG.exception("Stopped    by an error that nobody foresaw:")
             raise
         answering = "Add --load-in-4bit, or lower --max-tokens."
         levers = answering if command in ("chat", "compare") else LEVERS
         message = f"Memory ran out: {preview(str(error), 100)}\n{levers}"
-    show("", sys.stderr)
-    say("Stopped", message, sys.stderr)
+    if is_first_to_fail():
+        errors = sys.stderr if is_first() else sys.__stderr__
+        show("", errors)
+        say("Stopped", message, errors)
     return 2
 
 

@@ -203,7 +203,8 @@ def test_the_stand_in_speaks_as_the_hub_does(
 
 
 def card_of(base: str) -> Any:
-    return SimpleNamespace(cfg=ft.Config(MODEL_NAME=base), folder=Path("none"), form="{question}")
+    cfg = ft.Config(MODEL_NAME=base)
+    return SimpleNamespace(cfg=cfg, folder=Path("none"), form="{question}", tokenizer=None)
 
 
 def test_the_card_that_arrives_names_its_library(

@@ -317,7 +317,7 @@ def prepared(answer: str) -> ft.Prepared:
     pairs = ft.Pairs(answer, table, answer, columns, [ft.Pair(messages, answer, 2)], [], 1)
     pairs.dropped.append(ft.Note(answer, 3, answer))
     quality = ft.quality_of(pairs.kept, pairs.dropped)
-    return ft.Prepared(None, pairs, quality, [3], [], pairs.kept, [], [], [])
+    return ft.Prepared(None, ft.PROMPT_FORMAT, pairs, quality, [3], [], pairs.kept, [], [], [])
 
 
 FORMULAS = [

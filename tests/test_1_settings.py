@@ -66,7 +66,7 @@ def test_help_shows_the_comment_and_the_value_of_every_setting(help_text: str) -
 @pytest.mark.parametrize("name", ft.CHOICES)
 def test_help_names_every_choice(name: str, help_text: str) -> None:
     about = help_text.split(f"  {ft.flag(name)} ")[1].split("\n  --", maxsplit=1)[0]
-    assert set(ft.CHOICES[name]) <= set(re.findall(r"\w+", about))
+    assert set(ft.CHOICES[name]) <= set(re.findall(r"[\w-]+", about))
 
 
 def test_help_works_where_the_source_cannot_be_read(

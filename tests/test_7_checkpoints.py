@@ -492,7 +492,7 @@ CHANGES = [
     (("--lora-alpha", 8), "LORA_ALPHA 8 (there 32)"),
     (("--lora-r", 8), "LORA_R 8 (there 16)"),
     (("--lora-dropout", 0.1), "LORA_DROPOUT 0.1 (there 0.05)"),
-    (("--lora-targets", "q_proj,fc1"), "LORA_TARGETS q_proj,fc1 (there q_proj,k_proj,"),
+    (("--lora-targets", "q_proj,fc1"), "LORA_TARGETS q_proj,fc1 (there all-linear)"),
     (("--optimizer", "adafactor"), "OPTIMIZER adafactor (there adamw_torch)"),
     (("--batch-size", 8), "PAIRS IN A STEP 16 (there 8)"),
     (("--max-steps", 6), "MAX_STEPS 6 (there 5)"),

@@ -199,13 +199,15 @@ def test_the_snippet_of_the_card_runs(finished: Path, phi_folder: Path) -> None:
     assert str(phi_folder.parent) not in card
 
 
-def test_the_card_of_a_hub_model_names_it_with_its_commit() -> None:
+def test_the_card_of_a_hub_model_names_it_with_its_commit(tuned_run: Path) -> None:
     cfg = ft.Config()
     data: Any = SimpleNamespace(train_pairs=[1] * 9, held_out_pairs=[1])
+    data.tokenizer, data.form = None, ft.PROMPT_FORMAT
     trained: Any = SimpleNamespace(
         steps=3, epochs=1.0, base_loss=2.0, final_loss=1.5, history=history([2.0])
     )
     trained.tally = ft.Tally(trainable=10)
+    trained.adapter = tuned_run / "model" / ft.ADAPTER
     card = ft.model_card(cfg, data, trained)
     front = card.split("---")[1]
     assert "base_model: microsoft/phi-2\n" in front

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from conftest import PAIRS, ROOT, in_words, write_workbook
 
 import finetune_colab as ft
@@ -307,7 +308,7 @@ def broken_adapter(model: Path) -> None:
 
 def other_layers(model: Path) -> None:
     path = model / "run.json"
-    path.write_text(path.read_text().replace('"fc2"', '"q_proj"'))
+    path.write_text(path.read_text().replace('"all-linear"', '"attention"'))
 
 
 @pytest.mark.parametrize(
@@ -448,12 +449,18 @@ def test_a_place_is_told_without_what_is_private(place: str, public: str) -> Non
 @pytest.mark.parametrize("name", ['x"); import os; os.abort(); ("', "a`b", "<img src=x>", "a\nb#"])
 def test_the_name_of_a_folder_is_only_a_name_in_the_card(name: str, folder: Path) -> None:
     (folder / name).mkdir()
-    data: Any = SimpleNamespace(train_pairs=[1], held_out_pairs=[])
+    data: Any = SimpleNamespace(
+        train_pairs=[1], held_out_pairs=[], tokenizer=None, form=ft.PROMPT_FORMAT
+    )
     history = [{"step": 1, "epoch": 1.0, "loss": 2.0}]
     trained: Any = SimpleNamespace(
         steps=1, epochs=1.0, base_loss=None, final_loss=None, history=history
     )
-    trained.tally = ft.Tally(trainable=1)
+    trained.tally, trained.adapter = ft.Tally(trainable=1), folder / "adapter.safetensors"
+    from safetensors.torch import save_file
+
+    learnt = {"model.layers.0.mlp.fc1.lora_A.weight": torch.zeros(1)}
+    save_file(learnt, trained.adapter)
     card = ft.model_card(ft.Config(MODEL_NAME=str(folder / name)), data, trained)
     snippet = ast.parse(card.partition("```python\n")[2].partition("```")[0])
     texts = {node.value for node in ast.walk(snippet) if isinstance(node, ast.Constant)}
