@@ -70,7 +70,7 @@ def make_run(home: Path) -> None:
         if "lora_" in name
     }
     save_file(weights, folder / ft.ADAPTER)
-    ft.lora_config(cfg).save_pretrained(folder)
+    ft.lora_config(cfg, ft.adapted_layers(cfg, base)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     talk = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": QUESTION * 3}]
     ft.write_json(folder / ft.SAMPLE, [talk] * ft.ROWS_IN_SAMPLE)
