@@ -4802,9 +4802,9 @@ def may_share_rows(model: Any) -> bool:
             alone = torch.cat([logits([example]) for example in examples])
         with laid_flat(model):
             together = logits(examples)
-    exact = torch.finfo(model.get_input_embeddings().weight.dtype).eps
-    error = (together - alone).abs().max() / alone.std()
-    base.may_share_rows = bool(error <= max(10 * exact, 1e-4))
+    # in a Phi of 32 blocks, rounding to 16 bits makes 0.08, and examples that see each other make 4
+    tolerance = 0.01 if model.get_input_embeddings().weight.dtype == torch.float32 else 0.25
+    base.may_share_rows = bool((together - alone).abs().max() / alone.std() <= tolerance)
     return base.may_share_rows
 
 
@@ -4814,11 +4814,9 @@ def laid_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
     kept: list[torch.Tensor] = []
 
     def usual(_: Any, args: Any, inputs: dict[str, Any]) -> Any:
-        flat = ("logits_to_keep", "position_ids", "lengths")
-        kept[:] = [
-            inputs[name] for name in flat[:1] if name in inputs
-        ]  # none within another of these
-        return args, {name: value for name, value in inputs.items() if name not in flat}
+        rest = {k: v for k, v in inputs.items() if k not in ("position_ids", "lengths")}
+        kept[:] = [rest.pop("logits_to_keep")] if "logits_to_keep" in rest else []  # when nested
+        return args, rest
 
     def keep(_: Any, __: Any, outputs: Any) -> None:
         for places in kept:
