@@ -4785,8 +4785,8 @@ def may_share_rows(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if hasattr(base, "may_share_rows"):
         return bool(base.may_share_rows)
-    base.may_share_rows = False
     if base._is_stateful or base.config._attn_implementation != "sdpa":
+        base.may_share_rows = False
         return False
     texts = (list(range(12)), list(range(20)))
     examples = [Example(input_ids=text, labels=[IGNORE, *text[1:]]) for text in texts]
@@ -4797,11 +4797,14 @@ def may_share_rows(model: Any) -> bool:
         there = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
         return model(**there).logits[0].float()
 
-    with without_learning(model), in_full(model):
-        with laid_alone(model):
-            alone = torch.cat([logits([example]) for example in examples])
-        with laid_flat(model):
-            together = logits(examples)
+    try:
+        with without_learning(model), in_full(model):
+            with laid_alone(model):
+                alone = torch.cat([logits([example]) for example in examples])
+            with laid_flat(model):
+                together = logits(examples)
+    except (torch.OutOfMemoryError, MemoryError):  # the training will not fit, either, and says so
+        return True
     # in a Phi of 32 blocks, rounding to 16 bits makes 0.08, and examples that see each other make 4
     tolerance = 0.01 if model.get_input_embeddings().weight.dtype == torch.float32 else 0.25
     base.may_share_rows = bool((together - alone).abs().max() / alone.std() <= tolerance)
