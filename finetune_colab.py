@@ -383,6 +383,7 @@ def say(label: str, text: str, file: TextIO | None = None) -> None:
         label = ""
 
 
+@functools.cache
 def setting_types() -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(Config).items() if name.isupper()}
 
@@ -391,6 +392,7 @@ def setting_values(cfg: Config) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in setting_types()}
 
 
+@functools.cache
 def setting_notes() -> dict[str, tuple[str, str]]:
     """Group and comment of every setting, read from the lines of Config itself."""
     try:
@@ -3450,7 +3452,7 @@ def pick_device(cfg: Config) -> Device:
 # More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
 MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
 USABLE_MEMORY = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}  # in the last two live other programs, too
-MOMENT = 0.5  # seconds to time one thing in: at first, memory is slow to come
+MOMENT = 0.05  # seconds to time one thing in; half a second gave the same figures
 LIBRARIES = 0.6e9  # bytes that they take, and CUDA for itself
 # Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
 PASSES = 10  # how often a kept number is written or read
@@ -6239,6 +6241,10 @@ def peak_memory_gb(kind: str) -> float | None:
         return round(torch.cuda.max_memory_allocated() / 1e9, 3)
     if not importlib.util.find_spec("resource"):  # Windows
         return None
+    # on Linux, getrusage begins with the peak of the process that started this one
+    with suppress(OSError):
+        if peak := re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M):
+            return round(int(peak[1]) * 1024 / 1e9, 3)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024

@@ -1,0 +1,333 @@
+"""What each command line prints, refuses and leaves behind, and the exit code that it ends with."""
+
+import contextlib
+import errno
+import fcntl
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import pty
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+import zipfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from conftest import PAIRS, Run, at_attention, at_step, in_words, signal_at, write_workbook
+from seams import ROOT, SCRIPT, main
+from tables import HEADER, cases, csv_file
+from transformers import AutoModelForCausalLM, PhiConfig
+
+Patch = pytest.MonkeyPatch
+Problems = Callable[..., tuple[list[str], str]]
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def problems(capsys: pytest.CaptureFixture[str], small_phi: Path, folder: Path) -> Problems:
+    """What check finds before it looks for the data, which are not there, and what it says."""
+
+    def problems(*flags: object) -> tuple[list[str], str]:
+        capsys.readouterr()
+        argv = ("check", "--json", "--dataset-path", "none.csv", "--model-name", small_phi)
+        assert main([str(part) for part in (*argv, *flags)]) == 1
+        printed = capsys.readouterr()
+        assert printed.out.count("\n") == 1  # a program reads it, and nothing else
+        *found, data = map(in_words, json.loads(printed.out)["problems"])
+        assert "none.csv" in data
+        return found, in_words(printed.err)
+
+    return problems
+
+
+@pytest.fixture
+def train(run: Run, workbook: Path, small_phi: Path) -> Run:
+    flags = ("--model-name", small_phi, "--max-steps", 3, "--eval-answers", 0)
+    return lambda *more: run(*flags, *more)
+
+
+def raises(patch: Patch, target: Any, name: str, error: BaseException) -> None:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    patch.setattr(target, name, fail)
+
+
+def disk(patch: Patch, free: Any, total: Any = 1e13) -> None:
+    patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=float(total), used=0, free=float(free)))
+
+
+def memory(patch: Patch, total: str, available: str = "", kind: str = "cpu") -> None:
+    size = SimpleNamespace(total=float(total), available=float(available or total))
+    patch.setattr(psutil, "virtual_memory", lambda: size)
+    patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
+    patch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
+    patch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
+    patch.setattr(torch.cuda, "get_device_name", lambda *_: "T4")
+
+
+def installed(patch: Patch, *packages: str) -> None:
+    """Other versions than are here, of the packages named or of `all`: torch=2.9.1; peft= is missing."""
+    real, versions = importlib.metadata.version, dict(package.split("=") for package in packages)
+
+    def version(name: str) -> str:
+        if found := versions.get(name, versions.get("all", real(name))):
+            return found
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    patch.setattr(importlib.metadata, "version", version)
+
+
+def full_logs(_: Patch) -> None:
+    """Whatever the log of the next minute will be called, its disk is full."""
+    Path("full").mkdir()
+    for second in range(60):
+        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(time.time() + second))
+        Path(f"full/finetune-{stamp}.log").symlink_to("/dev/full")
+
+
+FAULTS: dict[str, Callable[..., object]] = {
+    **{"disk": disk, "memory": memory, "installed": installed, "full-logs": full_logs},
+    "run": lambda _, base: [Path("model").mkdir(), Path("model/run.json").write_text(json.dumps({"base_model": base}))],
+    "folder": lambda _, name: Path(name).mkdir(),
+    "without": lambda patch, name: patch.setitem(sys.modules, name, None),
+    "no-modules": lambda patch: patch.setattr(importlib.util, "find_spec", lambda *_: None),
+    "no-home": lambda patch: patch.setenv("XDG_CACHE_HOME", "/proc/none"),
+    "no-locks": lambda patch, error: raises(patch, fcntl, "flock", OSError(getattr(errno, error), "no locks")),
+    "dying": lambda patch, name: raises(patch, os, name, OSError(errno.EIO, "Input/output error")),  # D6
+}
+
+
+def suffer(patch: Patch, faults: str) -> None:
+    """Do to the system what a case says: "disk 1e4 + memory 1e3"."""
+    for name, *values in map(str.split, filter(None, faults.split(" + "))):
+        FAULTS[name](patch, *values)
+
+
+def cases_of(name: str) -> list[Any]:
+    """The rows of tests/cases/NAME.txt without their names, and "" for "-"; an issue that they wait for comes first."""
+    rows = []
+    for title, case in cases(name).items():
+        marks = [pytest.mark.sweep] * ("half a minute" in title)
+        if name.endswith("to_come"):
+            marks.append(pytest.mark.xfail(strict=True, reason=title.partition(", ")[0]))
+        columns = ["" if part == "-" else part for part in case.split(" | ")[1:]]
+        rows.append(pytest.param(columns, id=title, marks=marks))
+    return rows
+
+
+@pytest.mark.parametrize("case", cases_of("problems"))  # M6
+def test_what_would_fail_later_is_found_by_check(case: Any, problems: Problems, folder: Path, patched: Patch) -> None:
+    faults, flags, patterns, *told = case
+    suffer(patched, faults)
+    before = contents(folder)
+    found, said = problems(*flags.split())
+    patched.undo()
+    for pattern, problem in zip(filter(None, patterns.split(" ; ")), found, strict=True):
+        assert re.search(pattern, problem)
+    assert re.search(told[0], said) if told else "Warning" not in said
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize("case", cases_of("commands") + cases_of("commands_to_come"))
+def test_what_is_said_and_left_behind(case: Any, folder: Path, run: Run, small_phi: Path, patched: Patch) -> None:
+    faults, argv, code, pattern = case
+    write_workbook(folder / "book.xlsx", [HEADER, *PAIRS])
+    with zipfile.ZipFile(folder / "data.zip", "w") as archive:
+        archive.write("book.xlsx")
+    Path("photos").mkdir()
+    for name, text in {"a_file": "mine", "photos/cat.png": "", "x.yaml": "SEED: 1"}.items():
+        Path(name).write_text(text)
+    Path("data.csv").write_bytes(csv_file([HEADER, *PAIRS]))
+    Path("empty.csv").write_bytes(csv_file([HEADER, *((question, "") for question, _ in PAIRS)]))
+    model = f"--model-name {small_phi} --dataset-path book.xlsx --max-steps 3 --eval-answers 0"
+    suffer(patched, faults)
+    before = contents(folder)
+    ended, text = run(*shlex.split(argv.replace("MODEL", model)))
+    patched.undo()
+    assert (ended, "Traceback" in text) == (int(code), False)
+    pattern = pattern.replace("TORCH", re.escape(importlib.metadata.version("torch")))
+    pattern = re.sub("^once (.*)", r"^(?!.*\1.*\1).*\1", pattern)
+    assert re.search(pattern, text if r"\n" in pattern else in_words(text))
+    assert (folder / "fine_tuned_model.zip").is_file() is argv.startswith("MODEL")
+    if not argv.startswith("MODEL"):
+        assert all(len(line.replace(str(folder), "")) <= 80 for line in text.splitlines())
+        assert code != "2" or (contents(folder), text.count("Stopped")) == (before, 1)
+        assert not (folder / "logs").exists()
+
+
+# fmt: off
+LOADED = "set('torch transformers peft numpy pandas openpyxl matplotlib yaml bitsandbytes'.split()) & set(sys.modules)"
+STATE = "[*warnings.filters], {**os.environ}, sys.argv[:], sys.path[:], logging.root.handlers[:]"
+IMPORT = f"import logging, os, sys, warnings; old = {STATE}; import finetune_colab as script; print(old == ({STATE}), {LOADED}); script.main(['--help']); print({LOADED})"
+KILLED = """import os, signal, sys
+class Finder:
+    def find_spec(name, *_): name == "argparse" and os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)"""
+TEXTS = {
+    "SCRIPT": str(SCRIPT), "IMPORT": IMPORT, "DEMO": "import finetune_colab as script; script.main(['demo'])",
+    "KILLED": KILLED, "EDITED": SCRIPT.read_text(encoding="utf-8").replace("SEED: int = 42", "SEED: int = 'first'"),
+    "TORCH": "import os\nprint(os.environ['PYTORCH_ENABLE_MPS_FALLBACK'], flush=True)\nos._exit(7)",
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("case", cases_of("processes") + cases_of("processes_to_come"))
+def test_a_process_says_it_on_the_right_stream_with_the_right_code(case: Any, folder: Path) -> None:
+    files, argv, environ, code, output, errors = case
+    for name, text in json.loads(files).items():
+        (folder / name).write_text(TEXTS.get(text, text), encoding="utf-8")
+    how: Any = {"stdin": subprocess.DEVNULL, "capture_output": True, "errors": "replace", "timeout": 100}
+    how["env"] = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "200"} | json.loads(environ)
+    command = [sys.executable, *(TEXTS.get(part, part) for part in argv.split())]
+    done = subprocess.run(command, cwd=folder, check=False, **how)
+    assert done.returncode == int(code)
+    assert re.search(output, in_words(done.stdout)) and re.search(errors, in_words(done.stderr))
+
+
+def test_packages_are_named_with_the_versions_they_need(problems: Problems, monkeypatch: Patch, patched: Patch) -> None:
+    head = re.search(r"# /// script\n(.*?)# ///", SCRIPT.read_text(encoding="utf-8"), re.DOTALL)
+    stated = tomllib.loads(re.sub(r"^# ?", "", head[1] if head else "", flags=re.MULTILINE))
+    monkeypatch.setattr(platform, "python_version", lambda: "3.10.4")
+    for version in ("0.0.1", ""):
+        installed(patched, f"all={version}")
+        old, packages = problems()[0]
+        patched.undo()
+        assert re.search(rf"3\.10\.4.*{stated['requires-python'][2:]}", old)
+        for name, floor in (package.split(">=") for package in stated["dependencies"]):
+            told = rf"\b{name} [^,]*({version or 'missing'})[^,]*\b{floor}\b"
+            assert bool(re.search(told, packages)) is (name != "matplotlib")  # not needed
+
+
+def test_a_folder_that_only_others_may_use_is_refused(problems: Problems) -> None:
+    problems()  # has all libraries loaded, which somebody else may not read
+    with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
+        Path(place, "model").mkdir(mode=0o000)
+        Path(place).chmod(0o555)  # D6
+        os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())  # the superuser may do anything
+        stack.callback(os.seteuid, os.getuid())
+        flags = f"--output-dir {place}/model --checkpoint-dir {place}/new/deep --model-name a/b"
+        closed, output, checkpoints = problems(*flags.split())[0]
+    assert re.search(f"OUTPUT_DIR {place}/model.*Permission", closed)
+    assert re.search(f"{place} .*Permission.*--output-dir", output)
+    assert re.search(f"{place}/new/deep .*--checkpoint-dir", checkpoints)
+
+
+def test_a_disk_needs_room_for_outputs_checkpoints_and_zips(problems: Problems, monkeypatch: Patch) -> None:
+    def need(flags: str) -> float:
+        (found,) = problems("--model-name", "./phi-2", *flags.split())[0]
+        return float(re.findall(r"([\d.,]+) GB", found)[0].replace(",", ""))
+
+    suffer(monkeypatch, "disk 1 + memory 1e13")
+    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
+    PhiConfig(architectures=["PhiForCausalLM"], **sizes).save_pretrained("phi-2")
+    assert 1.5 < need("") < 2  # with rank 16; the largest makes the figures exact
+    alone, zipped = need("--lora-r 1024"), need("--lora-r 1024 --archive-checkpoints")
+    elsewhere = need("--lora-r 1024 --checkpoint-dir /dev/shm/none")  # another disk
+    for name in ("a/checkpoint-1", "a/checkpoint-2", "b/checkpoint-1"):  # of one run two at most
+        Path("checkpoints", name).mkdir(parents=True)
+        Path("checkpoints", name, "COMMIT.json").touch()
+    one = (alone - need("--lora-r 1024")) / 2
+    assert zipped - alone == pytest.approx(4 * one, abs=0.5) != 0
+    assert elsewhere == pytest.approx(alone - 4 * one, abs=0.5)
+
+
+@pytest.fixture
+def held(train: Run) -> Iterator[int]:
+    """Another process, in the middle of a training in out and states."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        with contextlib.suppress(BaseException), Patch.context() as patch:
+            at_step(patch, 1, lambda: (os.write(write, b"held"), time.sleep(60)))
+            train("--output-dir", "out", "--checkpoint-dir", "states")
+        os._exit(1)
+    os.close(write)
+    assert os.read(read, 4) == b"held"
+    yield child
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(held: int, train: Run, folder: Path) -> None:
+    for flags, told in (  # S8
+        ("--output-dir out", rf"OUTPUT_DIR {folder}/out.*\b{held}\b"),
+        ("--checkpoint-dir states", rf"CHECKPOINT_DIR {folder}/states.*\b{held}\b"),
+        ("--dataset-path none.csv", rf"^(?!.*\b{held}\b).*none\.csv"),  # in other folders
+    ):
+        assert re.search(told, in_words(train(*flags.split())[1])), told
+    assert train("check", "--output-dir", "out")[0] == 0
+    os.kill(held, signal.SIGKILL)  # it has no time to clear up
+    os.waitpid(held, 0)
+    assert train("--output-dir", "out", "--checkpoint-dir", "states")[0] == 0
+
+
+@pytest.mark.xfail(strict=True, reason="Output")
+def test_the_other_run_is_named_once(held: int, train: Run) -> None:
+    assert len(re.findall(rf"\b{held}\b", train("--output-dir", "out", "--checkpoint-dir", "states")[1])) == 1
+
+
+def test_a_run_takes_no_more_room_than_was_foreseen(train: Run, problems: Problems, monkeypatch: Patch) -> None:
+    assert train("--lora-r", 1024, "--save-steps", 1)[0] == 0
+    places = [Path("model"), *[next(Path().glob("checkpoints/*/checkpoint-*"))] * 4]
+    taken = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
+    shutil.rmtree("checkpoints")
+    for free in (taken, 4 * taken):
+        disk(monkeypatch, free)
+        assert (problems("--lora-r", 1024)[0] == []) is (free > taken)
+
+
+@pytest.mark.xfail(strict=True, reason="Output")
+def test_a_terminal_that_states_no_width_gets_a_bar(train: Run, patched: Patch) -> None:
+    reader, terminal = pty.openpty()  # as behind Colab's !
+    with os.fdopen(terminal, "w") as stream:
+        patched.setattr(sys, "stderr", stream)
+        train()
+        assert re.search(r"\d%\|.+\|", os.read(reader, 100_000).decode())
+
+
+# fmt: off
+OWN = ZeroDivisionError("own")
+ENDS: dict[str, Any] = {  # fault -> exit code, or -1 for an error that nobody foresaw; what the log says of it
+    "no memory": (lambda p: raises(p, AutoModelForCausalLM, "from_pretrained", MemoryError()), 2, "^Stopped.*emory"),
+    "before": (lambda p: raises(p, AutoModelForCausalLM, "from_pretrained", KeyboardInterrupt()), 130, "^Stopped"),
+    "measuring": (lambda p: at_attention(p, lambda *_: (_ for _ in ()).throw(OWN)), -1, "^ZeroDivisionError: own"),
+    "Ctrl+C": (lambda p: signal_at(p, 2), 130, "^Stopped"),
+    "a step": (lambda p: at_step(p, 2, lambda: (_ for _ in ()).throw(OWN)), -1, "^ZeroDivisionError: own"),
+    "saving": (lambda p: raises(p, zipfile.ZipFile, "write", OWN), -1, "^ZeroDivisionError: own"),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_what_ends_a_run_is_in_its_log_and_the_next_has_its_own(name: str, train: Run, patched: Patch) -> None:
+    prepare, code, pattern = ENDS[name]
+    prepare(patched)
+    with pytest.raises(ZeroDivisionError) if code < 0 else contextlib.nullcontext():
+        assert train("--log-dir", "first")[0] == code
+    patched.undo()
+    (path,) = Path("first").iterdir()
+    text = path.read_text()
+    assert re.search(pattern, re.sub(r"(?m)^.{21}", "", text), re.MULTILINE)
+    assert ("Traceback" in text, "Plan " in text) == (code < 0, True)
+    goes_on = name == "Ctrl+C"  # then it is the log of the whole run
+    assert train("--log-dir", *(["first"] if goes_on else ["second", "--no-resume"]))[0] == 0
+    assert [path] == [*Path("first").iterdir()] and path.read_text().startswith(text)
+    assert (" step 3," in path.read_text()[len(text) :]) is goes_on

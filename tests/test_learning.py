@@ -1,0 +1,173 @@
+"""Whole runs, as a person starts them: what they learn, and what is left when they are ended."""
+
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+import traceback
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import transformers
+from conftest import PAIRS, Run, in_words, write_workbook
+from matplotlib.figure import Figure
+from seams import ROOT, SCRIPT, Config, ask, find_pairs, load_tuned, main
+from test_prompts import sweep
+
+
+def said(*words: object, cwd: Path) -> str:
+    """What a process of its own says, which has to end well."""
+    how = {"env": os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "80"}, "text": True, "timeout": 300}
+    done = subprocess.run([*map(str, words)], cwd=cwd, capture_output=True, check=False, **how)
+    assert done.returncode == 0, done.stderr
+    return str(done.stdout)
+
+
+def test_the_demo_learns_by_heart_and_its_zip_answers_word_for_word(tmp_path: Path) -> None:
+    printed = said(sys.executable, SCRIPT, "demo", cwd=tmp_path)
+    assert len(re.findall(r"\b(?:18|19|20) of (?:the )?20\b", in_words(printed))) == 2
+    assert len(re.findall(r"^ *before ", printed, re.MULTILINE)) >= 3  # answers, side by side
+    assert "toy" in printed
+    assert max(len(line) for line in printed.splitlines()) <= 80
+    metrics = json.loads((tmp_path / "model/training_visuals/training_metrics.json").read_text())
+    assert metrics["peak_memory_gb"] < 2
+    assert metrics["eval_pairs"] == 2
+    away = tmp_path / "away"
+    with zipfile.ZipFile(tmp_path / "fine_tuned_model.zip") as archive:
+        archive.extractall(away)
+    pairs = find_pairs(Config(DATASET_PATH=str(ROOT / "dataset_example.xlsx"))).kept
+    answers = ask(load_tuned(away), *(pair.question for pair in pairs))
+    assert sum(a.text == pair.answer for a, pair in zip(answers, pairs, strict=True)) >= 18
+    assert sum(a.stopped for a in answers) >= 20  # the two that it was never taught may go on
+    snippet = re.search(r"```python\n(.*?)```", (away / "README.md").read_text(), re.DOTALL)
+    assert snippet  # the card's, in a fresh process  O2
+    assert said(sys.executable, "-c", snippet[1], cwd=away).strip() in {pair.answer for pair in pairs}
+
+
+def test_the_demo_does_not_replace_a_real_model_but_its_own_takes_any_workbook(folder: Path, run: Run) -> None:
+    (folder / "model").mkdir()
+    (folder / "model/run.json").write_text('{"base_model": "microsoft/phi-2"}')
+    code, printed = run("demo")
+    assert (code, "--output-dir" in printed) == (2, True)
+    assert [path.name for path in (folder / "model").iterdir()] == ["run.json"]
+    write_workbook(folder / "my.xlsx", [("Frage", "Antwort"), *PAIRS])
+    flags = "--model-name demo --dataset-path my.xlsx --max-steps 2 --output-dir mine".split()
+    code, printed = run(*flags)
+    assert (code, bool(re.search('"Frage".*"Antwort"', in_words(printed)))) == (0, True)
+    assert (folder / "mine/adapter_model.safetensors").is_file()
+
+
+# fmt: off
+NOTEBOOKS = {
+    "a cell": """import re, sys
+sys.argv = ["/usr/lib/colab_kernel_launcher.py", "-f", "/root/kernel.json"]
+source = open({script!r}, encoding="utf-8").read().replace("microsoft/phi-2", {model!r})
+source = re.sub(r"(?m)^( +BATCH_SIZE\\b.*?= *)\\d+", r"\\g<1>2", source)
+exec(compile(source, "<cell>", "exec"), {{"__name__": "__main__"}})""",
+    "import": """import finetune_colab as ft
+ft.Config.MODEL_NAME, ft.Config.MAX_STEPS, ft.Config.BATCH_SIZE = {model!r}, 1, 2
+assert ft.main([]) == 0""",
+    "%run": """import runpy, sys
+sys.argv = [{script!r}, "--model-name", {model!r}, "--max-steps", "1", "--batch-size", "2"]
+try: runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as end: assert not end.code""",
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("way", ["a cell", *map(sweep, ["import", "%run", ">/dev/full", ">&- 2>&-", "| head -1"])])
+def test_it_runs_in_a_notebook_and_where_nobody_reads(way: str, small_phi: Path, workbook: Path) -> None:
+    write_workbook(workbook, [("question", "answer"), *PAIRS[:4]])
+    shell = f"set -o pipefail; {sys.executable} {SCRIPT} --model-name {small_phi} --max-steps 1 --batch-size 2 {way}"
+    if way in NOTEBOOKS:
+        said(sys.executable, "-c", NOTEBOOKS[way].format(model=str(small_phi), script=str(SCRIPT)), cwd=workbook.parent)
+    else:
+        said("bash", "-c", shell, cwd=workbook.parent)
+    assert Path("fine_tuned_model.zip").is_file()
+    assert json.loads(Path("model/run.json").read_text())["settings"]["BATCH_SIZE"] == 2
+
+
+def forked(act: Callable[[], Any], *flags: object) -> tuple[int, int]:
+    """A run, after `act`, that hangs on a terminal of its own: its process and the terminal."""
+    child, terminal = pty.fork()
+    if child:
+        return child, terminal
+    code = 1
+    with Path("said.txt").open("w", buffering=1) as sys.stdout:
+        sys.stderr = sys.stdout
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            act()
+            code = main([*map(str, flags), "--eval-answers", "0"])
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+
+
+def ended(child: int, until: Callable[[], object] = lambda: False) -> int | None:
+    """Its exit code, or minus its signal; None as soon as `until` holds."""
+    deadline = time.monotonic() + 120
+    while not until():
+        time.sleep(0.02)
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        if (found := os.waitpid(child, os.WNOHANG))[0]:
+            return os.waitstatus_to_exitcode(found[1])
+    return None
+
+
+@pytest.mark.parametrize("edge, number, closed, expected", [  # when, which signal, what is closed before it, exit code
+    ((transformers.PreTrainedTokenizerFast, "_encode_plus"), 15, "", -15),  # S5
+    ((transformers.PhiForCausalLM, "from_pretrained"), 15, "", -15),
+    ((Figure, "savefig"), 15, "", -15),
+    ((zipfile.ZipFile, "write"), 15, "", -15),
+    ((), signal.SIGINT, "", 130),  # these four come while it learns
+    ((), signal.SIGINT, "pipe", 130),  # as with `| tee notes.txt`
+    ((), signal.SIGKILL, "", -9),
+    ((), signal.SIGHUP, "terminal", 129),  # S6
+])  # fmt: skip
+def test_a_run_that_is_ended_leaves_a_checkpoint_and_the_model_before_it(
+    edge: Any, number: int, closed: str, expected: int, small_phi: Path, workbook: Path
+) -> None:
+    reader, writer = os.pipe()
+    Path("model").mkdir()
+    Path("model/run.json").write_text('{"base_model": "earlier"}')
+
+    def end(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), number)
+        time.sleep(200)  # which nobody waits for
+
+    def prepare() -> None:
+        os.close(reader)
+        if edge:
+            setattr(*edge, end)
+        if closed:
+            sys.stdout = os.fdopen(writer if closed == "pipe" else 1, "w")
+
+    def learning() -> bool:
+        return any("step 3," in path.read_text() for path in Path("logs").glob("*.log"))
+
+    flags = "--max-steps 1" if edge else "--num-epochs 500 --save-steps 10000 --eval-steps 10000"
+    child, terminal = forked(prepare, "--model-name", small_phi, *flags.split())
+    if not edge:
+        assert ended(child, learning) is None
+        os.close(reader)
+        os.close(terminal if closed == "terminal" else writer)
+        os.kill(child, 0 if closed == "terminal" else number)
+    assert ended(child) == expected
+    said = in_words(Path("said.txt").read_text())
+    assert "Traceback" not in said
+    assert "same command" in said or expected != 130
+    assert ([*Path("model").iterdir()] == [Path("model/run.json")]) == ("write" not in edge)
+    assert not Path("fine_tuned_model.zip").exists()
+    if not edge:
+        saved = [*Path("checkpoints").glob("*/checkpoint-*/COMMIT.json")]
+        assert bool(saved) == (expected != -9)

@@ -1,0 +1,209 @@
+"""When memory runs out, the same steps are done with less at once; what is no number is never kept."""
+
+import json
+import math
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import seams
+import torch
+from conftest import PAIRS, Run, at_step, call, in_words, write_workbook
+from safetensors.torch import load_file
+from test_prompts import sweep
+from torch.nn import functional
+from transformers.modeling_layers import GradientCheckpointingLayer as Layer
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+FLAGS = "--max-steps 5 --eval-steps 3 --save-steps 2 --learning-rate 1e-3 --lora-dropout 0".split()
+FLAGS += "--eval-answers 0 --validation-fraction 0.3".split()
+ADAPTER = "adapter_model.safetensors"
+
+
+def change_result(patch: pytest.MonkeyPatch, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    real = getattr(functional, name)
+    patch.setattr(functional, name, lambda *args, **kwargs: change(real(*args, **kwargs)))
+
+
+def at_row(patch: pytest.MonkeyPatch, act: Callable[[int], object]) -> None:
+    """Call `act` with the length of each row that enters the model, which raises what it raises."""
+    change_result(patch, "embedding", lambda row: (act(row.shape[:-1].numel()), row)[1])
+
+
+@pytest.fixture
+def train(small_phi: Path, workbook: Path, run: Run) -> Run:
+    return lambda *flags: run("--model-name", small_phi, *FLAGS, *flags)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory, small_phi: Path) -> Path:
+    """The model of the same training with memory enough."""
+    home = tmp_path_factory.mktemp("plain")
+    write_workbook(home / "dataset.xlsx", [("question", "answer"), *PAIRS])
+    assert call(home, "--model-name", small_phi, *FLAGS) == 0
+    return home / "model"
+
+
+def metrics(model: Path = Path("model")) -> dict[str, Any]:
+    text = (model / "training_visuals/training_metrics.json").read_text()
+    assert not re.search("NaN|Infinity", text)
+    return json.loads(text)
+
+
+def assert_same_training(plain: Path) -> None:
+    model = load_file(Path("model", ADAPTER))
+    torch.testing.assert_close(model, load_file(plain / ADAPTER), atol=2e-5, rtol=1e-3)
+    found, expected = metrics(), metrics(plain)
+    for name in "train_loss eval_loss base_eval_loss steps tokens_trained best_step".split():
+        assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def fewer_tokens(printed: str) -> list[tuple[int, int]]:
+    """How many tokens at once it says it goes on with, and how many it were before."""
+    found = re.findall(r"Memory .*?([\d,]+) tokens\D+([\d,]+)", printed)
+    return [(int(less.replace(",", "")), int(more.replace(",", ""))) for less, more in found]
+
+
+@pytest.mark.parametrize("then, step, error", [
+    ("less", 0, FULL), ("less", 1, FULL), sweep("less", 3, FULL),  # M1; 2 is saved
+    ("less", 3, MemoryError()),
+    ("less", 3, RuntimeError("MPS backend out of memory (MPS allocated: 17.81 GB)")),
+    sweep("less", 3, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")),
+    ("none", 0, FULL),  # M5
+    ("end",  3, RuntimeError("CUDA error: out of memory")),  # M2
+    sweep("end", 3, RuntimeError("CUDA driver error: out of memory")),
+    sweep("end", 3, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
+    ("bug",  3, RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
+    sweep("bug", 3, RuntimeError("no number")),
+], ids=lambda value: str(value)[:30])  # fmt: skip
+def test_with_less_at_once_the_adapter_is_the_same(
+    then: str, step: int, error: Exception, plain: Path, train: Run, patched: Any
+) -> None:
+    """Behind a step, a row of more than 120 tokens is too much; "none": any row, so that nothing helps."""
+    begun, most = [] if step else [1], 0 if then == "none" else 120
+    at_step(patched, step, lambda: begun.append(1))
+
+    def act(length: int) -> None:
+        if begun and length > most and torch.is_grad_enabled():
+            raise error
+
+    at_row(patched, act)
+    if then == "bug":
+        with pytest.raises(type(error), match=str(error)):
+            train()
+        return
+    code, printed = train()
+    assert (code, "Traceback" in printed) == (0 if then == "less" else 2, False)
+    found = fewer_tokens(printed)
+    if then == "less":
+        assert found and [less for less, _ in found] == [more // 2 for _, more in found]
+        assert metrics()["tokens_at_once"] == found[-1][0] <= 120 < found[-1][1]
+        assert_same_training(plain)
+    elif then == "none":
+        assert re.search("MAX_LENGTH|--max-length", printed) and re.search("LORA_R|--lora-r", printed)
+        assert not Path("model").exists()
+    else:
+        assert not found and re.search("(same command|again).*--tokens-at-once", in_words(printed))
+        patched.undo()
+        code, printed = train()
+        assert (code, bool(re.search(r"step 4\b", printed))) == (0, True)  # of one pair, which fits
+
+
+def test_where_not_even_one_pair_fits_values_are_computed_again(plain: Path, train: Run, patched: Any) -> None:
+    def layer(self: Any, *args: Any, real: Any = Layer.__call__, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and self.training and not self.gradient_checkpointing:
+            raise FULL
+        return real(self, *args, **kwargs)
+
+    patched.setattr(Layer, "__call__", layer)
+    code, printed = train()
+    assert code == 0
+    sizes = [less for less, _ in fewer_tokens(printed)]
+    assert sizes == sorted(sizes, reverse=True)
+    assert metrics()["tokens_at_once"] == sizes[-1] < 60, "a single pair"
+    assert len(re.findall("^Memory ", printed, re.MULTILINE)) == len(sizes) + 1 < 20
+    assert_same_training(plain)
+
+
+@pytest.mark.parametrize("fits", [100, 0], ids=["a pair fits", "none fits"])
+def test_a_lack_of_memory_while_measuring_costs_no_training(fits: int, plain: Path, train: Run, patched: Any) -> None:
+    tried: list[int] = []
+
+    def act(length: int) -> None:
+        tried.append(0 if torch.is_grad_enabled() else length)
+        if tried[-1] > fits:
+            raise FULL
+
+    at_row(patched, act)  # M4
+    assert train()[0] == 0
+    assert max(tried) > 100
+    found, expected = metrics(), metrics(plain)
+    assert (found["steps"], found["tokens_at_once"]) == (5, expected["tokens_at_once"])
+    assert found["train_loss"] == pytest.approx(expected["train_loss"], rel=1e-5)
+    for name in ("eval_loss", "base_eval_loss"):
+        assert found[name] == (pytest.approx(expected[name], rel=1e-5) if fits else None)
+
+
+@pytest.mark.xfail(strict=True, reason="Training")
+def test_the_row_that_is_tried_first_is_as_long_as_any_of_the_training() -> None:  # M3
+    """Of the 16 longest pairs two rows are made, of 16 others one that is nearly twice as long."""
+    examples = [{"input_ids": [1] * n, "labels": [1] * n} for n in [194] * 16 + [187] * 16]
+    tried = seams.trial_row(examples, pairs=16, tokens_at_once=3000)
+    assert sum(len(one["input_ids"]) for one in tried) >= 16 * 187
+
+
+def nan_in_weights(patch: pytest.MonkeyPatch) -> None:
+    """The third step writes a NaN into the adapter, after a fine loss."""
+    real, steps = torch.optim.AdamW.step, iter(range(1, 1000))
+
+    def step(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = real(self, *args, **kwargs)
+        if next(steps) == 3:
+            self.param_groups[0]["params"][0].data[0, 0] = math.nan
+        return done
+
+    patch.setattr(torch.optim.AdamW, "step", step)
+
+
+def nan_behind(patch: pytest.MonkeyPatch, step: int, learning: bool) -> None:
+    """In what is learnt from, or in what is measured."""
+    begun: list[int] = []
+    at_step(patch, step, lambda: begun.append(1))
+    spoilt = lambda one: one * (math.nan if begun and torch.is_grad_enabled() == learning else 1)  # noqa: E731
+    change_result(patch, "scaled_dot_product_attention", spoilt)
+
+
+@pytest.mark.parametrize("spoil, flags, left", [  # M7: what is spoilt, and the checkpoints that are left
+    (nan_in_weights, "--eval-steps 100 --save-steps 1", [1, 2]),
+    (lambda patch: nan_behind(patch, 2, learning=True), "--save-steps 1", [1, 2]),
+    (lambda patch: nan_behind(patch, 3, learning=False), "--save-steps 2", [2]),
+], ids=["weights", "a loss", "measured"])  # fmt: skip
+def test_a_nan_ends_the_run_and_is_never_saved(spoil: Any, flags: str, left: Any, train: Run, patched: Any) -> None:
+    spoil(patched)
+    code, printed = train(*flags.split())
+    assert (code, "NaN" in printed) == (2, True)
+    assert re.search("LEARNING_RATE|--learning-rate", printed)
+    folders = sorted(Path("checkpoints").glob("*/checkpoint-*"))
+    assert [folder.name for folder in folders] == [f"checkpoint-{step}" for step in left]
+    for folder in folders:
+        assert all(torch.isfinite(one).all() for one in load_file(folder / ADAPTER).values())
+    assert not Path("model").exists()
+
+
+@pytest.mark.xfail(strict=True, reason="Training")
+def test_a_gradient_without_end_gets_into_no_table(train: Run, patched: Any) -> None:
+    """The second step's length overflows, and the step comes to nothing."""
+    begun: list[int] = []
+    at_step(patched, 1, lambda: begun.append(1))
+
+    def overflowing(loss: torch.Tensor) -> torch.Tensor:
+        if begun and loss.requires_grad:
+            begun.clear()
+            loss.register_hook(lambda gradient: gradient * 1e30)
+        return loss
+
+    change_result(patched, "cross_entropy", overflowing)
+    assert train()[0] == 0
+    assert not re.search("inf|nan", Path("model/training_visuals/training_metrics.csv").read_text())

@@ -1,0 +1,269 @@
+"""Any model: how it is loaded, which of its layers are adapted and how, and that it learns and is measured."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import seams
+import torch
+import transformers
+from conftest import Run, at_attention, in_words, write_workbook
+from peft.import_utils import is_torchao_available
+from safetensors import safe_open
+from test_prompts import TEMPLATES, sweep, tokenizer_for
+from test_steps import examples_of, metrics
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+XFAIL = pytest.mark.xfail(strict=True, reason="Training")
+FAST = ("--max-steps", 1, "--eval-answers", 0)
+
+
+@pytest.mark.parametrize("name", [
+    "phi", pytest.param("gpt2", marks=XFAIL), *(sweep(name, marks=[XFAIL]) for name in "gpt_bigcode opt seed_oss xglm".split()),
+    *map(sweep, ["llama", "qwen2", "falcon", "bloom", "gptj"]),
+])  # fmt: skip
+def test_the_base_in_training_computes_what_was_published(
+    phi_folder: Path, tmp_path: Path, patched: Any, name: str
+) -> None:
+    """By way of SDPA where it can; and the only dropout is that of the adapter."""
+    folder, ids, seen = phi_folder if name == "phi" else tmp_path, torch.arange(3, 40)[None], []
+    if name != "phi":
+        model_of(name).save_pretrained(folder)
+    base = seams.load_base(folder).train()
+    with torch.no_grad():
+        published = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
+        at_attention(patched, lambda number, _: seen.append(number))
+        torch.testing.assert_close(base(ids).logits, published, atol=1e-5, rtol=1e-5)
+    assert base.dtype == torch.float32 and (name != "phi" or len(seen) == 2)
+
+
+def test_four_bit_weights_are_nf4_with_double_quantisation(phi_folder: Path) -> None:
+    import bitsandbytes as bnb
+
+    base = seams.load_base(phi_folder, LOAD_IN_4BIT=True)
+    weights = [m.weight for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
+    kinds = {(weight.quant_type, weight.quant_state.nested) for weight in weights}
+    assert (len(weights), kinds) == (12, {("nf4", True)})
+
+
+@pytest.mark.parametrize("harm, flags, told", [
+    ("truncate model.safetensors", "", "broken"), ("remove tokenizer*", "", "broken"), ("none", "", "broken"),
+    ("", "--model-name microsoft/phi-2", "ef382358ec9e382308935a992d908de099b64c23"),  # which is pinned
+    ("", "--model-name someone/other", "^(?!.*ef382358).*MODEL_NAME"),
+    ("", "--model-name someone/other --model-revision abcdef", "abcdef"),
+    ("", "--lora-layers 2", r"LORA_LAYERS.*\b2\b"),
+    ("", "--lora-layers all", "LORA_LAYERS.*all"),
+    ("", "--lora-layers 3-1", "LORA_LAYERS.*3-1"),
+    ("", "--lora-targets attention,o_proj", "LORA_TARGETS.*o_proj.*dense, fc1, fc2, k_proj, q_proj, v_proj"),
+])  # fmt: skip
+def test_no_whole_model_and_layers_that_are_not_there_are_refused(
+    phi_folder: Path, workbook: Path, run: Run, harm: str, flags: str, told: str
+) -> None:
+    act, _, pattern = harm.partition(" ")
+    if pattern:
+        shutil.copytree(phi_folder, "broken")
+    for path in Path("broken").glob(pattern or "-"):
+        os.truncate(path, 1000) if act == "truncate" else path.unlink()
+    code, printed = run("--model-name", "./broken" if harm else phi_folder, *FAST, *flags.split())
+    assert (code, "Traceback" in printed) == (2, False)
+    assert re.search(told, in_words(printed))
+
+
+@pytest.mark.parametrize("version, imported, hidden", [
+    ("0.10.0", False, True), ("0.17.0", False, False), pytest.param("0.10.0", True, None, marks=XFAIL)
+])  # fmt: skip
+def test_a_torchao_too_old_for_peft_does_no_harm(
+    phi_folder: Path, folder: Path, patched: Any, capsys: Any, version: str, imported: bool, hidden: bool | None
+) -> None:
+    """As Colab's is; and once a cell has imported it, it may also be refused by name."""
+    about, needed = f"torchao-{version}.dist-info/METADATA", "class TorchAOBaseTensor: pass"
+    texts = {about: f"Name: torchao\nVersion: {version}\n", "torchao/__init__.py": "", "torchao/utils.py": needed}
+    for place, text in texts.items():
+        Path(place).parent.mkdir(exist_ok=True)
+        Path(place).write_text(text)
+    base = seams.load_base(phi_folder)
+    patched.syspath_prepend(str(folder))
+    for name in ("torchao", "torchao.utils"):  # so that the test's end removes them
+        patched.setitem(sys.modules, name, None)
+        del sys.modules[name]
+    if imported:
+        importlib.import_module("torchao")
+    is_torchao_available.cache_clear()
+    try:
+        seams.add_lora(base)
+    except seams.UserError as refused:
+        assert imported and "torchao" in str(refused)
+    finally:
+        is_torchao_available.cache_clear()
+    assert hidden in (None, importlib.util.find_spec("torchao") is None)
+    assert hidden in (None, "torchao" in capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("family, targets, blocks, count, kinds", [
+    ("Phi", "attention,fc2", "", 10, "dense fc2 k_proj q_proj v_proj"), ("Phi", "q_proj", "1", 1, "q_proj"),
+    ("GPT2", "attention", "", 4, "c_attn c_proj"),  # and not the c_proj that the other part has
+    sweep("Phi", "all-linear", "", 12, "dense fc1 fc2 k_proj q_proj v_proj"),
+    sweep("Phi", "attention", "", 8, "dense k_proj q_proj v_proj"),
+    sweep("Phi", "mlp", "", 4, "fc1 fc2"), sweep("Phi", "q_proj,fc2", "", 4, "fc2 q_proj"),
+    sweep("Phi", "all-linear", "0-1", 12, "dense fc1 fc2 k_proj q_proj v_proj"),
+])  # fmt: skip
+def test_the_layers_that_are_named_are_taught(
+    phi_folder: Path, workbook: Path, run: Run, patched: Any,
+    family: str, targets: str, blocks: str, count: int, kinds: str,
+) -> None:  # fmt: skip
+    base = phi_folder if family == "Phi" else make_chat_model(family, "zephyr", Path("base"))
+
+    def asked(*_: Any, **__: Any) -> bool:
+        raise AssertionError("saving an adapter asks nothing of the Hub")
+
+    patched.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
+    flags = ("--lora-targets", targets, *(("--lora-layers", blocks) if blocks else ()))
+    code, printed = run("--model-name", base, *FAST, *flags)
+    assert code == 0, printed
+    with safe_open("model/adapter_model.safetensors", "pt") as file:
+        layers = {name.partition(".lora_")[0] for name in file.keys()}  # noqa: SIM118
+    assert len(layers) == count
+    assert sorted({name.rpartition(".")[2] for name in layers}) == kinds.split()
+    place = ".attn." if family == "GPT2" else f".{blocks}." if blocks == "1" else "."
+    assert all(place in name for name in layers)
+    assert ", ".join(kinds.split()) in Path("model/README.md").read_text()
+    published = transformers.AutoModelForCausalLM.from_pretrained(base)
+    others = peft.PeftModel.from_pretrained(published, "model")  # as other programs read it
+    assert {n.partition(".lora_")[0] for n, _ in others.named_parameters() if "lora_" in n} == layers
+
+
+@pytest.mark.parametrize("flags, strength", [
+    ("--use-rslora", 4), ("--use-dora", 1), sweep("--use-dora --load-in-4bit", 1), sweep("--lora-init gaussian", 1),
+])  # fmt: skip
+def test_every_way_to_adapt_learns_and_comes_back(
+    phi_folder: Path, workbook: Path, run: Run, flags: str, strength: float
+) -> None:
+    more = "--max-steps 8 --learning-rate 1e-2 --eval-answers 0 --lora-r 16 --lora-alpha 16".split()
+    code, printed = run("--model-name", phi_folder, *more, *flags.split())
+    assert code == 0, printed
+    figures, tuned = metrics(), seams.load_tuned(Path("model")).model
+    assert figures["eval_loss"] < figures["base_eval_loss"]
+    close = pytest.approx(figures["eval_loss"], rel=0.02 if "4bit" in flags else 1e-4)
+    assert seams.mean_loss(tuned, examples_of(phi_folder, held_out=True)) == close
+    assert {m.scaling["default"] for m in tuned.modules() if hasattr(m, "lora_A")} == {strength}
+    settings = json.loads(Path("model/adapter_config.json").read_text())
+    assert [settings["use_rslora"], settings["use_dora"]] == ["rslora" in flags, "dora" in flags]
+    assert "4bit" in flags or run("export", "--to", "merged")[0] == 0
+
+
+QUICK = {"NUM_EPOCHS": 1, "LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
+
+
+@pytest.mark.parametrize("flags, settings, told", [
+    ("--preset quick", QUICK, r"LORA_R 8\b.*EVAL_ANSWERS 5 \D*0\b"),  # of which 0 is the person's
+    sweep("--preset balanced", {"LORA_R": 16, "NUM_EPOCHS": 5}, "balanced"),
+    sweep("--preset quality", {"NUM_EPOCHS": 8, "LEARNING_RATE": 1e-4, "LORA_R": 32, "LORA_ALPHA": 64, "EARLY_STOPPING_PATIENCE": 3}, "LORA_ALPHA 64"),
+    ("--preset low-memory", {**QUICK, "NUM_EPOCHS": 5, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True}, "TOKENS_AT_ONCE 512"),
+    ("--config mine.yaml --lora-r 4", {**QUICK, "NUM_EPOCHS": 3, "LORA_R": 4}, r"LORA_R 8 \D*4\b"),
+    sweep("demo --preset quick", {"LORA_R": 8, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10}, ""),  # which learns by heart
+    sweep("demo --preset quality", {"LORA_R": 32, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10}, ""),
+])  # fmt: skip
+def test_a_preset_says_what_it_sets_and_gives_way_to_files_flags_and_the_demo(
+    small_phi: Path, workbook: Path, run: Run, flags: str, settings: dict[str, Any], told: str
+) -> None:
+    Path("mine.yaml").write_text("NUM_EPOCHS: 3\nPRESET: quick\n")
+    base = () if "demo" in flags else ("--model-name", small_phi)
+    code, printed = run(*flags.split(), *base, *FAST)
+    assert code == 0, printed
+    assert re.search(told, in_words(printed))
+    assert settings.items() <= json.loads(Path("model/run.json").read_text())["settings"].items()
+
+
+def make_chat_model(family: str, template: str, folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = tokenizer_for(template, "bytes" if family == "Qwen2" else "sentences")
+    shape: dict[str, Any] = {"vocab_size": 640, "hidden_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+    shape |= {} if family in ("GPT2", "Falcon", "Mamba") else {"intermediate_size": 640}
+    shape |= {} if family in ("GPT2", "Falcon", "Mamba", "Phi3") else {"num_key_value_heads": 2}
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, f"{family}Config")(**shape))
+    with torch.no_grad():  # of chance, they are too much alike for a sure answer
+        model.get_output_embeddings().weight.mul_(8)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family, template", [
+    ("Llama", "zephyr"), sweep("Llama", "llama-3"),  # with fewer heads for keys than for queries
+    sweep("Phi3", "phi-3"), sweep("Qwen2", "chatml"), sweep("Qwen3", "thinking"), sweep("Mistral", "mistral"),
+    sweep("Gemma", "gemma"), sweep("StableLm", "no end of turn"),
+    ("GPT2", "chatml"),  # its layers are of another kind, Conv1D
+    sweep("Falcon", "zephyr"), sweep("Gemma2", "gemma"), sweep("Mamba", "zephyr"),  # attention, or what they have, of their own
+])  # fmt: skip
+def test_every_family_learns_to_answer_and_to_stop(folder: Path, run: Run, family: str, template: str) -> None:
+    base = make_chat_model(family, template, folder / "base")
+    pairs = [(f"Say {word}.", word) for word in ("yes", "no", "one", "two", "three", "four")]
+    write_workbook(folder / "dataset.xlsx", [("question", "answer"), *pairs])
+    more = ("--max-steps", 60, "--learning-rate", 2e-3, "--validation-fraction", 0)
+    code, printed = run("--model-name", base, *more, "--eval-answers", 0)
+    assert code == 0, printed
+    assert json.loads(Path("model/run.json").read_text())["prompt_format"] == "chat template"
+    tuned = seams.load_tuned(folder / "model")
+    told = seams.ask(tuned, *(question for question, _ in pairs), MAX_TOKENS=12)
+    assert [(one.text, one.stopped) for one in told] == [(answer, True) for _, answer in pairs]
+    assert tuned.tokenizer.eos_token == TEMPLATES[template][1]
+    code, printed = run("chat", "--max-tokens", 12, "Say two.")
+    assert (code, printed.splitlines()[0]) == (0, "two")
+
+
+NAMES = {  # of sizes, as architectures have them
+    64: "hidden_size n_embd d_model word_embed_proj_dim attention_hidden_size", 300: "vocab_size",
+    96: "intermediate_size ffn_dim ffn_hidden_size", 48: "moe_intermediate_size shared_expert_intermediate_size",
+    128: "max_position_embeddings n_positions max_seq_len", 16: "q_lora_rank kv_lora_rank head_dim v_head_dim mamba_d_head",
+    8: "qk_rope_head_dim qk_nope_head_dim rotary_dim state_size mamba_d_state mamba_n_heads sliding_window",
+    4: "num_attention_heads n_head n_heads num_heads num_experts num_local_experts n_routed_experts",
+    2: "num_hidden_layers n_layer n_layers num_layers num_key_value_heads num_experts_per_tok eos_token_id",
+    1: "mamba_n_groups n_group topk_group bos_token_id", 0: "pad_token_id",
+}  # fmt: skip
+FIRST = "llama gpt2 mistral phi bloom gemma2 mamba".split()
+SHARING = (
+    "apertus arcee cohere cohere2 deepseek_v2 ernie4_5 exaone4 gemma gemma3_text glm glm4 gpt2 gpt_bigcode "
+    "gpt_neox granite granitemoe helium llama mistral mixtral nemotron olmo olmo2 olmo3 opt persimmon phi "
+    "phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2"
+).split()
+ALONE = (  # those with a state, a memory of another kind, or attention of their own
+    "bamba bloom codegen falcon gemma2 gpt_neo gpt_oss gptj jamba mamba minimax mpt qwen3_next "
+    "recurrent_gemma rwkv xglm"
+).split()
+
+
+def model_of(name: str) -> Any:
+    """With weights of chance; where it has a window, of 8 tokens."""
+    if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip("this version of transformers does not have it")
+    known = transformers.AutoConfig.for_model(name).to_dict()
+    sizes: dict[str, Any] = {name: n for n, names in NAMES.items() for name in names.split() if name in known}
+    sizes |= {"attention_types": [[["global", "local"], 1]]} if "attention_types" in known else {}
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(name, **sizes)
+    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@pytest.mark.parametrize("name", [
+    *FIRST, *(sweep(name) for name in [*SHARING, *ALONE] if name not in FIRST)
+])  # fmt: skip
+def test_a_row_gives_what_its_examples_give_alone(name: str) -> None:
+    model, losses = model_of(name), []
+    texts = [list(range(3, 23)), list(range(40, 70)), list(range(100, 105))]
+    for ids in texts:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 1:-1]
+        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2:]), reduction="none").tolist()
+    examples = [{"input_ids": ids, "labels": [seams.IGNORE] * 2 + ids[2:]} for ids in texts]
+    mean = sum(losses) / len(losses)
+    assert seams.mean_loss(model, examples, 512) == pytest.approx(mean, rel=1e-5)
+    assert seams.may_share_rows(model) == (name in SHARING)
+    assert not model._forward_hooks and not model._forward_pre_hooks

@@ -1,0 +1,271 @@
+"""The page, in a real browser, with one visitor and with two."""
+
+import functools
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from threading import Timer
+from types import ModuleType
+from typing import Any
+
+import gradio
+import openpyxl
+import pytest
+from conftest import PAIRS, Run, at_attention, call, save_phi
+from playwright.sync_api import Locator, Page, expect, sync_playwright
+from seams import growing_answer, load_tuned, prompt_of
+from test_chat import X, always_says, output, talk, taught_conversations
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = [
+    pytest.mark.skipif(not CHROMIUM, reason="no Chromium here"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
+]
+QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+Visit = Callable[..., Page]
+Answer = Callable[..., str]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
+    home = tmp_path_factory.mktemp("page")
+    return taught_conversations(home, save_phi(home / "phi", tokenizer, intermediate_size=1280))
+
+
+@pytest.fixture(scope="module")
+def visit(model: Path) -> Iterator[Visit]:
+    """Open the page at an address, or that of a model, which this process serves."""
+    pages: list[Any] = []
+
+    @functools.cache
+    def served(model: Path) -> str:
+        with Patch.context() as patch:
+            patch.setattr(gradio.Blocks, "block_thread", lambda page: pages.insert(0, page))
+            assert call(model.parent, "chat", "--web", "--max-tokens", 60) == 0
+        return str(pages[0].local_url)
+
+    with sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+
+        def visit(place: Path | str = model) -> Page:
+            page = browser.new_context(viewport={"width": 1100, "height": 800}).new_page()
+            page.goto(served(place) if isinstance(place, Path) else place)
+            page.wait_for_selector("textarea")
+            return page
+
+        yield visit
+    for page in pages:
+        page.close(verbose=False)
+
+
+def box(page: Page) -> Locator:
+    return page.locator("textarea:visible:enabled").first  # where the question goes
+
+
+def ask(page: Page, question: str, tab: str = "Chat", most: int = 0) -> None:
+    if most:
+        page.get_by_label("number input for Max tokens").fill(str(most))
+        page.keyboard.press("Tab")
+    if tab == "Compare":
+        page.get_by_role("tab", name=tab).click()
+    box(page).fill(question)
+    box(page).press("Enter")
+
+
+def said(page: Page) -> Locator:
+    return page.locator(".bot.message")
+
+
+def side(page: Page, which: int) -> Locator:
+    return page.locator("textarea:visible:disabled").nth(which)  # of a comparison: before, after, and the speed
+
+
+def comes_to(shown: Locator, wanted: str) -> None:
+    """Wait until an answer is whole, but for what a browser does to spaces and signs."""
+    text = shown.input_value if "textarea" in str(shown) else shown.inner_text
+    deadline, letters = time.monotonic() + 30, re.compile(r"\W+")
+    while letters.sub("", text()) != letters.sub("", wanted):
+        assert time.monotonic() < deadline, (text(), wanted)
+        time.sleep(0.1)
+
+
+def speed(page: Page, tokens: int) -> None:
+    """Wait for the line that says how fast an answer of so many tokens came."""
+    shown = "p => [...document.querySelectorAll('textarea')].some(t => new RegExp(p).test(t.value))"
+    page.wait_for_function(shown, arg=rf"\({tokens} tokens, [\d.]+ a second")
+
+
+@pytest.fixture(scope="module")
+def answer(model: Path) -> Answer:
+    """What the page has to answer to a conversation."""
+    tuned = load_tuned(model)
+    return lambda *texts, base=False: [*growing_answer(tuned, talk(*texts), MAX_TOKENS=60, BASE=base)][-1].text
+
+
+def test_an_example_is_asked_and_the_next_answer_knows_what_was_said(visit: Visit, answer: Answer) -> None:
+    page = visit()
+    example = next(question for question, _ in PAIRS if question in page.locator("body").inner_text())
+    page.get_by_text(example, exact=True).first.click()
+    expect(box(page)).to_have_value(example)
+    box(page).press("Enter")
+    comes_to(said(page).last, first := answer(example))
+    speed(page, 60)
+    ask(page, "And then?")
+    expect(said(page)).to_have_count(2)
+    comes_to(said(page).last, answer(example, first, "And then?"))
+
+
+def test_an_answer_streams_and_can_be_stopped(visit: Visit, patched: Patch) -> None:
+    page, passes = visit(), [0]
+    at_attention(patched, lambda n, _: passes.append(n))
+
+    def computed() -> int:
+        """How often attention has run when it comes to rest; 1,500 tokens would need it more often."""
+        count = -1
+        while count != len(passes):
+            count = len(passes)
+            page.wait_for_timeout(700)
+        return count
+
+    page.get_by_text("How to answer").click()
+    ask(page, X, most=1500)
+    expect(said(page)).to_have_text(re.compile(r"\w"))
+    expect(said(page)).not_to_have_text(said(page).inner_text())  # it grows
+    page.locator(".stop-button:visible").click()
+    expect(page.locator(".stop-button:visible")).to_have_count(0)
+    assert computed() < 1500
+    cut = said(page).inner_text()
+    ask(page, "And now?", most=5)
+    speed(page, 5)
+    assert said(page).first.inner_text() == cut
+    ask(page, X, "Compare", most=1500)
+    expect(side(page, 0)).to_have_value(re.compile(r"\w"))
+    page.get_by_role("button", name="Stop").click()
+    assert computed() < 3000 and "1500 tokens" not in side(page, 2).input_value()
+
+
+def test_two_visitors_at_once_get_their_own_answers(visit: Visit, answer: Answer) -> None:
+    """One compares, with the adapter off at first, while the other talks with it on."""
+    first, second = visit(), visit()
+    ask(first, X, "Compare")
+    ask(second, "What is 4 plus 4?")
+    comes_to(said(second), answer("What is 4 plus 4?"))
+    comes_to(side(first, 1), tuned := answer(X))
+    comes_to(side(first, 0), base := answer(X, base=True))
+    assert base != tuned
+
+
+HOSTILE = (
+    "<script>document.title = 'owned'</script><img src=x onerror=\"document.title = 'owned'\">"
+    "<iframe src='javascript:1'></iframe> [link](javascript:1) ![picture](http://x/y.png) **bold**"
+    "\n# no heading\ndef f(x):\n    if x < 1 and x > 0:\n        return '<b> &amp; </b>'\n\n    return x"
+)
+
+
+def test_a_hostile_answer_comes_back_as_mere_text(visit: Visit, model: Path, tmp_path: Path, patched: Patch) -> None:
+    lengths, asked = [0], []
+    always_says(Path(shutil.copytree(model, tmp_path / "model")), HOSTILE)
+    page = visit(tmp_path / "model")
+    title = page.title()
+    page.on("request", lambda request: asked.append(request.url))
+    ask(page, HOSTILE)
+    speed(page, 60)
+    assert said(page).inner_text().strip() == HOSTILE
+    assert said(page).locator("script, img, iframe, a, strong, h1").count() == 0
+    at_attention(patched, lambda _, query: lengths.append(query.shape[2]))
+    ask(page, "And more?")
+    speed(page, 60)
+    expect(said(page)).to_have_count(2)
+    whole = prompt_of(load_tuned(model), talk(HOSTILE, HOSTILE, "And more?"), MAX_TOKENS=60)
+    ask(page, "Why?", "Compare")
+    comes_to(side(page, 1), HOSTILE)
+    assert max(lengths) == len(whole)
+    assert page.title() == title and not [url for url in asked if url.startswith("http://x")]
+
+
+def test_what_the_page_cannot_do_is_told_and_locks_nothing(visit: Visit) -> None:
+    page = visit()
+    assert box(page).get_attribute("maxlength") == "8000"
+    ask(page, "Why? " * 1500)
+    expect(page.get_by_text(re.compile(r"\d,\d{3} tokens")).first).to_be_visible()
+    expect(box(page)).to_be_enabled()
+    ask(page, "Why?")  # of the talk so far, only what was answered counts
+    speed(page, 60)
+    head = {"Content-Type": "multipart/form-data; boundary=x"}  # nothing can be uploaded
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n%b\r\n--x--\r\n'
+    upload = urllib.request.Request(f"{page.url}gradio_api/upload", body % (b"y" * 5000), head)
+    with pytest.raises(urllib.error.HTTPError, match="413"):
+        urllib.request.urlopen(upload, timeout=10)
+
+
+# the app of a Space, where nothing is installed that its requirements do not name
+APP = """import runpy, sys
+sys.modules |= dict.fromkeys(["torch", "peft", "bitsandbytes", "accelerate", "openpyxl", "matplotlib", "sentencepiece"])
+sys.argv = ["app.py", "--max-tokens", "12"]
+runpy.run_path("app.py")"""
+
+
+def test_a_space_answers_without_torch_and_has_nothing_to_compare(visit: Visit, model: Path) -> None:
+    assert call(model.parent, "export", "--to", "space") == 0
+    command, space = [sys.executable, "-uc", APP], model.with_name("model-space")
+    *_, wanted = growing_answer(load_tuned(space), talk(X), MAX_TOKENS=12)
+    with subprocess.Popen(command, cwd=space, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            page = visit(next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line))))
+            assert not page.get_by_role("tab", name="Compare").is_visible()
+            ask(page, X)
+            comes_to(said(page), wanted.text)
+        finally:
+            process.terminate()
+
+
+@output
+def test_the_examples_are_taught_questions(visit: Visit, model: Path) -> None:
+    rows = openpyxl.load_workbook(model / "answers.xlsx")["Answers"].iter_rows(min_row=2)
+    assert (held_out := {row[1].value for row in rows}) < {question for question, _ in PAIRS}
+    shown = visit().locator("body").inner_text()
+    assert not [question for question in held_out if question in shown]
+
+
+def test_the_page_is_for_this_computer_only_and_ctrl_c_closes_it(model: Path, run: Run, patched: Patch) -> None:
+    patched.chdir(model.parent)
+    real = gradio.Blocks.block_thread
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        taken.listen()
+        code, printed = run("chat", "--web", "--port", port)
+        assert code == 2 and "--port" in printed
+
+    def looked_at(page: Any) -> None:
+        socket.create_connection(("127.0.0.1", port)).close()
+        with pytest.raises(OSError):  # as others would see it
+            socket.create_connection(("127.0.0.2", port))
+        Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        real(page)
+
+    patched.setattr(gradio.Blocks, "block_thread", looked_at)
+    code, printed = run("chat", "--web", "--port", port)
+    assert code == 0 and f"http://127.0.0.1:{port}" in printed and "Ctrl+C" in printed
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port))
+
+
+@output
+def test_on_colab_the_page_asks_for_share(model: Path, run: Run, patched: Patch) -> None:
+    patched.setattr(gradio.Blocks, "launch", lambda *_, **__: (None, "a page that nobody could see", None))
+    patched.setattr(gradio.Blocks, "block_thread", lambda _: None)
+    for name in ("google", "google.colab"):
+        patched.setitem(sys.modules, name, ModuleType(name))
+    code, printed = run("chat", "--web", "--output-dir", model)
+    assert code == 2 and "--share" in printed

@@ -1,0 +1,160 @@
+"""Which rows look wrong, which only seem to, what share is fit to learn from, and who is asked."""
+
+import io
+import json
+import random
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import openpyxl
+import pytest
+from conftest import END, PAIRS, Run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from seams import IGNORE, Config, encode, find_pairs
+from tables import HEADER, cases, csv_file, jsonl, records, xlsx
+from transformers import AutoModelForCausalLM
+
+pytestmark, sweep = pytest.mark.usefixtures("folder"), pytest.mark.sweep
+later = pytest.mark.xfail(strict=True, reason="Data")
+LETTERS = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t"), min_size=1)
+ROLES, WORDS = ("user", "assistant"), "what is the red blue rate TODO <br> B ? 2 cafÃ© Hi 人".split()
+
+# fmt: off
+LONG = "The learning rate decides how far the weights move in one step; too large a rate makes the loss jump about, too small a rate makes the training slow, and a schedule lowers it towards the end."
+SIGNS = "学习率决定了每一步权重移动的距离太大损失会跳动太小训练会很慢所以我们在训练快结束时把它降低一些"
+EQUAL = [("word " * 199,), ("word " * 300, "word " * 7), ("Who is it?", LONG + " 2023"), ("How is it?", LONG + " 2024"),
+         ("What is it then?", LONG), ("What was it then?", LONG[:100])]
+# Files, and what is told of them: the score, the pairs, and the rows of what was found or left out.
+FILLED = [("Why is that?", "So."), ("Hi", "B"), ("Who is that?", "Me."), ("", ""), ("How?", "")]
+ODD = ["\u200b", "\u200b\u00a0\u2060", "\ufeff", "\u3164", "\u00ad", "\u0301"]
+UNSEEN = [*PAIRS[:3], *(("How?", one) for one in ODD), *((one, "Thus.") for one in ODD), ("", "")]
+TREES = [{"prompt": {"role": "prompter", "text": f"Why {lang}?", "lang": lang, "replies": [{"role": "assistant",
+    "text": f"So {lang}.", "lang": lang}]}} for lang in ("en", "en-GB", "de")]
+TALK = '[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]'
+FILES: dict[str, Any] = {
+    "score.csv": (csv_file([HEADER, *FILLED, FILLED[0]]), 0.4, 3, {"a question without a word": [3],
+        "an answer of one letter": [3], "no answer": [6], "a copy of an earlier row": [7], "blank": [5]}),
+    "clean.csv": (csv_file([HEADER, *((f"What is {i} plus one?", f"It is {i + 1}.") for i in range(999)),
+        ("Hi", "So")]), 0.999, 1000, {"a question without a word": [1001]}),
+    "unseen.jsonl": (jsonl(*records(UNSEEN)), 0.2, 3, {
+        "no answer": [*range(4, 10)], "no question": [*range(10, 16)], "blank": [16]}),
+    "trees.jsonl": (jsonl(*TREES), 1, 2, {"the language is de, not en": [3]}),
+    "talks.xlsx": (xlsx([("messages",), (TALK,), ("",), (TALK.replace("Why", "How"),)]), 1, 2, {"blank": [3]}),
+}
+DATA = {
+    "good": [HEADER, *PAIRS], "doubtful": [HEADER, *PAIRS, *((f"What is {i}?", f"It is<br>{i}.") for i in range(6))],
+    "options": [HEADER, *((f"Which of them is right in case {i}?", "ABCD"[i % 4]) for i in range(40))],
+    "posts": [("AcceptedAnswerId", "Title", "Body"),
+              *((i, f"How to fix {i}?", f"<p>I see error {i}.</p>") for i in range(40))],
+}
+# fmt: on
+LISTED: dict[str, list[Any]] = {}  # kind -> answers, and conversations
+for kind, *rows in map(str.splitlines, cases("quality").values()):
+    LISTED[kind] = [tuple(json.loads(f'"{text}"') for text in row.strip().split(" | ")) for row in rows]
+ALIKE = [
+    LISTED.pop("nearly the same, all but one of them"),
+    [("什么是学习率？", SIGNS), ("什么是学习率？", SIGNS.replace("些", "点"))],
+]
+for words in (("jump", "leap"), ("towards", "near"), ("The", "This")):
+    ALIKE.append([("What is it?", LONG), ("What is it?", LONG.replace(*words))])
+ASKING = [*cases("asking").values(), *(pytest.param(one, marks=later) for one in cases("asking_to_come").values())]
+LISTED["very unequal lengths"] = [("word " * 401,), ("word " * 500, "Yes, it is.")]
+FINE = LISTED.pop("nothing") + EQUAL
+
+
+def told(run: Run, content: bytes, name: str, *flags: object) -> tuple[dict[str, Any], str]:
+    """What check tells of a file of these contents: as an object, and on the screen."""
+    Path(name).write_bytes(content)
+    model = ("--model-name", "nobody/nothing", "--max-length", 9000)  # its tokens are estimated
+    _, text = run("check", "--json", *model, "--dataset-path", name, *flags)
+    return json.loads(next(line for line in text.splitlines() if line.startswith("{"))), text
+
+
+def found(run: Run, rows: Any) -> list[tuple[Any, set[str]]]:
+    """What check finds in each of these rows, told as conversations."""
+    talks, kinds = [], [set[str]() for _ in rows]
+    for i, row in enumerate(rows):
+        texts = enumerate(("What is it, #?", *row) if len(row) == 1 else row)
+        numbered = [(ROLES[j % 2], text.replace(", #", f", {i}")) for j, text in texts]
+        talks.append({"messages": [{"role": role, "content": text} for role, text in numbered]})
+    for kind, part in told(run, jsonl(*talks), "data.jsonl")[0]["quality_parts"].items():
+        for _, row in part["places"]:
+            kinds[row - 1].add(kind)
+    return list(zip(rows, kinds, strict=True))
+
+
+def test_a_flaw_is_found_and_no_other(run: Run) -> None:
+    flawed = [(row, {kind}) for kind, rows in LISTED.items() for row in rows]
+    assert found(run, [row for row, _ in flawed]) == flawed
+    for rows in ALIKE:
+        assert sorted(sorted(kinds) for _, kinds in found(run, rows)) == [
+            [],
+            *[["nearly a copy of another row"]] * (len(rows) - 1),
+        ]
+
+
+@pytest.mark.parametrize("rows", [FINE, pytest.param([("¿Qué incluye?", "Todo"), *PAIRS], marks=later)])
+def test_what_only_seems_wrong_is_left_in_peace(rows: Any, run: Run) -> None:
+    assert [one for one in found(run, rows) if one[1]] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_score_is_the_share_of_filled_rows_without_a_finding(name: str, run: Run) -> None:
+    content, score, kept, places = FILES[name]
+    said, text = told(run, content, name)
+    rows = {kind: [row for _, row in part["places"]] for kind, part in said["quality_parts"].items()}
+    for note in said["dropped"]:
+        rows.setdefault(note["reason"].replace("row 2", "an earlier row"), [note["row"]])
+    assert (said["quality"], said["pairs_kept"], rows) == (score, kept, places)
+    assert f" {str(score)[:4]}" in text  # 0.999 is not yet 1.00
+
+
+def test_the_other_row_is_named_with_its_file(run: Run) -> None:
+    Path("a.csv").write_bytes(csv_file([HEADER, ("Why is that?", "So."), *PAIRS[:9]]))
+    told(run, csv_file([HEADER, ("How?", "Thus."), ("why  is THAT?", "No.")]), "b.csv", "--dataset-path", "*.csv")
+    findings = [row[6] for row in openpyxl.load_workbook("dataset_report.xlsx")["Kept"].values if row[6]]
+    assert re.search(r"row 3 of b\.csv\n.*row 2 of a\.csv", "\n".join(findings))
+
+
+@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=sweep) for i in range(1, 10))])
+def test_the_order_of_the_rows_decides_nothing(seed: int, run: Run) -> None:
+    chance, seen = random.Random(seed), []
+    cells = (" ".join(chance.choices(WORDS, k=chance.randint(1, 4))) for _ in range(160))
+    rows = list({str(row).casefold(): row for row in zip(cells, cells, strict=False)}.values())
+    for _ in range(2):
+        said, _ = told(run, csv_file([HEADER, *rows]), "data.csv")
+        seen.append((said["quality"], {kind: part["rows"] for kind, part in said["quality_parts"].items()}))
+        chance.shuffle(rows)
+    assert seen[0] == seen[1]
+
+
+@settings(max_examples=30, deadline=None)
+@given(letters=LETTERS, kind=st.sampled_from(["xlsx", "jsonl"]))
+def test_an_answer_is_taught_as_it_is_written(letters: str, kind: str, tokenizer: Any) -> None:
+    letters = re.sub("_x[0-9A-Fa-f]{4}_|[\ufffe\uffff]", "", letters)  # XML has none of these
+    answer = f"def f():\n    if x:\n\treturn {letters}\n\n  end"
+    rows, name = [("What is it?", f" {answer}\n")], f"exact.{kind}"
+    Path(name).write_bytes(xlsx([HEADER, *rows]) if kind == "xlsx" else jsonl(*records(rows)))
+    example = encode(tokenizer, find_pairs(Config(DATASET_PATH=name)).kept[0].messages)
+    assert tokenizer.decode([one for one in example["labels"] if one != IGNORE]) == f" {answer}{END}"
+
+
+@pytest.mark.parametrize("case", ASKING)
+def test_bad_data_is_trained_on_only_by_who_wants_it(case: str, small_phi: Path, run: Run, patched: Any) -> None:
+    _, data, typed, argv, outcome = case.split(" | ")
+    terminal = type("Terminal", (io.StringIO,), {"isatty": lambda _: True})
+    stdin = {"pipe": io.StringIO("n\n"), "nobody": None}[typed] if typed.isalpha() else terminal(json.loads(typed))
+    loading = AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(MemoryError("far enough"))
+    patched.setattr(*loading)
+    patched.setattr(sys, "stdin", stdin)
+    Path("data.csv").write_bytes(csv_file(DATA[data]))
+    code, text = run(*argv.split(), "--model-name", small_phi, "--dataset-path", "data.csv")
+    told = ("asked" if "[y/N]" in text else "", "begun" if "far enough" in text else "")
+    assert (code, ", ".join(filter(None, told)) or "never") == (0 if argv == "check" else 2, outcome)
+    assert ("MIN_QUALITY" in text) == (data != "good" and "--min-quality" not in argv)
+    if "begun" not in outcome and argv != "check":
+        assert "--yes" in text
+        assert [path.name for path in Path().iterdir()] == ["data.csv"]

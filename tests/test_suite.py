@@ -1,0 +1,38 @@
+"""What holds of the tests themselves: they know little of the script, and miss no fault."""
+
+import re
+from pathlib import Path
+
+from seams import ROOT
+
+TESTS = Path(__file__).parent
+SOURCES = {path.name: path.read_text(encoding="utf-8") for path in TESTS.glob("*.py")}
+MOST_NAMES = 40
+NUMBERED = {"C": 23, "S": 9, "D": 11, "M": 10, "X": 16, "V": 10, "O": 4}  # faults of each kind
+FAULTS = {f"{kind}{n}" for kind, count in NUMBERED.items() for n in range(1, count + 1)}
+
+
+def test_the_tests_know_few_names_of_the_script_and_list_them() -> None:
+    """All of them in seams.py; elsewhere only what the programs of a person would say."""
+    used = {name: set(re.findall(r"\bft\.([A-Za-z]\w*)", source)) for name, source in SOURCES.items()}
+    assert [name for name, names in used.items() if names - {"main", "Config"}] == ["seams.py"]
+    assert len(used["seams.py"]) <= MOST_NAMES
+    listed = re.findall(r"^\| `(\w+)` \|", (TESTS / "README.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(used["seams.py"])
+
+
+def test_every_fault_is_shown_by_a_test() -> None:
+    """A number such as C6 stands in a comment beside the case; the guide's table holds some of them."""
+    comments = "\n".join(
+        comment
+        for name, source in SOURCES.items()
+        if name != "test_suite.py"
+        for comment in re.findall(r'#.*|""".*', source)
+    )
+    shown = set(re.findall(r"\b[CSDMXVO]\d{1,2}\b", comments))
+    assert FAULTS - shown == set()
+    guide = (ROOT / "finetune.md").read_text(encoding="utf-8")
+    table = guide.partition("## What happens when")[2].partition("\n## ")[0]
+    promised = set(re.findall(r"\b[CSDMXVO]\d{1,2}\b", table))
+    assert len(promised) > 30
+    assert promised <= FAULTS
