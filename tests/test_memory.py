@@ -17,8 +17,7 @@ from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
-FLAGS = "--max-steps 5 --eval-steps 3 --save-steps 2 --learning-rate 1e-3 --lora-dropout 0".split()
-FLAGS += "--eval-answers 0 --validation-fraction 0.3".split()
+FLAGS = "--max-steps 5 --eval-steps 3 --save-steps 2 --learning-rate 1e-3 --lora-dropout 0 --eval-answers 0 --validation-fraction 0.3".split()
 ADAPTER = "adapter_model.safetensors"
 
 

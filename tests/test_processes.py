@@ -21,8 +21,7 @@ from safetensors.torch import load_file
 from seams import ROOT, SCRIPT, main
 from torch import testing
 
-FLAGS = "--lora-dropout 0 --max-steps 8 --save-steps 2 --eval-steps 3 --learning-rate 1e-2".split()
-FLAGS += "--batch-size 3 --gradient-accumulation-steps 2 --eval-answers 1 --max-tokens 3".split()
+FLAGS = "--lora-dropout 0 --max-steps 8 --save-steps 2 --eval-steps 3 --learning-rate 1e-2 --batch-size 3 --gradient-accumulation-steps 2 --eval-answers 1 --max-tokens 3".split()
 LAUNCHERS = {
     "accelerate": "accelerate.commands.launch --multi_gpu --num_machines 1 --mixed_precision no --dynamo_backend no --num_processes {} --main_process_port {}",
     "torchrun": "torch.distributed.run --nproc-per-node {} --master-port {}",

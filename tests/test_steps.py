@@ -132,8 +132,7 @@ def test_a_plain_loop_agrees(bases: Any, phi_folder: Path, workbook: Path, run: 
         pytest.skip("torch compiles with it")
     base = phi_folder if family == "phi-80" else bases(family, int(heads))
     write_workbook(workbook, [("question", "answer"), *PAIRS[:10]])
-    more = "--batch-size 8 --gradient-accumulation-steps 1 --validation-fraction 0.2 --eval-steps 4".split()
-    more += "--max-steps 4 --learning-rate 1e-3 --lora-dropout 0".split()
+    more = "--batch-size 8 --gradient-accumulation-steps 1 --validation-fraction 0.2 --eval-steps 4 --max-steps 4 --learning-rate 1e-3 --lora-dropout 0".split()
     seen = Watched(patched)
     code, printed = run("--model-name", base, *PLAIN, *more, *flags)
     assert code == 0, printed
