@@ -219,10 +219,10 @@ def test_a_folder_that_only_others_may_use_is_refused(problems: Problems) -> Non
         os.seteuid(65534 if os.geteuid() == 0 else os.geteuid())  # the superuser may do anything
         stack.callback(os.seteuid, os.getuid())
         flags = f"--output-dir {place}/model --checkpoint-dir {place}/new/deep --model-name a/b"
-        closed, output, checkpoints = problems(*flags.split())[0]
-    assert re.search(f"OUTPUT_DIR {place}/model.*Permission", closed)
-    assert re.search(f"{place} .*Permission.*--output-dir", output)
-    assert re.search(f"{place}/new/deep .*--checkpoint-dir", checkpoints)
+        found = problems(*flags.split())[0]  # and maybe libraries that nobody may read
+    denied = f"OUTPUT_DIR {place}/model.*Permission", f"{place} .*Permission.*--output-dir"
+    for pattern in (*denied, f"{place}/new/deep .*--checkpoint-dir"):
+        assert any(re.search(pattern, one) for one in found), pattern
 
 
 def test_a_disk_needs_room_for_outputs_checkpoints_and_zips(problems: Problems, monkeypatch: Patch) -> None:
