@@ -1,6 +1,6 @@
 """How much do the tests notice? Makes one small fault at a time in a copy of the script and runs them.
 
-    python benchmarks/mutations.py             # all thirty, about an hour on two cores
+    python benchmarks/mutations.py             # all thirty
     python benchmarks/mutations.py 3 17        # only these
 
 Each mutation names the test files to begin with; if they pass, all of `python -m pytest` follows. A
@@ -76,9 +76,8 @@ MUTATIONS = [Mutation(*one) for one in (
 # fmt: on
 
 
-def caught(place: Path, mutation: Mutation) -> str:
+def caught(place: Path, script: str, mutation: Mutation) -> str:
     """By which run of the tests; nothing if all pass."""
-    script = (ROOT / "finetune_colab.py").read_text(encoding="utf-8")
     (place / "finetune_colab.py").write_text(script.replace(mutation.line, mutation.becomes))
     first = [f"tests/test_{name}.py" for name in mutation.first.split()]
     for name, command in (("its own tests", [*ALL, "-n", "2", *first]), ("the others", ALL)):
@@ -109,7 +108,7 @@ def main() -> int:
                     f"{number:2} GONE     {mutation.fault}: its line is there {script.count(mutation.line)} times"
                 )
                 continue
-            by = caught(place, mutation)
+            by = caught(place, script, mutation)
             found += bool(by)
             seconds = time.monotonic() - start
             print(
