@@ -22,6 +22,7 @@ import pytest
 from seams import Config, main
 
 Run = Callable[..., tuple[int, str]]
+Patch = pytest.MonkeyPatch
 
 # a shell that starts the tests in the background lets them ignore signals, and they their children
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
@@ -85,6 +86,11 @@ def dots_for_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.Monkey
         target.write(ONE_DOT) if hasattr(target, "write") else Path(target).write_bytes(ONE_DOT)
 
     monkeypatch.setattr(Figure, "savefig", savefig)
+
+
+def sweep(*row: Any, marks: Any = ()) -> Any:
+    """A row of a table that only the long run takes: python -m pytest -m sweep."""
+    return pytest.param(*row, marks=[pytest.mark.sweep, *marks])
 
 
 # -- Models

@@ -13,13 +13,12 @@ from typing import Any
 import openpyxl
 import pytest
 import torch
-from conftest import PAIRS, Run, at_attention, in_words, write_workbook
+from conftest import PAIRS, Patch, Run, at_attention, in_words, write_workbook
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from seams import IGNORE, ask, encode, growing_answer, load_base, load_tuned, overlap, prompt_of
 from tables import HEADER, csv_file
 
-Patch = pytest.MonkeyPatch
 FAULT = pytest.mark.xfail(strict=True, reason="Output")  # known, to be fixed with the issue that is named
 WHY = [{"role": "user", "content": "Why?"}]
 SO = [*WHY, {"role": "assistant", "content": "So."}]

@@ -18,13 +18,12 @@ from unittest.mock import Mock
 import openpyxl
 import pexpect
 import pytest
-from conftest import PAIRS, Run, call, in_words, write_workbook
+from conftest import PAIRS, Patch, Run, call, in_words, write_workbook
 from safetensors.torch import load_file, save_file
 from seams import SCRIPT, Config, find_pairs, growing_answer, load_tuned, main
 from tables import cases, cases_of_files, jsonl
 
 Chat = Callable[..., list[str]]
-Patch = pytest.MonkeyPatch
 Printed = pytest.CaptureFixture[str]
 FILE = "compare --max-tokens 2 --questions a.yaml"
 X, Y = "What is 2 plus 3?", "What is 2 plus 4?"

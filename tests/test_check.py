@@ -10,12 +10,12 @@ from typing import Any
 
 import openpyxl
 import pytest
-from conftest import PAIRS, Run, in_words, write_workbook
+from conftest import PAIRS, Run, in_words, sweep, write_workbook
 from matplotlib.figure import Figure
 from seams import setting_defaults
 from tables import HEADER, cases, jsonl, records, replaced, xlsx
 
-pytestmark, sweep = pytest.mark.usefixtures("folder"), pytest.mark.sweep
+pytestmark = pytest.mark.usefixtures("folder")
 data, output = (pytest.mark.xfail(strict=True, reason=name) for name in ("Data", "Output"))
 REPORT = ["dataset_report.png", "dataset_report.xlsx"]
 # fmt: off
@@ -35,8 +35,8 @@ THEIRS: list[Any] = [  # what is there, what somebody did to it, and flags
     (REPORT[1], lambda path: write_workbook(path, [("mine",)]), ""),
     (REPORT[1], lambda path: path.write_bytes(replaced(path.read_bytes(), ADA)), ""),
     (REPORT[1], lambda _: None, "--dataset-path ./dataset_report.xlsx --question-column question"),
-    *((name, lambda path: path.write_bytes(b""), "", sweep) for name in REPORT),
-    *((name, lambda path: path.unlink() or path.mkdir(), "", sweep) for name in REPORT),
+    *(sweep((name, lambda path: path.write_bytes(b""), "")) for name in REPORT),
+    *(sweep((name, lambda path: path.unlink() or path.mkdir(), "")) for name in REPORT),
 ]
 FORMULAS = "=1+1 ＝1+1 +1 -1 @SUM(A1) \t=1 \r=1 '=1 =cmd|'/C'!A0 #N/A".split(" ")
 # fmt: on
@@ -206,7 +206,7 @@ def test_nothing_in_the_report_is_a_formula_and_no_text_too_long(run: Run) -> No
             assert shown.endswith("…") and 65_000 < len(shown.encode("utf-16-le")) <= 2 * 32_767
 
 
-@sweep
+@pytest.mark.sweep
 def test_a_sheet_ends_where_it_would_be_too_long(run: Run) -> None:
     check_rows(run, *((f"What is {i}?", f"It is {i}.") for i in range(20_014)))
     *kept, (last, *_) = sheet("Kept")
@@ -214,7 +214,7 @@ def test_a_sheet_ends_where_it_would_be_too_long(run: Run) -> None:
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("case", [pytest.param(one[:3], marks=one[3:]) for one in THEIRS])
+@pytest.mark.parametrize("case", THEIRS)
 def test_what_is_somebody_elses_is_left_alone(case: Any, workbook: Path, run: Run) -> None:
     (name, change, flags), theirs = case, Path(case[0])
     check(run)

@@ -29,7 +29,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIRS, Run, at_step, call, in_words, signal_at, write_workbook
+from conftest import PAIRS, Run, at_step, call, in_words, signal_at, sweep, write_workbook
 from kill_rig import is_whole
 from safetensors import SafetensorError
 from seams import ROOT
@@ -39,7 +39,6 @@ from transformers import PreTrainedTokenizerBase
 FLAGS = "--max-steps 5 --save-steps 1 --eval-steps 3 --batch-size 4 --gradient-accumulation-steps 2 --learning-rate 1e-2 --eval-answers 0".split()
 OVERSHOOTING = "--learning-rate 0.1 --lr-scheduler constant --eval-steps 1".split()
 ADAPTER, COMMIT, STATE = "adapter_model.safetensors", "COMMIT.json", "trainer_state.json"
-sweep = pytest.mark.sweep
 
 Go = Callable[..., Any]
 Begin = Callable[[str], Path]
@@ -347,7 +346,9 @@ def do(acts: str, home: Path, faults: Faults, mends: ExitStack) -> None:
 
 # These are in scenes.txt: C4, C5, C6, C7, C8, C9, C10, C12, C13, C14, C16, C17, C23, D1, D2, D3, D5, D7, D8, D10, D11,
 # S1, S2, S3, S4, S6, V1, V2, V7
-@pytest.mark.parametrize("scene", [pytest.param(x, id=n, marks=[sweep] * (" sweep |" in x)) for n, x in SCENES.items()])
+@pytest.mark.parametrize(
+    "scene", [pytest.param(x, id=n, marks=[pytest.mark.sweep] * (" sweep |" in x)) for n, x in SCENES.items()]
+)
 def test_whatever_goes_wrong_the_same_command_ends_the_same(scene: str, begin: Begin, go: Go) -> None:
     acts, flags, numbers, left, said = scene.split(" | ")
     code, steps, *then = map(int, numbers.split())
@@ -435,7 +436,7 @@ def test_a_run_in_4_bits_goes_on_and_ends_the_same(workbook: Path, phi_folder: P
     assert adapter() == expected
 
 
-@pytest.mark.parametrize("flags", [pytest.param(x, marks=[sweep] * (x not in FIRST)) for x in DECIDING])
+@pytest.mark.parametrize("flags", [x if x in FIRST else sweep(x) for x in DECIDING])
 def test_only_what_decides_the_result_makes_a_new_run(flags: str, begin: Begin, go: Go) -> None:
     """C18, C19, C20, C21, C22."""
     other_inputs(home := begin("here"))
@@ -452,7 +453,7 @@ def test_only_what_decides_the_result_makes_a_new_run(flags: str, begin: Begin, 
         assert not new
 
 
-@pytest.mark.parametrize("act", [pytest.param("give-link", marks=sweep), "give-zip"])
+@pytest.mark.parametrize("act", [sweep("give-link"), "give-zip"])
 def test_the_command_with_a_named_checkpoint_goes_on_and_an_archive_is_enough(act: str, begin: Begin, go: Go) -> None:
     """Also when that checkpoint is pruned by then; and what it has come to is not begun again."""
     do(act, home := begin("here"), Faults(), ExitStack())
@@ -493,7 +494,7 @@ def test_a_picture_is_drawn_once(begin: Begin, go: Go, patched: pytest.MonkeyPat
 KILLS = [("short", {"writing": 20, "often": 5}), ("long", {"writing": 80, "asking": 40, "often": 20})]
 
 
-@pytest.mark.parametrize("length, kills", [KILLS[0], pytest.param(*KILLS[1], marks=sweep)])
+@pytest.mark.parametrize("length, kills", [KILLS[0], sweep(*KILLS[1])])
 def test_a_kill_changes_nothing(length: str, kills: dict[str, int], tmp_path: Path, small_phi: Path) -> None:
     """C1, C2, C3, C10, C11, O1: one at each kind of change, or at every one; S7: some in one run, at random."""
     (tmp_path / "start").mkdir()

@@ -27,12 +27,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from conftest import PAIRS, Run, at_attention, at_step, in_words, signal_at, write_workbook
+from conftest import PAIRS, Patch, Run, at_attention, at_step, in_words, signal_at, write_workbook
 from seams import ROOT, SCRIPT, main
 from tables import HEADER, cases, csv_file
 from transformers import AutoModelForCausalLM, PhiConfig
 
-Patch = pytest.MonkeyPatch
 Problems = Callable[..., tuple[list[str], str]]
 
 

@@ -18,7 +18,7 @@ from urllib.response import addinfourl
 
 import pytest
 import yaml
-from conftest import PAIRS, Run, call, in_words, save_phi, train_tokenizer, write_workbook
+from conftest import PAIRS, Patch, Run, call, in_words, save_phi, sweep, train_tokenizer, write_workbook
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from seams import SCRIPT, encode, load_base, load_tuned, mean_loss
@@ -31,8 +31,6 @@ FORM = "Instruct: {}\nOutput:"
 PHI = './my "phi": \\ 2 #1'  # a name that a card has to quote
 KINDS = {"q8_0": 2e-3, "f16": 1e-5, "q4_k_m": 0.1}  # in this order; divergence allowed, of a token
 FAMILIES = cases("families")
-sweep = pytest.mark.sweep
-Patch = pytest.MonkeyPatch
 
 
 @functools.cache
@@ -123,7 +121,7 @@ def make_family(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Cal
     return functools.cache(lambda name: Family(name, tmp_path_factory.mktemp(name), tokenizer))
 
 
-@pytest.fixture(params=["phi", *(pytest.param(one, marks=sweep) for one in [*FAMILIES][1:])])
+@pytest.fixture(params=["phi", *(sweep(one) for one in [*FAMILIES][1:])])
 def family(request: pytest.FixtureRequest, make_family: Callable[[str], Family]) -> Family:
     return make_family(request.param)
 
@@ -234,7 +232,7 @@ def test_the_merged_model_is_the_adapted_one(phi: Family, patched: Patch) -> Non
     exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1], {})  # what its card says to do
 
 
-@pytest.mark.parametrize("way", ["auto", *(pytest.param(w, marks=sweep) for w in ("16bit", "4bit"))])
+@pytest.mark.parametrize("way", ["auto", *(sweep(w) for w in ("16bit", "4bit"))])
 def test_of_two_ways_to_merge_the_better_one_is_taken(way: str, workbook: Path, phi_folder: Path, run: Run) -> None:
     flags = f"--model-name {phi_folder} --load-in-4bit --eval-answers 0 --max-steps 6 --learning-rate 2e-2"
     assert run(*flags.split())[0] == 0
@@ -284,7 +282,7 @@ FULL = "raise OSError(28, 'No space left on device')"
 ENDS = {130: "raise KeyboardInterrupt", 2: FULL, -9: "os.kill(os.getpid(), 9)"}
 
 
-@pytest.mark.parametrize("last", ["tokenizer_config.json", pytest.param("model-q8_0.gguf", marks=sweep)])
+@pytest.mark.parametrize("last", ["tokenizer_config.json", sweep("model-q8_0.gguf")])
 @pytest.mark.parametrize("code", ENDS)
 def test_an_export_that_breaks_off_leaves_nothing_half(code: int, last: str, phi: Family, folder: Path) -> None:
     for name in ("model", PHI):

@@ -20,7 +20,7 @@ from unicodedata import category, normalize
 import openpyxl
 import pandas
 import pytest
-from conftest import Run, in_words
+from conftest import Run, in_words, sweep
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from openpyxl.cell.rich_text import CellRichText, TextBlock
@@ -433,7 +433,7 @@ def test_no_file_takes_all_time_or_memory(
         assert re.search(outcome, found.get("refused", "")), found
 
 
-few_or_many = pytest.mark.parametrize("most", [40, pytest.param(250, marks=pytest.mark.sweep)])
+few_or_many = pytest.mark.parametrize("most", [40, sweep(250)])
 LIKELY = st.sampled_from("\n\t \"',;|?=#:ab.[]{}\\")
 LETTER = st.one_of(LIKELY, st.characters(exclude_categories=["Cc", "Cs", "Cn"]))
 MEANT = re.compile(r"_x[0-9A-Fa-f]{4}_|^\s*[\[{]|#[A-Z]")  # what these mean is shown above

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import yaml
-from conftest import PAIRS, Run, in_words
+from conftest import PAIRS, Patch, Run, in_words
 
 USER, LARGE = "ada", 10_000_000  # bytes; like the Hub, it also takes for large what is no text
 ROUTE = r"/(?:api/)?(?:(model|space)s/)?(\w+/\w+)(?:\.git/info/lfs/objects)?(?:/(\w+))?(?:/main)?"  # kind, name, step
@@ -28,7 +28,6 @@ PRIVATE = {"answers.xlsx", "sample_rows.json", "base_model_folder.txt"}
 HIDDEN = (".env", ".cache/note.txt", "training_visuals/.DS_Store", "weights.9.partial")
 PLACE = ("model", "ada/mine")
 Upload = Callable[..., tuple[int, str]]
-Patch = pytest.MonkeyPatch
 # fmt: off
 SEEN = [  # there is none, a public or a private one; what is asked; what it is afterwards
     (None, "", "private"), (None, "--no-hub-private", "public"),

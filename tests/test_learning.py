@@ -16,10 +16,9 @@ from typing import Any
 
 import pytest
 import transformers
-from conftest import PAIRS, Run, in_words, write_workbook
+from conftest import PAIRS, Run, in_words, sweep, write_workbook
 from matplotlib.figure import Figure
 from seams import ROOT, SCRIPT, Config, ask, find_pairs, load_tuned, main
-from test_prompts import sweep
 
 
 def said(*words: object, cwd: Path) -> str:

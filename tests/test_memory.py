@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import seams
 import torch
-from conftest import PAIRS, Run, at_step, call, in_words, write_workbook
+from conftest import PAIRS, Run, at_step, call, in_words, sweep, write_workbook
 from safetensors.torch import load_file
-from test_prompts import sweep
 from torch.nn import functional
 from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 

@@ -14,10 +14,10 @@ import pytest
 import seams
 import torch
 import transformers
-from conftest import Run, at_attention, in_words, write_workbook
+from conftest import Run, at_attention, in_words, sweep, write_workbook
 from peft.import_utils import is_torchao_available
 from safetensors import safe_open
-from test_prompts import TEMPLATES, sweep, tokenizer_for
+from test_prompts import TEMPLATES, tokenizer_for
 from test_steps import examples_of, metrics
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 

@@ -20,7 +20,7 @@ from typing import Any
 import gradio
 import openpyxl
 import pytest
-from conftest import PAIRS, Run, at_attention, call, save_phi
+from conftest import PAIRS, Patch, Run, at_attention, call, save_phi
 from playwright.sync_api import Locator, Page, expect, sync_playwright
 from seams import growing_answer, load_tuned, prompt_of
 from test_chat import X, always_says, output, talk, taught_conversations
@@ -33,7 +33,6 @@ pytestmark = [
 QUIET = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 Visit = Callable[..., Page]
 Answer = Callable[..., str]
-Patch = pytest.MonkeyPatch
 
 
 @pytest.fixture(scope="module")

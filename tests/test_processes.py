@@ -16,7 +16,7 @@ from subprocess import DEVNULL, PIPE, STDOUT
 from typing import Any
 
 import pytest
-from conftest import PAIRS, Run, at_attention, at_step, call, in_words, write_workbook
+from conftest import PAIRS, Run, at_attention, at_step, call, in_words, sweep, write_workbook
 from safetensors.torch import load_file
 from seams import ROOT, SCRIPT, main
 from torch import testing
@@ -29,7 +29,6 @@ LAUNCHERS = {
 Launch = Callable[..., str]
 ADAPTER, CURVE = "model/adapter_model.safetensors", "model/training_visuals/training_metrics.csv"
 RESUMED = r"Resume .*?step (\d+)"
-sweep = pytest.mark.sweep
 
 
 def accident(kind: str, rank: str, step: str) -> None:
@@ -105,7 +104,7 @@ def assert_same_training(one: Path, other: Path) -> None:
     testing.assert_close(load_file(one / ADAPTER), load_file(other / ADAPTER), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("count, by", [(2, "accelerate"), pytest.param(4, "torchrun", marks=sweep)])
+@pytest.mark.parametrize("count, by", [(2, "accelerate"), sweep(4, "torchrun")])
 def test_several_train_as_one_does_and_one_speaks(count: int, by: str, home: Path, launch: Launch, alone: Path) -> None:
     several = home / f"{count}-processes"
     printed = launch(several.name, count, by=by)
@@ -120,7 +119,7 @@ def test_several_train_as_one_does_and_one_speaks(count: int, by: str, home: Pat
     assert "parallel_mode" not in printed  # the Trainer's warning
 
 
-@sweep
+@pytest.mark.sweep
 def test_two_processes_go_on_from_what_one_has_saved(home: Path, launch: Launch, alone: Path) -> None:
     """As a power cut left it after step 6. And memory runs out in one of them: both take less."""
     shutil.copytree(alone, home / "1-to-2")
@@ -132,7 +131,7 @@ def test_two_processes_go_on_from_what_one_has_saved(home: Path, launch: Launch,
     assert_same_training(home / "1-to-2", alone)
 
 
-@sweep
+@pytest.mark.sweep
 def test_one_process_goes_on_from_what_two_were_told_to_leave(home: Path, launch: Launch, alone: Path) -> None:
     """SIGTERM to the launcher: all stop at the end of the same step, with a checkpoint."""
     printed = launch("2-to-1", 2, wrong="term 0 4", well=False)
@@ -141,7 +140,7 @@ def test_one_process_goes_on_from_what_two_were_told_to_leave(home: Path, launch
     assert_same_training(home / "2-to-1", alone)
 
 
-@sweep
+@pytest.mark.sweep
 def test_a_killed_process_ends_all_and_the_same_command_goes_on(home: Path, launch: Launch) -> None:
     """With dropout: what each process draws is the same again, to the last bit."""
     flags = ("--lora-dropout", 0.2, "--neftune-alpha", 5)
@@ -154,7 +153,7 @@ def test_a_killed_process_ends_all_and_the_same_command_goes_on(home: Path, laun
         assert (home / "killed" / file).read_bytes() == (home / "undisturbed" / file).read_bytes()
 
 
-@sweep
+@pytest.mark.sweep
 def test_in_four_bits_with_fewer_pairs_than_processes(home: Path, launch: Launch, phi_folder: Path) -> None:
     flags = "--batch-size 1 --gradient-accumulation-steps 1 --load-in-4bit --model-name".split()
     for count in (1, 2):
@@ -162,7 +161,7 @@ def test_in_four_bits_with_fewer_pairs_than_processes(home: Path, launch: Launch
     assert_same_training(home / "one-pair-1", home / "one-pair-2")
 
 
-@sweep
+@pytest.mark.sweep
 @pytest.mark.parametrize("name, words, wrong, said", [  # an accident, and how often what is said
     ("a failure", (), "error 1 1", {"ValueError: unforeseen": 2, "^Stopped ": 1}),  # of its own, and of the first
     ("a refusal", ("--dataset-path", "missing.xlsx"), "", {"missing.xlsx": 1, "Traceback": 1}),  # the launcher's own

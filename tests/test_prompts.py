@@ -69,10 +69,6 @@ def tokenizer_for(name: str, kind: str = "bytes") -> Any:
     return tokenizer
 
 
-def sweep(*row: Any, marks: Any = ()) -> Any:
-    return pytest.param(*row, marks=[pytest.mark.sweep, *marks])
-
-
 def talk(*texts: str) -> list[dict[str, str]]:
     return [{"role": ("user", "assistant")[i % 2], "content": t} for i, t in enumerate(texts)]
 

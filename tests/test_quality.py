@@ -10,14 +10,14 @@ from typing import Any
 
 import openpyxl
 import pytest
-from conftest import END, PAIRS, Run
+from conftest import END, PAIRS, Run, sweep
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seams import IGNORE, Config, encode, find_pairs
 from tables import HEADER, cases, csv_file, jsonl, records, xlsx
 from transformers import AutoModelForCausalLM
 
-pytestmark, sweep = pytest.mark.usefixtures("folder"), pytest.mark.sweep
+pytestmark = pytest.mark.usefixtures("folder")
 later = pytest.mark.xfail(strict=True, reason="Data")
 LETTERS = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t"), min_size=1)
 ROLES, WORDS = ("user", "assistant"), "what is the red blue rate TODO <br> B ? 2 cafÃ© Hi 人".split()
@@ -119,7 +119,7 @@ def test_the_other_row_is_named_with_its_file(run: Run) -> None:
     assert re.search(r"row 3 of b\.csv\n.*row 2 of a\.csv", "\n".join(findings))
 
 
-@pytest.mark.parametrize("seed", [0, *(pytest.param(i, marks=sweep) for i in range(1, 10))])
+@pytest.mark.parametrize("seed", [0, *(sweep(i) for i in range(1, 10))])
 def test_the_order_of_the_rows_decides_nothing(seed: int, run: Run) -> None:
     chance, seen = random.Random(seed), []
     cells = (" ".join(chance.choices(WORDS, k=chance.randint(1, 4))) for _ in range(160))

@@ -13,7 +13,7 @@ from typing import Any
 import openpyxl
 import pytest
 import torch
-from conftest import PAIRS, Run, write_workbook
+from conftest import PAIRS, Run, sweep, write_workbook
 from matplotlib.figure import Figure
 from PIL import Image
 from seams import load_tuned, setting_defaults
@@ -55,7 +55,7 @@ REST = [(steps, fraction) for steps in (1, 2, 40) for fraction in (0, 0.1) if (s
 
 
 @pytest.mark.pictures
-@pytest.mark.parametrize("steps, fraction", [*FIRST, *(pytest.param(*one, marks=pytest.mark.sweep) for one in REST)])
+@pytest.mark.parametrize("steps, fraction", [*FIRST, *(sweep(*one) for one in REST)])
 def test_pictures_say_what_they_show_and_fit_into_a_notebook_cell(
     steps: int, fraction: float, small_phi: Path, workbook: Path, run: Run, monkeypatch: Any
 ) -> None:

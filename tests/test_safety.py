@@ -23,7 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import PAIRS, Run, call, in_words, write_workbook
+from conftest import PAIRS, Patch, Run, call, in_words, sweep, write_workbook
 from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
@@ -31,8 +31,6 @@ from seams import ROOT, SCRIPT, Config, UserError, load_base, load_tokenizer, lo
 from tables import HEADER, csv_file
 from transformers import AutoModelForCausalLM
 
-Patch = pytest.MonkeyPatch
-sweep = pytest.mark.sweep
 ADAPTER, ZIP = "adapter_model.safetensors", "fine_tuned_model.zip"
 SECRETS = {"HF_TOKEN": "hf_NobodyMaySee", "AWS_ACCESS_KEY_ID": "AKIANOBODY", "AWS_SECRET_ACCESS_KEY": "NobodyMaySeeIt"}
 FIRST, LATER = "a" * 40, "b" * 40  # commits of a base model
@@ -317,7 +315,7 @@ def on_event(event: str, args: tuple[Any, ...]) -> None:
 sys.addaudithook(on_event)  # it stays for as long as the process
 
 
-@pytest.mark.parametrize("every", [9, pytest.param(1, marks=sweep)])
+@pytest.mark.parametrize("every", [9, sweep(1)])
 def test_a_run_that_dies_while_saving_leaves_only_whole_files(every: int, again: Run, finished: Path) -> None:
     """Stopped at its changes to the disk in turn, over an earlier model, and then run again."""
     stops, done = every // 2, False  # O1, D9
@@ -348,7 +346,7 @@ SHOWN = [("file", ".model.partial"), ("link", "model.previous")]
 REST = [(kind, end) for kind in WAYS for end in (".model.partial", "model.previous") if (kind, end) not in SHOWN]
 
 
-@pytest.mark.parametrize("kind, end", [*SHOWN, *(pytest.param(*one, marks=sweep) for one in REST)])
+@pytest.mark.parametrize("kind, end", [*SHOWN, *(sweep(*one) for one in REST)])
 def test_what_somebody_puts_there_is_kept_and_not_packed(kind: str, end: str, again: Run, finished: Path) -> None:
     for name in ("kept", "model.old", "model.partial"):
         (finished / name).mkdir()

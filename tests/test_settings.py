@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import PAIRS, Run, at_attention, call, in_words
+from conftest import PAIRS, Patch, Run, at_attention, call, in_words
 from seams import ROOT, SCRIPT, Config, UserError, main, setting_defaults, settings_of
 from tables import cases, csv_file
 
-Patch = pytest.MonkeyPatch
 DEFAULTS = setting_defaults()
 NUMBERS = [name for name, value in DEFAULTS.items() if type(value) in (int, float)]
 CHOICES = dict(case.split(": ") for case in cases("choices").values())

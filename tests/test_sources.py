@@ -22,13 +22,12 @@ from typing import Any
 
 import openpyxl
 import pytest
-from conftest import PAIRS, Run, in_words
+from conftest import PAIRS, Patch, Run, in_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seams import ROOT, Config, UserError, find_pairs
 from tables import HEADER, cases, csv_file, jsonl, later, parquet, records, texts
 
-Patch = pytest.MonkeyPatch
 CSV, ONE = csv_file([HEADER, *PAIRS]), b"question,answer\nWhy?,So.\n"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-secret-access-key"}
 OBJECT, Answer = "s3://data/a.csv", tuple[int, dict[str, str], bytes]

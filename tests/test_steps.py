@@ -15,10 +15,10 @@ import pytest
 import seams
 import torch
 import transformers
-from conftest import PAIRS, Run, at_attention, in_words, write_workbook
+from conftest import PAIRS, Run, at_attention, in_words, sweep, write_workbook
 from safetensors.torch import load_file
 from tables import cases
-from test_prompts import sweep, talk
+from test_prompts import talk
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 

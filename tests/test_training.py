@@ -15,9 +15,8 @@ from typing import Any
 import pytest
 import seams
 import torch
-from conftest import PAIRS, Run, in_words, write_workbook
+from conftest import PAIRS, Run, in_words, sweep, write_workbook
 from safetensors.torch import load_file
-from test_prompts import sweep
 from test_steps import ADAPTER, column, examples_of, metrics
 from torch._inductor import config as inductor
 from torch.nn import functional
