@@ -83,8 +83,8 @@ def summed_loss(model: Any, examples: Sequence[Example]) -> Any:
 
 def trial_row(examples: Sequence[Example], pairs: int, tokens_at_once: int) -> Sequence[Example]:
     """Of steps with so many pairs, the row that is tried before the training."""
-    data, plan = SimpleNamespace(train=examples), SimpleNamespace(**locals())
-    return list(ft.longest_row(data, plan))
+    plan: Any = SimpleNamespace(pairs=pairs, tokens_at_once=tokens_at_once)
+    return list(ft.longest_row(SimpleNamespace(train=examples), plan))
 
 
 def ask(tuned: Any, *questions: str, **settings: Any) -> list[Any]:
