@@ -345,19 +345,19 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def harmless(text: str) -> str:
+def printable(text: str) -> str:
     """A text without signs that could steer a terminal: names of files and sheets may hold them."""
     return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
 def without_gaps(text: str) -> str:
-    """A harmless text without the rows of empty lines that some models write."""
-    return re.sub(r"\n\s*\n", "\n\n", harmless(text))
+    """Printable text without the runs of empty lines that some models write."""
+    return re.sub(r"\n\s*\n", "\n\n", printable(text))
 
 
 def preview(text: str, width: int = 50) -> str:
     """A text on one line, with nothing in it that could steer a terminal."""
-    plain = " ".join(harmless(text[: 20 * width]).split())
+    plain = " ".join(printable(text[: 20 * width]).split())
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
@@ -370,7 +370,7 @@ def width_of(text: str) -> int:
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
     LOG.info("%-11s%s", label, text)
-    for line in harmless(text).split("\n"):
+    for line in printable(text).split("\n"):
         wrapped = textwrap.fill(
             line,
             79,
@@ -489,7 +489,7 @@ class LogFormatter(logging.Formatter):
         # of links, what without_secrets leaves; here they stand within text
         text = re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
         stamp = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-        return "\n".join(f"{stamp}  {harmless(line)}" for line in text.splitlines())
+        return "\n".join(f"{stamp}  {printable(line)}" for line in text.splitlines())
 
 
 class LogFile(logging.FileHandler):
@@ -594,7 +594,7 @@ def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112  likewise
 
 
-def near(path: Path) -> str:
+def short_path(path: Path) -> str:
     """A path as short as it can be said from here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
@@ -628,7 +628,7 @@ def checksum(path: Path, kind: str = "sha256") -> str:
         return hashlib.file_digest(file, kind).hexdigest()
 
 
-def settle(path: Path) -> None:
+def fsync(path: Path) -> None:
     """Wait for the disk itself, or a power cut could leave an empty file under a final name."""
     try:
         handle = os.open(path, os.O_RDONLY)
@@ -642,20 +642,20 @@ def settle(path: Path) -> None:
 
 
 @contextmanager
-def staged_file(final: Path) -> Iterator[Path]:
+def atomic_write(final: Path) -> Iterator[Path]:
     """A file to write, which takes its final name only when it is complete."""
     staged = final.with_name(f"{final.name}.{os.getpid()}.partial")
     try:
         yield staged
-        settle(staged)
+        fsync(staged)
         staged.replace(final)
-        settle(final.parent)
+        fsync(final.parent)
     finally:
         staged.unlink(missing_ok=True)
 
 
 @contextmanager
-def staged_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
+def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
     """A folder to fill, which takes its final name only when everything in it is complete.
 
     What stood under that name becomes `earlier`, or goes.
@@ -672,12 +672,12 @@ def staged_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
             remove(staged)
         raise
     for path in (*staged.rglob("*"), staged):
-        settle(path)
+        fsync(path)
     if final.exists():
         remove(old)
         final.rename(old)
     staged.rename(final)
-    settle(final.parent)
+    fsync(final.parent)
     if earlier and old.exists():
         remove(earlier)
         old.rename(earlier)
@@ -715,7 +715,7 @@ def remove(path: Path) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
-    with staged_file(path) as staged:
+    with atomic_write(path) as staged:
         staged.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
 
@@ -4952,7 +4952,7 @@ def demo_folder() -> Path:
     folder = cache_folder(f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}")
     if not (folder / "model.safetensors").is_file():
         say("Model", "building the demo model (once, under a minute)")
-        with staged_folder(folder) as staged:
+        with atomic_folder(folder) as staged:
             train_demo_model().save_pretrained(staged)
     return folder
 
@@ -5308,12 +5308,12 @@ def seal(folder: Path, record: dict[str, Any]) -> Checkpoint:
     """Make a folder a checkpoint: COMMIT.json, written last, vouches for every other file."""
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     for path in paths:
-        settle(path)
+        fsync(path)
     record = record | {
         "files": {path.name: [path.stat().st_size, checksum(path)] for path in paths}
     }
     write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
-    settle(folder.parent)
+    fsync(folder.parent)
     return Checkpoint(folder, record)
 
 
@@ -5379,10 +5379,10 @@ def copied(source: Checkpoint, folder: Path) -> Checkpoint:
         if isinstance(present, Checkpoint) and present.record == source.record:
             return present
         set_aside(target, "incomplete" if isinstance(present, str) else "unused")
-    with staged_folder(target) as staged:
+    with atomic_folder(target) as staged:
         for name in (*source.record["files"], COMMIT):
             shutil.copyfile(source.folder / name, staged / name)
-            settle(staged / name)
+            fsync(staged / name)
         if isinstance(copy := verified(staged), str):
             raise OSError(f"the copy of {target.name} came back wrong: {copy}")
     return copy._replace(folder=target)
@@ -5496,7 +5496,7 @@ class Keeper:
             folder, changed = min(others.items(), key=lambda other: len(other[1]))
             say(
                 "New run",
-                f"other than the one in {near(folder)}, which stays as it is: {', '.join(changed)}",
+                f"other than the one in {short_path(folder)}, which stays as it is: {', '.join(changed)}",
             )
 
     def own(self, path: Path) -> Checkpoint | str:
@@ -5514,7 +5514,9 @@ class Keeper:
             if isinstance(flaw := self.own(path), str):
                 torn += 1
                 aside = set_aside(path, "incomplete")
-                say("Checkpoint", f"{near(path)} is not used: {flaw}. It is now {aside.name}.")
+                say(
+                    "Checkpoint", f"{short_path(path)} is not used: {flaw}. It is now {aside.name}."
+                )
         return torn
 
     def newest(self, torn: int) -> Checkpoint | None:
@@ -5597,7 +5599,7 @@ class Keeper:
                 for number, path in numbered(folder):
                     if number > step:
                         aside = set_aside(path, "unused")
-                        say("Checkpoint", f"{near(path)} is not used and is now {aside.name}")
+                        say("Checkpoint", f"{short_path(path)} is not used and is now {aside.name}")
             except OSError as error:
                 if folder == self.folder:
                     raise
@@ -5648,7 +5650,7 @@ class Keeper:
         try:
             if self.cfg.ARCHIVE_CHECKPOINTS:
                 with (
-                    staged_file(newest.folder.with_suffix(".zip")) as staged,
+                    atomic_write(newest.folder.with_suffix(".zip")) as staged,
                     zipfile.ZipFile(staged, "w", strict_timestamps=False) as archive,
                 ):
                     for name in (*newest.record["files"], COMMIT):
@@ -6177,7 +6179,7 @@ def run_trainer(
             if tally.begun or not start or memory_fault(error) or isinstance(error, UserError):
                 raise
             raise UserError(
-                f"{near(start.folder)} is whole, but cannot be taken up here: "
+                f"{short_path(start.folder)} is whole, but cannot be taken up here: "
                 f"{type(error).__name__}: {preview(str(error), 150)}\n"
                 f"It was written with {other_versions(tally.versions)}.\n"
                 "Install those versions, or start again from the beginning with --no-resume."
@@ -6677,7 +6679,7 @@ def write_visuals(
     write_json(folder / "training_config.json", public_settings(cfg) | {"device": device._asdict()})
     columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
     with (
-        staged_file(folder / "training_metrics.csv") as staged,
+        atomic_write(folder / "training_metrics.csv") as staged,
         staged.open("w", newline="", encoding="utf-8") as file,
     ):
         table = csv.DictWriter(file, columns, extrasaction="ignore")
@@ -6689,7 +6691,7 @@ def write_visuals(
 
 
 def write_picture(path: Path, figure: Figure) -> None:
-    with staged_file(path) as staged:
+    with atomic_write(path) as staged:
         figure.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
 
 
@@ -6844,7 +6846,7 @@ def write_zip(folder: Path) -> Path:
     try:
         if shutil.disk_usage(folder.parent).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with staged_file(target) as staged:
+        with atomic_write(target) as staged:
             with zipfile.ZipFile(
                 staged, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False
             ) as archive:
@@ -6916,7 +6918,7 @@ def save_run(
     )
     with (
         explained_disk_errors(final, need, done, advice),
-        staged_folder(final, earlier) as staged,
+        atomic_folder(final, earlier) as staged,
     ):
         shutil.copyfile(trained.adapter, staged / ADAPTER)
         # not the checkpoint's settings, which may have come from elsewhere
@@ -6988,7 +6990,7 @@ def summary_of_answers(result: Comparison) -> Iterator[list[Any]]:
 def write_answers(path: Path, result: Comparison) -> None:
     """A workbook with a row for each question."""
     about = {"what": 30, "value": 12, "which is": 60}
-    with staged_file(path) as staged:
+    with atomic_write(path) as staged:
         write_book(
             staged,
             [
@@ -7004,7 +7006,7 @@ def write_comparison(path: Path, result: Comparison) -> None:
     means = {row[0]: row[1] for row in summary_of_answers(result)}
     rows = [one._asdict() for one in result.asked]
     write_json(path.with_suffix(".json"), {"summary": means, "rows": rows})
-    with staged_file(path.with_suffix(".md")) as staged:
+    with atomic_write(path.with_suffix(".md")) as staged:
         staged.write_text(answers_in_markdown(result, means), encoding="utf-8", errors="replace")
 
 
@@ -7023,7 +7025,7 @@ def answers_in_markdown(result: Comparison, means: dict[str, Any]) -> str:
         for name, text in parts.items():
             if text:
                 fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-                lines += ["", f"{name}:", "", f"{fence}text", harmless(text), fence]
+                lines += ["", f"{name}:", "", f"{fence}text", printable(text), fence]
     return "\n".join(lines) + "\n"
 
 
@@ -7071,7 +7073,7 @@ def write_report(cfg: Config, data: Prepared) -> Path | None:
             (".xlsx", ".png"),
             lambda path: may_be_replaced(path) and path.resolve() != source,
         )
-        with staged_file(wanted) as staged:
+        with atomic_write(wanted) as staged:
             write_book(staged, report_sheets(cfg, data))
         path = wanted
         write_picture(wanted.with_suffix(".png"), draw_lengths(cfg, data))
@@ -7299,7 +7301,7 @@ def model_to_ask(cfg: Config) -> Tuned:
         base = load_base(cfg, device).eval()
         return Tuned(base, load_tokenizer(cfg), load_untuned=lambda: base)
     tuned = load_tuned(place, cfg.LOAD_IN_4BIT, cfg.QUANTIZE)
-    say("Model", f"{near(place)}{', as it was before its training' if cfg.BASE else ''}")
+    say("Model", f"{short_path(place)}{', as it was before its training' if cfg.BASE else ''}")
     return tuned
 
 
@@ -7331,7 +7333,7 @@ def tell(tuned: Tuned, messages: Messages, cfg: Config) -> Told:
     start, answer, interrupted = time.perf_counter(), Answer("", 0, stopped=False), False
     try:
         for part in parts:
-            show(harmless(part.text[len(answer.text) :]), end="")
+            show(printable(part.text[len(answer.text) :]), end="")
             answer = part
     except KeyboardInterrupt:
         interrupted = True
@@ -7393,7 +7395,7 @@ def next_turn(tuned: Tuned, cfg: Config, messages: Messages, line: str) -> tuple
         show(f"A new talk {'with these' if rest else 'without'} instructions.")
         return changed(cfg, SYSTEM=asked_by_user(rest.strip())["content"]), []
     if command == "/save":
-        show(f"Kept in {near(save_talk(cfg, messages, rest.strip()))}")
+        show(f"Kept in {short_path(save_talk(cfg, messages, rest.strip()))}")
     elif line.startswith("/"):
         show(f"There is no {command}. {TALK_HELP}")
     elif line:
@@ -7800,7 +7802,7 @@ def export_merged(cfg: Config, final: Path) -> Path:
             model, losses, way = least_lossy_merge(cfg, run, examples)
             refuse_loss("merged", losses[way], losses["adapter"])
             earlier = place_for_earlier(final, run.record.get("run", ""))
-            with staged_folder(final, earlier) as staged:
+            with atomic_folder(final, earlier) as staged:
                 model.save_pretrained(staged, max_shard_size=SHARD)
                 write_companions(run, staged)
                 measured = {"way": way, **losses, "rows": len(examples)}
@@ -7936,9 +7938,12 @@ def merged_folder(cfg: Config, beside: Path) -> Path:
     merged = beside.with_name(f"{exported_name(cfg)}-merged")
     with opened_model(place) as folder:
         if is_folder(merged) and record_of(merged).get("adapter") == adapter_of(folder):
-            say("Merged", f"taken from {near(merged)}")
+            say("Merged", f"taken from {short_path(merged)}")
             return merged
-    say("Merging", f"first into {near(merged)}, which serves further exports and may be deleted")
+    say(
+        "Merging",
+        f"first into {short_path(merged)}, which serves further exports and may be deleted",
+    )
     return export_merged(cfg, merged)
 
 
@@ -7955,7 +7960,7 @@ def converters() -> Path:
             f"The converters of llama.cpp did not arrive as they should: checksum {found}.\n"
             "Run the same command again; if it stays so, the network changes what it carries."
         )
-    with staged_folder(folder) as staged, tarfile.open(archive) as packed:
+    with atomic_folder(folder) as staged, tarfile.open(archive) as packed:
         for member in packed:
             wanted = CONVERTER_PARTS.fullmatch(member.name)
             content = packed.extractfile(member) if wanted and member.isfile() else None
@@ -8003,7 +8008,7 @@ def export_gguf(cfg: Config, final: Path) -> Path:
         losses = record_of(final).get("gguf", {})
         write_export_record(final, run, "gguf", gguf=losses)  # first of all: it marks the folder
         save_tokenizer(run.tokenizer, final)
-        with staged_file(file) as staged:
+        with atomic_write(file) as staged:
             write_gguf(run, staged, cfg.QUANTIZE)
             losses[cfg.QUANTIZE] = tested_gguf(staged, run, cfg.QUANTIZE)
         if not (final / ADAPTER_GGUF).exists():
@@ -8071,7 +8076,7 @@ def convert_whole(run: Run, file: Path, kind: str) -> None:
 
 
 def write_gguf(run: Run, file: Path, quantize: str) -> None:
-    say("Converting", f"{near(run.folder)} to {quantize}")
+    say("Converting", f"{short_path(run.folder)} to {quantize}")
     if quantize != "q4_k_m":
         convert_whole(run, file, quantize)
         return
@@ -8093,7 +8098,7 @@ def write_adapter_gguf(cfg: Config, base: Path, final: Path, whole: Path) -> Non
         settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         if settings.get("use_dora"):  # which llama.cpp does not know
             return
-        with tempfile.TemporaryDirectory(prefix="finetune") as place, staged_file(final) as staged:
+        with tempfile.TemporaryDirectory(prefix="finetune") as place, atomic_write(final) as staged:
             if settings.get("use_rslora"):  # said in the one way of counting that it knows
                 strength = settings["lora_alpha"] * settings["r"] ** 0.5
                 settings |= {"use_rslora": False, "lora_alpha": strength}
@@ -8168,7 +8173,7 @@ def export_space(cfg: Config, final: Path) -> Path:
     run = Run(source, source)
     earlier = place_for_earlier(final, "")
     need = file.stat().st_size + SMALL_FILES
-    with explained_export_errors(final, need), staged_folder(final, earlier) as staged:
+    with explained_export_errors(final, need), atomic_folder(final, earlier) as staged:
         shutil.copyfile(file, staged / file.name)
         shutil.copyfile(script, staged / "finetune_colab.py")
         save_tokenizer(run.tokenizer, staged)
@@ -8214,7 +8219,7 @@ def export_hub(cfg: Config, _: Path) -> str:
             )
         say(
             "Upload",
-            f"{near(folder)} to {made.repo_id}, {'private' if private else 'public'}",
+            f"{short_path(folder)} to {made.repo_id}, {'private' if private else 'public'}",
         )
         api.upload_folder(
             repo_id=made.repo_id,
@@ -8600,7 +8605,10 @@ def say_report(cfg: Config, data: Prepared) -> Path | None:
             say("", preview(line, 300))
     path = write_report(cfg, data)
     if path:
-        say("Report", f"every row in {near(path)}, the lengths in {near(path.with_suffix('.png'))}")
+        say(
+            "Report",
+            f"every row in {short_path(path)}, the lengths in {short_path(path.with_suffix('.png'))}",
+        )
     return path
 
 
@@ -8718,7 +8726,7 @@ def compare_all(tuned: Tuned, listed: list[Talk], cfg: Config) -> int:
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room there.") from None
-    say("Saved", f"{near(path)}, and the same as {path.stem}.json and {path.stem}.md")
+    say("Saved", f"{short_path(path)}, and the same as {path.stem}.json and {path.stem}.md")
     return 0
 
 
@@ -8745,7 +8753,7 @@ def export(cfg: Config) -> int:
     final = export_place(cfg, cfg.TO)
     with only_run_in(final, "EXPORT_DIR"):
         place = EXPORTERS[cfg.TO](cfg, final)
-    name = near(place) if isinstance(place, Path) else str(place)
+    name = short_path(place) if isinstance(place, Path) else str(place)
     say("Saved", name)
     say("Next", NEXT[cfg.TO].format(name))
     return 0
@@ -8820,11 +8828,11 @@ def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None)
     """Where the training begins, and what a person can count on."""
     if not start:
         often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
-        say("Safe", f"saved in {near(keeper.folder)} {often}; {way_on(cfg)}")
+        say("Safe", f"saved in {short_path(keeper.folder)} {often}; {way_on(cfg)}")
     elif start.record["tally"]["finished"]:
         say("Resume", "this run is finished: nothing is trained, its files are written anew")
     else:
-        say("Resume", f"from step {start.step} of {plan.steps}, in {near(start.folder)}")
+        say("Resume", f"from step {start.step} of {plan.steps}, in {short_path(start.folder)}")
 
 
 def say_result(trained: Trained, folder: Path, archive: Path) -> None:
@@ -8838,10 +8846,13 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
     foreseen = cost_in_words(tally.foreseen_seconds, tally.foreseen_memory_gb)
     say("Time", f"of the training {took}; foreseen: {foreseen}")
     say("", f"{trained.tokens / tally.seconds:,.0f} tokens a second")
-    say("Saved", f"the adapter in {near(folder)}, pictures in {near(folder / 'training_visuals')}")
+    say(
+        "Saved",
+        f"the adapter in {short_path(folder)}, pictures in {short_path(folder / 'training_visuals')}",
+    )
     if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
-        say("", f"the model that was there before is kept in {near(earlier)}")
-    say("Download", f"{near(archive)} (on Colab: the folder icon at the left, then ⋮)")
+        say("", f"the model that was there before is kept in {short_path(earlier)}")
+    say("Download", f"{short_path(archive)} (on Colab: the folder icon at the left, then ⋮)")
 
 
 # -- Before training
