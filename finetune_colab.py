@@ -3928,31 +3928,86 @@ def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTok
     return load_tokenizer(cfg) if is_within_reach(cfg, TOKENIZER_FILE) else EstimatedTokenizer()
 
 
-def hollow_model(cfg: Config) -> PreTrainedModel | None:
-    """The model with its layers and without their weights, to be measured before a download."""
+class Outline(NamedTuple):
+    """What a model is made of, which can be known before its weights are here."""
+
+    blocks: int
+    hidden: int
+    vocabulary: int
+    parameters: int
+    linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
+    stateful: bool = False
+
+
+def known_outline(cfg: Config) -> Outline | None:
+    """The outline of MODEL_NAME; None where its configuration cannot be had, or is none."""
     if not is_within_reach(cfg, "config.json"):
         return None
     from transformers import AutoConfig
 
     try:
         if cfg.MODEL_NAME == DEMO_MODEL:
-            shape = AutoConfig.for_model("phi", **DEMO_SHAPE)
+            config = AutoConfig.for_model("phi", **DEMO_SHAPE)
         else:
             revision = model_revision(cfg)
-            shape = AutoConfig.from_pretrained(
+            config = AutoConfig.from_pretrained(
                 cfg.MODEL_NAME, revision=revision, trust_remote_code=False
             )
-        return without_weights(shape)
+        return usual_outline(config) or outline_of(without_weights(config))
     except Exception:  # it is found again, and explained, when the model is loaded
         return None
 
 
-def without_weights(shape: Any) -> PreTrainedModel:
+def usual_outline(config: Any) -> Outline | None:
+    """From the configuration alone, for Phi and for models built like Llama.
+
+    Importing a model's class takes longer than everything else that `check` does.
+    """
+    if config.model_type not in ("phi", "llama", "mistral", "qwen2", "qwen3"):
+        return None
+    hidden, inner = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
+    if config.model_type == "phi":
+        attention["dense"] = (queries, hidden)
+        mlp = {"fc1": (hidden, inner), "fc2": (inner, hidden)}
+    else:
+        attention["o_proj"] = (queries, hidden)
+        mlp = {
+            "gate_proj": (hidden, inner),
+            "up_proj": (hidden, inner),
+            "down_proj": (inner, hidden),
+        }
+    linear = {
+        f"model.layers.{block}.{part}.{name}": size
+        for block in range(config.num_hidden_layers)
+        for part, sizes in (("self_attn", attention), ("mlp", mlp))
+        for name, size in sizes.items()
+    }
+    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+    parameters = embeddings + sum(map(math.prod, linear.values()))  # norms and biases are nothing
+    return Outline(config.num_hidden_layers, hidden, config.vocab_size, parameters, linear)
+
+
+def outline_of(model: PreTrainedModel) -> Outline:
+    words = model.get_input_embeddings()
+    return Outline(
+        blocks=model.config.get_text_config().num_hidden_layers,
+        hidden=words.embedding_dim,
+        vocabulary=words.num_embeddings,
+        parameters=model.num_parameters(),
+        linear=linear_layers(model),
+        stateful=model._is_stateful,
+    )
+
+
+def without_weights(config: Any) -> PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(shape, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
@@ -4043,27 +4098,25 @@ def usable_peft() -> Iterator[Any]:
         yield peft
 
 
-def linear_layers(base: PreTrainedModel) -> dict[str, Any]:
-    """All but the last, by their full names."""
+def linear_layers(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of all linear layers but the last, by their full names."""
     import torch
-    from transformers.pytorch_utils import Conv1D
+    from transformers.pytorch_utils import Conv1D  # GPT-2's kind, which names its sizes otherwise
 
     head = base.get_output_embeddings()
     return {
-        name: module
+        name: (module.nx, module.nf)
+        if isinstance(module, Conv1D)
+        else (module.in_features, module.out_features)
         for name, module in base.named_modules()
         if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
     }
 
 
-def sides(layer: Any) -> tuple[int, int]:
-    """How many numbers go into a linear layer and how many come out; GPT-2's kind calls them otherwise."""
-    return (layer.nx, layer.nf) if hasattr(layer, "nx") else (layer.in_features, layer.out_features)
-
-
-def adapted_layers(cfg: Config, base: PreTrainedModel) -> dict[str, Any]:
-    """The layers that LORA_TARGETS and LORA_LAYERS name, by their full names."""
-    linear = linear_layers(base)
+def adapted_layers(
+    cfg: Config, linear: dict[str, tuple[int, int]], stateful: bool = False
+) -> list[str]:
+    """Of these layers, the ones that LORA_TARGETS and LORA_LAYERS name."""
     groups = [path for group, path in TARGET_GROUPS.items() if group in cfg.LORA_TARGETS]
     named = set(cfg.LORA_TARGETS) - set(TARGET_GROUPS)
     kinds = {name.rpartition(".")[2] for name in linear}
@@ -4080,14 +4133,14 @@ def adapted_layers(cfg: Config, base: PreTrainedModel) -> dict[str, Any]:
             f"LORA_LAYERS {cfg.LORA_LAYERS} names block {max(chosen)}; {cfg.MODEL_NAME} has 0 to {last}."
         )
     # models with a state take the weights out of this layer, so that its adapter would go unseen
-    unseen = "out_proj" if base._is_stateful else None
+    unseen = "out_proj" if stateful else None
 
     def is_wanted(name: str) -> bool:
         kind = name.rpartition(".")[2]
         grouped = any(path.search(name) for path in groups) and kind != unseen
         return (grouped or kind in named) and (not chosen or blocks.get(name) in chosen)
 
-    layers = {name: module for name, module in linear.items() if is_wanted(name)}
+    layers = [name for name in linear if is_wanted(name)]
     if not layers:
         raise UserError(
             f"LORA_TARGETS {', '.join(cfg.LORA_TARGETS)} finds nothing in {cfg.MODEL_NAME}.\n"
@@ -4106,8 +4159,8 @@ def blocks_named(text: str) -> set[int]:
 
 
 def known_shape(cfg: Config) -> Shape | None:
-    model = hollow_model(cfg)
-    return shape_of(cfg, model) if model else None
+    outline = known_outline(cfg)
+    return shape_of(cfg, outline) if outline else None
 
 
 def plan_here(
@@ -4120,21 +4173,20 @@ def plan_here(
     return plan_run(cfg, examples, device, shape, machine_here(device, shape))
 
 
-def shape_of(cfg: Config, model: PreTrainedModel) -> Shape:
-    """What the cost depends on; the weights may be missing."""
-    linear, words = linear_layers(model), model.get_input_embeddings()
-    adapted = [sides(layer) for layer in adapted_layers(cfg, model).values()]
-    inner = max(inputs for inputs, _ in map(sides, linear.values()))
-    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in linear)
+def shape_of(cfg: Config, model: Outline) -> Shape:
+    """What the cost of training depends on."""
+    adapted = [model.linear[name] for name in adapted_layers(cfg, model.linear, model.stateful)]
+    inner = max(inputs for inputs, _ in model.linear.values())
+    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in model.linear)
     return Shape(
-        blocks=model.config.get_text_config().num_hidden_layers,
-        hidden=words.embedding_dim,
+        blocks=model.blocks,
+        hidden=model.hidden,
         inner=inner,
         wide_numbers=(3 if gated else 1) + any(inputs == inner for inputs, _ in adapted),
-        weights=sum(math.prod(sides(layer)) for layer in linear.values()),
-        vocabulary=words.num_embeddings,
-        parameters=model.num_parameters(),
-        adapter=sum(cfg.LORA_R * sum(layer) for layer in adapted),
+        weights=sum(map(math.prod, model.linear.values())),
+        vocabulary=model.vocabulary,
+        parameters=model.parameters,
+        adapter=sum(cfg.LORA_R * sum(sizes) for sizes in adapted),
         dropped=cfg.LORA_DROPOUT * sum(inputs for inputs, _ in adapted),
     )
 
@@ -4156,7 +4208,7 @@ def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
 
 
 def add_lora(cfg: Config, base: PreTrainedModel, learning: bool = True) -> PeftModel:
-    layers = adapted_layers(cfg, base)
+    layers = adapted_layers(cfg, linear_layers(base), base._is_stateful)
     with usable_peft() as peft:
         model = peft.get_peft_model(base, lora_config(cfg, layers))
     model.peft_config["default"].base_model_name_or_path = base_name(cfg)
@@ -8995,7 +9047,7 @@ def refuse_unwritable(folder: Path, setting: str) -> None:
 def model_problems(cfg: Config) -> list[str]:
     """What the shape of the model tells before its weights are here: layers, memory and disk."""
     problems: list[str] = []
-    model = hollow_model(cfg)
+    model = known_outline(cfg)
     if model is None:
         return problems
     trainable = 0
@@ -9005,7 +9057,7 @@ def model_problems(cfg: Config) -> list[str]:
         _, device = device_here(cfg)
         with collecting(problems):
             optimizer_name(cfg, device)
-        refuse_small_memory(cfg, device, model.num_parameters())
+        refuse_small_memory(cfg, device, model.parameters)
     with collecting(problems):
         refuse_full_disk(cfg, trainable)
     return problems

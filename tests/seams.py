@@ -61,6 +61,11 @@ def load_base(folder: Path | str, **settings: Any) -> Any:
     return ft.load_base(cfg, ft.choose_device(cfg, "cpu"))
 
 
+def outlines(config: Any) -> tuple[Any, Any]:
+    """What a model is made of: from its configuration alone, and as its layers are."""
+    return ft.usual_outline(config), ft.outline_of(ft.without_weights(config))
+
+
 def add_lora(base: Any, **settings: Any) -> Any:
     return ft.add_lora(Config(**settings), base)
 

@@ -196,6 +196,16 @@ def make_chat_model(family: str, template: str, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["Phi", "Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_a_configuration_alone_tells_what_the_layers_are(family: str, tied: bool) -> None:
+    sizes = {"vocab_size": 640, "hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
+    told, built = seams.outlines(getattr(transformers, f"{family}Config")(**sizes, **heads))
+    assert told.parameters == pytest.approx(built.parameters, rel=0.01)  # biases and norms are not counted
+    assert told._replace(parameters=0) == built._replace(parameters=0)
+
+
 @pytest.mark.parametrize("family, template", [
     ("Llama", "zephyr"), sweep("Llama", "llama-3"),  # with fewer heads for keys than for queries
     sweep("Phi3", "phi-3"), sweep("Qwen2", "chatml"), sweep("Qwen3", "thinking"), sweep("Mistral", "mistral"),
