@@ -6641,71 +6641,73 @@ def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
 
 
 def draw_training_curves(trained: Trained) -> Figure:
+    import pandas
+    import seaborn
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 6), layout="constrained", dpi=110)
-    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    steps, losses = series(trained.history, "loss")
-    smooth = []
-    for i in range(len(losses)):
-        reach = min(len(losses) // 40, i, len(losses) - 1 - i)  # as far to one side as to the other
-        smooth.append(statistics.fmean(losses[i - reach : i + reach + 1]))
-    dots = "o" if len(steps) < 3 else None  # a line needs two ends to be seen
-    top.plot(steps, losses, color=BLUE, alpha=0.3, linewidth=1)
-    top.plot(steps, smooth, color=BLUE, marker=dots, label="training")
-    measured = series(trained.history, "eval_loss")
-    if measured[0]:
-        top.plot(*measured, "o-", color=ORANGE, label="validation (held-out questions)")
-    if trained.base_loss is not None:
-        top.axhline(
-            trained.base_loss, color=GREY, linestyle="--", label="validation, before training"
+    logged = pandas.DataFrame(trained.history)
+    losses = logged[logged["loss"].notna()]
+    window = max(1, len(losses) // 20)
+    smooth = losses["loss"].rolling(window, center=True, min_periods=1).mean()
+    dots = "o" if len(losses) < 3 else None  # a line needs two ends to be seen
+    with seaborn.axes_style("whitegrid"):
+        figure = Figure(figsize=(8, 6), layout="constrained", dpi=110)
+        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    seaborn.lineplot(losses, x="step", y="loss", color=BLUE, alpha=0.3, linewidth=1, ax=top)
+    seaborn.lineplot(x=losses["step"], y=smooth, color=BLUE, marker=dots, label="training", ax=top)
+    if "eval_loss" in logged:
+        label = "validation (held-out questions)"
+        seaborn.lineplot(
+            logged, x="step", y="eval_loss", color=ORANGE, marker="o", label=label, ax=top
         )
+    if trained.base_loss is not None:
+        label = "validation, before training"
+        top.axhline(trained.base_loss, color=GREY, linestyle="--", label=label)
     if trained.best_step:
         top.axvline(trained.best_step, color=ORANGE, linestyle=":", label="adapter kept")
     top.set(title="Loss while training: lower is better", ylabel="loss per token (nats)")
     top.set_ylim(0, 1.1 * top.get_ylim()[1])
+    top.legend().remove()  # the figure's own stands below both
     figure.legend(loc="outside lower center", ncols=2)
-    bottom.plot(*series(trained.history, "learning_rate"), color=BLUE, marker=dots)
+    seaborn.lineplot(losses, x="step", y="learning_rate", color=BLUE, marker=dots, ax=bottom)
     bottom.set(title="Learning rate", xlabel="step", ylabel="size of a step")
     bottom.ticklabel_format(axis="y", scilimits=(0, 0))
-    for axes in (top, bottom):
-        axes.grid(alpha=0.3)
     return figure
 
 
 def draw_loss_comparison(trained: Trained) -> Figure:
+    import pandas
+    import seaborn
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    epochs = epoch_losses(trained.history)
-    measured = [(epoch, loss) for epoch, _, loss in epochs if loss is not None]
-    lines = {
-        ("training", BLUE, -0.2): [(epoch, loss) for epoch, loss, _ in epochs],
-        ("validation (held-out questions)", ORANGE, 0.2): measured,
-    }
-    for (label, colour, shift), points in lines.items():
-        x, y = [epoch for epoch, _ in points], [loss for _, loss in points]
-        if points and len(epochs) <= MOST_BARS:
-            axes.bar([epoch + shift for epoch in x], y, width=0.38, color=colour, label=label)
-        elif points:
-            axes.plot(x, y, color=colour, label=label)
+    sets = ("training", "validation (held-out questions)")
+    points = [
+        {"epoch": epoch, "loss": loss, "set": name}
+        for epoch, *losses in epoch_losses(trained.history)
+        for name, loss in zip(sets, losses, strict=True)
+        if loss is not None
+    ]
+    frame = pandas.DataFrame(points)
+    with seaborn.axes_style("whitegrid"):
+        figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
+        axes = figure.subplots()
+    draw = seaborn.barplot if frame["epoch"].nunique() <= MOST_BARS else seaborn.lineplot
+    draw(
+        frame,
+        x="epoch",
+        y="loss",
+        hue="set",
+        palette=[BLUE, ORANGE][: frame["set"].nunique()],
+        ax=axes,
+    )
     if trained.base_loss is not None:
-        axes.axhline(
-            trained.base_loss, color=GREY, linestyle="--", label="validation, before training"
-        )
-    axes.set(title="Loss by epoch: lower is better", xlabel="epoch", ylabel="loss per token (nats)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        label = "validation, before training"
+        axes.axhline(trained.base_loss, color=GREY, linestyle="--", label=label)
+    axes.set(title="Loss by epoch: lower is better", ylabel="loss per token (nats)")
     axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    axes.grid(axis="y", alpha=0.3)
+    axes.legend().remove()  # the figure's own stands below
     figure.legend(loc="outside lower center", ncols=3)
     return figure
-
-
-def series(history: Sequence[dict[str, float]], key: str) -> tuple[list[int], list[float]]:
-    points = [(int(entry["step"]), entry[key]) for entry in history if key in entry]
-    return [step for step, _ in points], [value for _, value in points]
 
 
 def public_settings(cfg: Config) -> dict[str, Any]:
@@ -6726,17 +6728,15 @@ def public_place(place: str) -> str:
 def write_visuals(
     folder: Path, cfg: Config, device: Device, data: Prepared, trained: Trained
 ) -> None:
+    import pandas
+
     folder.mkdir()
     write_json(folder / "training_metrics.json", metrics_of(data, trained))
     write_json(folder / "training_config.json", public_settings(cfg) | {"device": device._asdict()})
     columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
-    with (
-        atomic_write(folder / "training_metrics.csv") as staged,
-        staged.open("w", newline="", encoding="utf-8") as file,
-    ):
-        table = csv.DictWriter(file, columns, extrasaction="ignore")
-        table.writeheader()
-        table.writerows(e for e in trained.history if "loss" in e or "eval_loss" in e)
+    logged = pandas.DataFrame(trained.history).reindex(columns=columns)
+    with atomic_write(folder / "training_metrics.csv") as staged:
+        logged.dropna(subset=["loss", "eval_loss"], how="all").to_csv(staged, index=False)
     pictures = {"training_curves": draw_training_curves, "loss_comparison": draw_loss_comparison}
     for name, draw in pictures.items():
         write_picture(folder / f"{name}.png", draw(trained))

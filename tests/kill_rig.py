@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import zipfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from seams import main
 
 KILLED = 137
+FORKING = threading.Lock()
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 CHANGES = ("open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.truncate")
 
@@ -73,7 +75,9 @@ def die_at(number: int, folder: Path) -> list[str]:
 
 def run(folder: Path, argv: list[str], last: int = 0) -> tuple[int, str, list[str], int]:
     """One run in a fork: exit code, what it printed, the kinds of its changes, steps taken."""
-    printed, child = folder.with_suffix(".out"), os.fork()
+    printed = folder.with_suffix(".out")
+    with FORKING:  # filelock refuses a fork during a fork
+        child = os.fork()
     if child == 0:
         out = os.open(printed, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(os.dup2(out, 1), 2)
