@@ -727,11 +727,14 @@ EXAMPLE_DATASET = "dataset_example.xlsx"
 REPORT_NAME = "dataset_report"  # what check writes; never taken for data that nobody named
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 LARGEST_FILE_MB = 500
-PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
-MOST_CANDIDATES = 20  # files in one folder of a bucket
+MOST_FILES = 200  # tables in one folder of a bucket
 LONGEST_DOWNLOAD = 1800  # seconds
-NOT_WRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)  # no further try mends it
-LONGEST_LISTING = 10_000  # objects of a bucket that are looked at by name
+PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
+# What another try does not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
+FINAL = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
+LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive has to be shared with everyone who has the link."
+BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and at S3_ENDPOINT_URL when the bucket is not Amazon's."
+HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split or hf:owner/name:file.csv. A data set behind a licence needs the licence accepted on its page, and HF_TOKEN; with HF_HUB_OFFLINE, only what was loaded before is there."
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": "https://docs.google.com/spreadsheets/d/e/{}/pub?output=xlsx",
@@ -745,100 +748,58 @@ DIRECT_LINKS = {
 
 
 class Source(NamedTuple):
-    """Where DATASET_PATH leads: to the parts of one data set, or to files to choose the best from."""
+    """What DATASET_PATH leads to: a name for the person, and files on this computer."""
 
-    name: str  # for the person
+    name: str
     paths: list[Path]
-    choose: bool = False
 
 
 def find_dataset(cfg: Config) -> Source:
-    """The files on this computer that DATASET_PATH names, fetched first where they lie elsewhere."""
+    """The files that DATASET_PATH names, fetched first where they lie elsewhere."""
     place = cfg.DATASET_PATH.strip()
-    if re.match("https?://", place, re.IGNORECASE):
-        path = fetch_link(place)
-        return Source(path.name, [path])
-    if place[:5].lower() == "s3://":
-        return fetch_from_bucket(place)
-    if place[:3].lower() == "hf:":
-        return fetch_from_hub(place)
-    try:
-        path = local_path(place)
-        if glob.has_magic(place) and not path.exists():
-            return matching_files(place)
-        path = local_file(path)
-    except OSError as error:
-        raise UserError(f"{preview(place)} cannot be read: {error.strerror}.") from None
-    return Source(path.name, [path])
+    if re.match("https?:", place, re.IGNORECASE):
+        paths = [fetch_link(place)]
+    elif place[:3].lower() == "hf:":
+        paths = [fetch_from_hub(place)]
+    else:
+        paths = fetch_from_bucket(place) if place[:3].lower() == "s3:" else local_files(place)
+    return Source(paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths)
 
 
-def matching_files(pattern: str) -> Source:
-    names = sorted(glob.glob(str(local_path(pattern)), recursive=True))  # noqa: PTH207  may be absolute
-    paths = [Path(name) for name in names if Path(name).is_file() and not is_ours(Path(name).name)]
-    if not paths:
-        raise UserError(f"No file matches {pattern} (DATASET_PATH).")
-    return Source(f"{pattern} ({len(paths)} files)" if paths[1:] else paths[0].name, paths)
-
-
-def is_ours(name: str) -> bool:
-    """Whether a file is a lock, or a report of check, rather than data."""
-    return bool(re.fullmatch(rf"(~\$|\.~lock\.).*|{REPORT_NAME}(-\d+)?\.(xlsx|png)", name))
-
-
-def local_file(path: Path) -> Path:
-    """The file of this name, or a message that says what is there instead."""
-    if lock := re.fullmatch(r"~\$(.+)|\.~lock\.(.+)#", path.name):
-        name = lock[1] or lock[2]
-        raise UserError(f"{path} only marks that {name} is open. Close it and name {name}")
-    if path.is_file():
-        return path
+def local_files(place: str) -> list[Path]:
+    """The file of this name, the files that match a pattern, or the tables in a folder."""
+    path = local_path(place)
+    if lock := re.fullmatch(r"(?:~\$|\.~lock\.)(.+?)#?", path.name):
+        raise UserError(f"{path} only marks that {lock[1]} is open. Close it and name {lock[1]}")
     beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
-    if path.name == EXAMPLE_DATASET and beside_script.is_file():
-        return beside_script
-    if path.is_dir():
-        raise UserError(
-            f"DATASET_PATH is {path}, a folder. Name the file in it with the rows,\n"
-            f"or several at once, such as {path / '*.csv'}"
-        )
-    if path.exists() or path.is_symlink():
-        raise UserError(f"{path} is no ordinary file, or a link that leads nowhere.")
-    folder = path.parent
-    others = sorted(
-        other.name
-        for other in (folder.iterdir() if folder.is_dir() else ())
-        if other.suffix.lower() in TABLE_ENDINGS and not is_ours(other.name)
+    if path.name == EXAMPLE_DATASET and not is_there(path) and is_there(beside_script):
+        return [beside_script]
+    if is_there(path) and path.is_file():
+        return [path]
+    folder = path if is_folder(path) else path.parent
+    tables = matching(f"{glob.escape(str(folder))}/*", TABLE_ENDINGS)
+    if found := tables if folder == path else matching(str(path)):
+        return found
+    missing = (
+        f"file {path.name} in {folder.resolve()}"
+        if folder != path
+        else f"table in the folder {path}"
     )
+    others = [table.name for table in tables]
+    advice = "Upload your workbook under that name, or name another file with --dataset-path"
     if EXAMPLE_DATASET in others:
-        advice = (
-            f"{EXAMPLE_DATASET} is there: rename it to {path.name} to try with it, "
-            f"or add --dataset-path {folder / EXAMPLE_DATASET}"
-        )
+        advice = f"Rename {EXAMPLE_DATASET} to {path.name} to try it, or add --dataset-path {folder / EXAMPLE_DATASET}"
     elif others:
         advice = f"These are there: {', '.join(others[:5])}. Name one with --dataset-path"
-    else:
-        advice = "Upload your workbook under that name, or name another file with --dataset-path"
-    raise UserError(f"There is no file {path.name} in {folder.resolve()}.\n{advice}")
+    raise UserError(f"There is no {missing} (DATASET_PATH).\n{advice}")
 
 
-# -- Downloads
-
-
-def without_secrets(place: str) -> str:
-    """An address as it may be shown and written down: keys stand in its query or before an @."""
-    if not re.match("(https?|s3)://", place.strip(), re.IGNORECASE):
-        return place
-    try:
-        parts = urllib.parse.urlsplit(place.strip())
-    except ValueError:
-        raise UserError("DATASET_PATH is no valid link.") from None
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
-
-
-def direct_link(link: str) -> str:
-    for pattern, direct in DIRECT_LINKS.items():
-        if match := re.fullmatch(pattern, link):
-            return direct.format(*match.groups())
-    return urllib.parse.quote(urllib.parse.urldefrag(link).url, safe="%/:=&?~+!$,;'@()*[]")
+def matching(pattern: str, endings: str | tuple[str, ...] = "") -> list[Path]:
+    """The files that match, without locks and the reports of check."""
+    ours = rf"(~\$|\.~lock\.).*|{REPORT_NAME}(-\d+)?\.(xlsx|png)"
+    names = glob.glob(pattern, recursive=True)  # noqa: PTH207  the pattern may be absolute
+    paths = [Path(name) for name in sorted(names) if name.lower().endswith(endings)]
+    return [path for path in paths if path.is_file() and not re.fullmatch(ours, path.name)]
 
 
 def cache_folder(*names: str) -> Path:
@@ -846,347 +807,193 @@ def cache_folder(*names: str) -> Path:
     return caches.joinpath("finetune_colab", *names)
 
 
-def cached(place: str, version: str, size: str, name: str, write: Callable[[Path], None]) -> Path:
-    """The file that an earlier run wrote, when it is of this version; or else it is written now."""
-    folder = cache_folder("data", hashlib.sha256(f"{place} {version}".encode()).hexdigest()[:16])
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        earlier = [path for path in folder.iterdir() if path.suffix != ".partial"]
-    except OSError as error:
-        raise UserError(f"{folder} cannot be used as a cache: {error.strerror}.") from None
-    if version and earlier and size in ("", str(earlier[0].stat().st_size)):
-        return earlier[0]
-    partial = folder / f"{os.getpid()}.partial"
-    try:
-        write(partial)
-        harmless = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
-        for path in earlier:
-            path.unlink(missing_ok=True)
-        return partial.replace(folder / (harmless.strip(". ")[-100:] or "download"))
-    finally:
-        partial.unlink(missing_ok=True)
+def without_secrets(place: str) -> str:
+    """An address as it may be shown and written down: keys stand in its query or before an @."""
+    return re.sub(r"(?is)^\s*(https?://|s3://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", place)
 
 
 def refuse_large(place: str, size: int) -> None:
     if size > LARGEST_FILE_MB * 1e6:
-        raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Split it.")
+        raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
 
 
 Result = TypeVar("Result")
 
 
-def persistently(place: str, fetch: Callable[[], Result]) -> Result:
-    """Five tries with growing pauses. Where another try is of no use, `fetch` raises UserError."""
+def persistently(place: str, advice: str, fetch: Callable[[], Result]) -> Result:
+    """Five tries with growing pauses, as long as it is the network or the server that fails."""
+    say("Download", place)
     for pause in (*PAUSES, None):
         try:
             return fetch()
-        except (UserError, ImportError, FileNotFoundError):
+        except UserError:
             raise
         except Exception as error:  # every library has its own for a network that fails
-            reason = type(error).__name__  # what it says more may hold a key
-            if isinstance(error, OSError):
-                reason += f": {preview(re.sub(r'https?://[^ ]+', '…', str(error)), 100)}"
-            if getattr(error, "errno", None) in NOT_WRITABLE:
-                raise UserError(
-                    f"{place} cannot be written to {cache_folder()}: {reason}"
-                ) from None
+            text = re.sub("https?://[^ ]+", "…", str(error))  # an address may hold a key
+            reason = preview(text, 300) or type(error).__name__
+            if isinstance(error, (ValueError, RuntimeError)) or re.search(FINAL, text):
+                break
         if pause:
             say("Download", f"{place}: {reason}. Next try in {pause} s.")
             time.sleep(pause)
-    raise UserError(
-        f"{place} could not be fetched in {len(PAUSES) + 1} tries.\n{reason}\n"
-        "Check the address and the connection, and run the same command again."
-    )
+    else:
+        reason += f" ({len(PAUSES) + 1} tries)"
+    raise UserError(f"{place} could not be fetched: {reason}\n{advice}")
+
+
+def receive(key: str, name: str, stream: Any, headers: Any, md5: set[str]) -> Path:
+    """The copy of this version (ETag) in the cache; or a new one, of the stated size and checksum."""
+    version, size = headers.get("ETag", ""), headers.get("Content-Length")
+    folder = cache_folder("data", hashlib.sha256(f"{key} {version}".encode()).hexdigest()[:16])
+    allowed = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
+    file = folder / (allowed.strip(". ")[-50:] or "download")
+    if version and file.is_file() and size in (None, str(file.stat().st_size)):
+        return file
+    folder.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + LONGEST_DOWNLOAD
+    with atomic_write(file) as partial:
+        with partial.open("wb") as content:
+            while piece := stream.read1(8 << 20):
+                content.write(piece)
+                refuse_large(name, max(content.tell(), int(size or 0)))
+                if time.monotonic() > deadline:
+                    raise UserError(f"{name} is too slow: more than {LONGEST_DOWNLOAD} s.")
+        if size not in (None, str(partial.stat().st_size)):
+            raise ConnectionError(f"{partial.stat().st_size} of {size} bytes came")
+        if md5 and (actual := checksum(partial, "md5")) not in md5:
+            md5.add(actual)
+            raise ConnectionError("the checksum does not match")
+    return file
 
 
 def fetch_link(link: str, name: str = "") -> Path:
-    """The file behind a link; what an earlier run fetched, when the server still has that version."""
+    """The file behind a link, even where the link is to a page about the file."""
     place = name or without_secrets(link)
-    if urllib.parse.urlsplit(link).username:
-        raise UserError(
-            f"The link to {place} holds a password. Download the file and name it instead."
-        )
-    url = direct_link(link)
-    say("Download", place)
+    for pattern, direct in DIRECT_LINKS.items():
+        if match := re.fullmatch(pattern, link):
+            link = direct.format(*match.groups())
+            break
+    url = urllib.parse.quote(link.partition("#")[0], safe="%/:=&?~+!$,;'@()*[]")
 
     def fetch() -> Path:
-        with open_link(place, url) as response:
-            tag, size = response.headers.get("ETag", ""), response.headers.get("Content-Length", "")
-            path = urllib.parse.unquote(urllib.parse.urlsplit(url).path)
-            name = response.headers.get_filename() or path.rpartition("/")[2]
-            return cached(url, tag, size, name, lambda partial: receive(place, response, partial))
+        asked = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
+        if re.match("[^?]+//[^/?]*@", url):
+            raise ValueError("it holds a password")
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=asked), timeout=60
+        ) as response:
+            headers = response.headers
+            if response.status != 200:
+                raise ConnectionError(f"the server answers {response.status}")
+            if headers.get_content_type() == "text/html":
+                raise ValueError("it is a web page and not a file")
+            name = headers.get_filename() or urllib.parse.urlsplit(url).path.rpartition("/")[2]
+            stated = f"md5={headers['Content-MD5']},{headers['x-goog-hash']}"
+            md5 = {base64.b64decode(one).hex() for one in re.findall(r"md5=([\w+/]{22}==)", stated)}
+            return receive(url, urllib.parse.unquote(name), response, headers, md5)
 
-    return persistently(place, fetch)
-
-
-def open_link(place: str, url: str) -> Any:
-    advice = "Open the link in a private window of your browser: it should download the file."
-    headers = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
-    try:
-        response = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code in (408, 425, 429) or error.code >= 500:
-            raise
-        reason = preview(str(error.reason))
-        raise UserError(f"{place} answers {error.code} ({reason}).\n{advice}") from None
-    if response.headers.get_content_type() == "text/html":
-        response.close()
-        raise UserError(
-            f"{place} is a web page and not a file. A file in Google Drive has to be shared with "
-            f"everyone who has the link.\n{advice}"
-        )
-    return response
-
-
-def receive(place: str, response: Any, partial: Path) -> None:
-    """Write the body, and compare it with the size and the checksum that the server states."""
-    headers = response.headers
-    if response.status != 200:
-        raise ConnectionError(f"the server answers {response.status}")
-    expected = headers.get("Content-Length")
-    refuse_large(place, int(expected or 0))
-    deadline = time.monotonic() + LONGEST_DOWNLOAD
-    with partial.open("wb") as file:
-        while piece := response.read1(1 << 20):
-            file.write(piece)
-            refuse_large(place, file.tell())
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"{place} is too slow: {file.tell():,} bytes in {LONGEST_DOWNLOAD} s."
-                )
-    size = partial.stat().st_size
-    if expected and size != int(expected):
-        raise ConnectionError(f"{size:,} of {expected} bytes came")
-    stated = re.search("md5=([^, ]+)", headers.get("x-goog-hash", ""))
-    md5 = headers.get("Content-MD5") or (stated[1] if stated else "")
-    if md5 and checksum(partial, "md5") != base64.b64decode(md5).hex():
-        raise ConnectionError("the checksum does not match")
-
-
-# -- Buckets
+    return persistently(place, LINK_ADVICE, fetch)
 
 
 def environment() -> dict[str, str]:
     """The variables of this process, and those of a file .env in this folder."""
-    try:
-        lines = Path(".env").read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError):
-        lines = []
-    pairs = (
-        re.fullmatch(r"""\s*(?:export\s+)?(\w+)\s*=\s*(["']?)(.*?)\2(?:\s+#.*)?\s*""", line)
-        for line in lines
-    )
-    values = {**{pair[1]: pair[3] for pair in pairs if pair}, **os.environ}
+    text = ""
+    with suppress(OSError, UnicodeError):
+        text = Path(".env").read_text(encoding="utf-8-sig")
+    line = r"""(?m)^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=[ \t]*(["']?)(.*?)\2(?:[ \t]+#.*)?[ \t]*$"""
+    values = {name: value for name, _, value in re.findall(line, text)} | os.environ
     return {name: value.strip() for name, value in values.items()}
 
 
-def bucket_client() -> Any:
-    try:
-        import boto3
-    except ImportError:
-        raise UserError(
-            "Addresses that start with s3:// need one more package: pip install 'boto3>=1.36'"
-        ) from None
-    from botocore import UNSIGNED
-    from botocore.config import Config as Options
+def bucket_client(bucket: str) -> Any:
+    from pyarrow import fs
 
     values = environment()
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+    key, secret, token = (values.get(name) or None for name in names)
     endpoint = values.get("S3_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL") or None
-    session = boto3.session.Session(
-        aws_access_key_id=values.get("AWS_ACCESS_KEY_ID") or None,
-        aws_secret_access_key=values.get("AWS_SECRET_ACCESS_KEY") or None,
-        aws_session_token=values.get("AWS_SESSION_TOKEN") or None,
-        region_name=values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or "us-east-1",
-    )
-    options = Options(
-        retries={"total_max_attempts": 1},  # the tries are counted here
+    region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or "us-east-1"
+    return fs.S3FileSystem(
+        access_key=key,
+        secret_key=secret,
+        session_token=token,
+        anonymous=not (key or is_there(local_path("~/.aws"))),
+        region=region if endpoint else fs.resolve_s3_region(bucket),
+        endpoint_override=endpoint,
         connect_timeout=20,
-        request_checksum_calculation="when_required",  # not every server knows the newer ones
-        response_checksum_validation="when_required",
-        **({} if session.get_credentials() else {"signature_version": UNSIGNED}),
-    )
-    try:
-        return session.client("s3", endpoint_url=endpoint, config=options)
-    except ValueError:
-        raise UserError(
-            "S3_ENDPOINT_URL is no address. It looks like https://ACCOUNT.r2.cloudflarestorage.com"
-        ) from None
-
-
-@contextmanager
-def explained_bucket_errors(place: str) -> Iterator[None]:
-    from botocore.exceptions import ClientError, ParamValidationError
-
-    try:
-        yield
-    except ParamValidationError:
-        raise UserError(
-            f"{place} is no address of a bucket. It looks like s3://bucket/file.csv"
-        ) from None
-    except ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        code = error.response.get("Error", {}).get("Code", "")
-        if status >= 500 or status in (408, 429) or code in ("SlowDown", "RequestTimeout"):
-            raise
-        if status == 404:
-            raise FileNotFoundError(place) from None
-        raise UserError(
-            f"{place} cannot be read: {code}, status {status}.\nCheck AWS_ACCESS_KEY_ID and "
-            "AWS_SECRET_ACCESS_KEY (in the environment or in a file .env), whether they may read this "
-            "bucket, and S3_ENDPOINT_URL when the bucket is not Amazon's."
-        ) from None
-
-
-def fetch_from_bucket(place: str) -> Source:
-    """One object, or of a folder the tables in it, to choose from."""
-    bucket, _, key = place.partition("://")[2].partition("/")
-    client = bucket_client()
-    if key and not key.endswith("/"):
-        try:
-            path = fetch_object(client, bucket, key, key.rpartition("/")[2])
-            return Source(path.name, [path])
-        except FileNotFoundError:
-            key += "/"  # perhaps a folder, named without its last stroke
-    folder = f"s3://{bucket}/{key}"
-
-    def listing() -> list[dict[str, Any]]:
-        with explained_bucket_errors(folder):
-            pages = client.get_paginator("list_objects_v2").paginate(
-                Bucket=bucket, Prefix=key, PaginationConfig={"MaxItems": LONGEST_LISTING}
-            )
-            return [found for page in pages for found in page.get("Contents", [])]
-
-    try:
-        found = persistently(folder, listing)
-    except FileNotFoundError:
-        found = []
-    tables = [one for one in found if one["Key"].lower().endswith(TABLE_ENDINGS) and one["Size"]]
-    keys = sorted(one["Key"] for one in tables if one["Size"] <= LARGEST_FILE_MB * 1e6)
-    if larger := len(tables) - len(keys):
-        say("Candidate", f"{larger} tables larger than {LARGEST_FILE_MB} MB are left out")
-    if not keys:
-        raise UserError(
-            f"There is no {place}, and no table in {folder}. Check the name and the endpoint."
-        )
-    if len(keys) > MOST_CANDIDATES:
-        listed = ", ".join(keys[:5])
-        raise UserError(f"{folder} holds {len(keys)} tables: {listed}, … Name one of them.")
-    paths = [fetch_object(client, bucket, one, one.removeprefix(key)) for one in keys]
-    return Source(folder, paths, choose=True)
-
-
-def fetch_object(client: Any, bucket: str, key: str, name: str) -> Path:
-    place = f"s3://{bucket}/{key}"
-
-    def fetch() -> Path:
-        with explained_bucket_errors(place):
-            head = client.head_object(Bucket=bucket, Key=key)
-            version, size = head["ETag"].strip('"'), head["ContentLength"]
-            refuse_large(place, size)
-
-            def write(partial: Path) -> None:
-                with partial.open("wb") as file:
-                    client.download_fileobj(bucket, key, file)
-                if partial.stat().st_size != size:
-                    raise ConnectionError(f"{partial.stat().st_size:,} of {size:,} bytes came")
-                # of uploads in one part, the version is the checksum, unless the server encrypts
-                plain = head.get("ServerSideEncryption", "AES256") == "AES256"
-                is_md5 = (
-                    re.fullmatch("[0-9a-f]{32}", version) and "SSECustomerAlgorithm" not in head
-                )
-                if plain and is_md5 and checksum(partial, "md5") != version:
-                    raise ConnectionError("the checksum does not match")
-
-            return cached(f"{client.meta.endpoint_url} {place}", version, str(size), name, write)
-
-    return persistently(place, fetch)
-
-
-# -- The Hugging Face Hub
-
-
-def fetch_from_hub(place: str) -> Source:
-    """A data set of the Hub: its split "train", or what stands behind a colon.
-
-    The Hub keeps a copy of most data sets as parquet files, one folder for each split.
-    """
-    address = re.fullmatch(r"hf:([\w.-]+(?:/[\w.-]+)?)(?::(.+))?", place, re.IGNORECASE)
-    if not address:
-        raise UserError(
-            f"{place} is no data set of the Hub. It looks like hf:owner/name or hf:owner/name:train"
-        )
-    name, wanted = address[1], address[2] or ""
-    revision = "refs/convert/parquet"
-    files = hub_files(place, name, revision)
-    if files is None:
-        revision = "main"
-        files = hub_files(place, name, revision) or []
-    tables = [one for one in files if one.endswith(TABLE_ENDINGS)]
-    chosen = choose_split(place, name, tables, wanted)
-    paths = [hub_file(place, name, one, revision) for one in chosen]
-    return Source(f"hf:{name}, {chosen[0]}", paths)
-
-
-def choose_split(place: str, name: str, files: list[str], wanted: str) -> list[str]:
-    """The files of one split: CONFIGURATION/SPLIT/0000.parquet and so on, or one file by its name."""
-    splits: dict[str, list[str]] = {}
-    for file in sorted(files):
-        split = re.sub(r"/(partial-)?([^/]+)/\d+\.parquet$", r"/\2", file)
-        splits.setdefault(split, []).append(file)
-    fitting = [one for one in splits if not wanted or wanted in (one, *one.split("/"))]
-    for preferred in ("default", "train"):
-        fitting = [one for one in fitting if preferred in one.split("/")] or fitting
-    if len(fitting) == 1:
-        return splits[fitting[0]]
-    known = ", ".join(f"hf:{name}:{one}" for one in list(splits)[:8])
-    raise UserError(
-        f"{place} {'could mean several parts' if fitting else 'has no such part'}. "
-        + (f"Name one of: {known}" if splits else "It holds no table that this script reads.")
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the tries are counted here
     )
 
 
-@contextmanager
-def explained_hub_errors(place: str) -> Iterator[None]:
-    from huggingface_hub import errors
+def fetch_from_bucket(place: str) -> list[Path]:
+    """One object, or all tables in a folder."""
+    from pyarrow import fs
 
-    try:
-        yield
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError, errors.HFValidationError):
-        raise UserError(
-            f"{place} is not on the Hub, or not open to you.\nCheck the name. A data set behind a "
-            "licence needs the licence accepted on its page, and HF_TOKEN set."
-        ) from None
-    except errors.OfflineModeIsEnabled:
-        raise UserError(f"{place} needs the internet, and HF_HUB_OFFLINE is set.") from None
+    path = place[len("s3://") :].rstrip("/")
+    bucket, _, key = path.partition("/")
+    md5: set[str] = set()  # an encrypted object's ETag is none, but the same bytes twice are right
 
+    def fetch() -> list[Path]:
+        client = bucket_client(bucket)
+        if key and not place.endswith("/"):
+            with suppress(FileNotFoundError):  # perhaps it is a folder
+                return [fetch_object(client, path, key.rpartition("/")[2], md5)]
+        inside = fs.FileSelector(path, allow_not_found=True, recursive=True)
+        found = sorted(one.path for one in client.get_file_info(inside) if one.size)
+        tables = [one for one in found if one.lower().endswith(TABLE_ENDINGS)]
+        if not 0 < len(tables) <= MOST_FILES:
+            names = f": {', '.join(tables[:5])}, …" if tables else ""
+            raise ValueError(f"no file, but a folder with {len(tables)} tables{names}")
+        return [fetch_object(client, one, one.removeprefix(f"{path}/"), md5) for one in tables]
 
-def hub_files(place: str, name: str, revision: str) -> list[str] | None:
-    from huggingface_hub import HfApi, errors
-
-    def fetch() -> list[str] | None:
-        with explained_hub_errors(place):
-            try:
-                return HfApi().list_repo_files(name, revision=revision, repo_type="dataset")
-            except errors.RevisionNotFoundError:
-                return None
-
-    return persistently(place, fetch)
+    return persistently(place, BUCKET_ADVICE, fetch)
 
 
-def hub_file(place: str, name: str, file: str, revision: str) -> Path:
-    from huggingface_hub import hf_hub_download
+def fetch_object(client: Any, path: str, name: str, md5: set[str]) -> Path:
+    with client.open_input_file(path) as stream:
+        headers = {name: value.decode().strip('"') for name, value in stream.metadata().items()}
+        md5.update(re.findall("^[0-9a-f]{32}$", headers.get("ETag", "")))
+        return receive(f"s3://{path}", name, stream, headers, md5)
+
+
+def fetch_from_hub(place: str) -> Path:
+    """One split of a data set, or one file of it."""
 
     def fetch() -> Path:
-        with explained_hub_errors(place):
-            path = Path(hf_hub_download(name, file, revision=revision, repo_type="dataset"))
-        content = path.resolve()  # the Hub's cache calls a large file by its checksum
-        is_large = re.fullmatch("[0-9a-f]{64}", content.name)
-        if is_large and checksum(content, "sha256") != content.name:
-            content.unlink()
-            raise ConnectionError("the checksum does not match")
-        return path
+        address = re.fullmatch(r"(?i)hf:(?://datasets/)?([\w.-]+/[\w.-]+)(?:[:/](.+))?", place)
+        if not address:
+            raise ValueError("it is not the name of a data set")
+        name, part = address[1], address[2] or ""
+        if part.lower().endswith(TABLE_ENDINGS):
+            from huggingface_hub import hf_hub_download
 
-    return persistently(f"{place}, {file}", fetch)
+            return Path(hf_hub_download(name, part, repo_type="dataset"))
+        return fetch_split(name, part)
+
+    return persistently(place, HUB_ADVICE, fetch)
+
+
+def fetch_split(name: str, part: str) -> Path:
+    """The rows of CONFIGURATION/SPLIT as parquet; of one of the two, where that is enough."""
+    from datasets import get_dataset_config_names, load_dataset_builder
+
+    configs = get_dataset_config_names(name)
+    named = [config for config in configs if f"{part}/".startswith(f"{config}/")]
+    default = [config for config in configs if config == "default"]
+    builders = {c: load_dataset_builder(name, c) for c in (named or default or configs)[:8]}
+    splits = [(c, str(split)) for c, one in builders.items() for split in one.config.data_files]
+    fitting = [(c, split) for c, split in splits if part in ("", c, split, f"{c}/{split}")]
+    fitting = [one for one in fitting if one[1] == "train"] or fitting
+    if len(fitting) != 1:
+        known = ", ".join(f"hf:{name}:{c}/{split}" for c, split in splits[:8])
+        raise ValueError(f"{len(fitting) or 'none'} of its parts are meant; name one: {known}")
+    config, split = fitting[0]
+    refuse_large(f"hf:{name}", builders[config].info.download_size or 0)
+    builders[config].download_and_prepare()
+    file = Path(builders[config].cache_dir) / f"{name.rpartition('/')[2]}-{split}.parquet"
+    with atomic_write(file) as partial:
+        builders[config].as_dataset(split).to_parquet(partial)
+    return file
 
 
 # ==================================================================================================
@@ -1274,7 +1081,7 @@ def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
     with collector_paused():
-        if source.choose:
+        if source.name.startswith("s3:") and source.paths[1:]:
             return chosen_from(source, cfg)
         return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
 
