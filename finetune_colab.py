@@ -733,8 +733,8 @@ PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 # What another try does not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
 FINAL = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
 LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive has to be shared with everyone who has the link."
-BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: look at AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and at S3_ENDPOINT_URL when the bucket is not Amazon's."
-HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split or hf:owner/name:file.csv. A data set behind a licence needs the licence accepted on its page, and HF_TOKEN; with HF_HUB_OFFLINE, only what was loaded before is there."
+BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and S3_ENDPOINT_URL when the bucket is not Amazon's."
+HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split or hf:owner/name:file.csv. A private data set needs HF_TOKEN, and one behind a licence the licence accepted on its page. HF_HUB_OFFLINE must not be set."
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": "https://docs.google.com/spreadsheets/d/e/{}/pub?output=xlsx",
@@ -757,12 +757,13 @@ class Source(NamedTuple):
 def find_dataset(cfg: Config) -> Source:
     """The files that DATASET_PATH names, fetched first where they lie elsewhere."""
     place = cfg.DATASET_PATH.strip()
-    if re.match("https?:", place, re.IGNORECASE):
+    if re.match("https?://", place, re.IGNORECASE):
         paths = [fetch_link(place)]
-    elif place[:3].lower() == "hf:":
+    elif place.lower().startswith("hf:"):
         paths = [fetch_from_hub(place)]
     else:
-        paths = fetch_from_bucket(place) if place[:3].lower() == "s3:" else local_files(place)
+        in_bucket = place.lower().startswith("s3://")
+        paths = fetch_from_bucket(place) if in_bucket else local_files(place)
     return Source(paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths)
 
 
@@ -780,11 +781,9 @@ def local_files(place: str) -> list[Path]:
     tables = matching(f"{glob.escape(str(folder))}/*", TABLE_ENDINGS)
     if found := tables if folder == path else matching(str(path)):
         return found
-    missing = (
-        f"file {path.name} in {folder.resolve()}"
-        if folder != path
-        else f"table in the folder {path}"
-    )
+    missing = f"file {path.name} in {folder.resolve()}"
+    if folder == path:
+        missing = f"table in the folder {path}"
     others = [table.name for table in tables]
     advice = "Upload your workbook under that name, or name another file with --dataset-path"
     if EXAMPLE_DATASET in others:
@@ -838,10 +837,10 @@ def persistently(place: str, advice: str, fetch: Callable[[], Result]) -> Result
             time.sleep(pause)
     else:
         reason += f" ({len(PAUSES) + 1} tries)"
-    raise UserError(f"{place} could not be fetched: {reason}\n{advice}")
+    raise UserError(f"{place} could not be fetched: {reason.rstrip('.')}.\n{advice}")
 
 
-def receive(key: str, name: str, stream: Any, headers: Any, md5: set[str]) -> Path:
+def receive(key: str, name: str, stream: Any, headers: Any, md5: str, seen: set[str]) -> Path:
     """The copy of this version (ETag) in the cache; or a new one, of the stated size and checksum."""
     version, size = headers.get("ETag", ""), headers.get("Content-Length")
     folder = cache_folder("data", hashlib.sha256(f"{key} {version}".encode()).hexdigest()[:16])
@@ -860,8 +859,8 @@ def receive(key: str, name: str, stream: Any, headers: Any, md5: set[str]) -> Pa
                     raise UserError(f"{name} is too slow: more than {LONGEST_DOWNLOAD} s.")
         if size not in (None, str(partial.stat().st_size)):
             raise ConnectionError(f"{partial.stat().st_size} of {size} bytes came")
-        if md5 and (actual := checksum(partial, "md5")) not in md5:
-            md5.add(actual)
+        if md5 and (actual := checksum(partial, "md5")) not in {md5, *seen}:
+            seen.add(actual)  # the same bytes twice are right, whatever a server states
             raise ConnectionError("the checksum does not match")
     return file
 
@@ -874,52 +873,52 @@ def fetch_link(link: str, name: str = "") -> Path:
             link = direct.format(*match.groups())
             break
     url = urllib.parse.quote(link.partition("#")[0], safe="%/:=&?~+!$,;'@()*[]")
+    headers_sent = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
+    seen = set[str]()
 
     def fetch() -> Path:
-        asked = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
+        request = urllib.request.Request(url, headers=headers_sent)
         if re.match("[^?]+//[^/?]*@", url):
-            raise ValueError("it holds a password")
-        with urllib.request.urlopen(
-            urllib.request.Request(url, headers=asked), timeout=60
-        ) as response:
+            raise ValueError("it holds a password. Download the file, and name that")
+        with urllib.request.urlopen(request, timeout=60) as response:
             headers = response.headers
             if response.status != 200:
                 raise ConnectionError(f"the server answers {response.status}")
             if headers.get_content_type() == "text/html":
                 raise ValueError("it is a web page and not a file")
-            name = headers.get_filename() or urllib.parse.urlsplit(url).path.rpartition("/")[2]
-            stated = f"md5={headers['Content-MD5']},{headers['x-goog-hash']}"
-            md5 = {base64.b64decode(one).hex() for one in re.findall(r"md5=([\w+/]{22}==)", stated)}
-            return receive(url, urllib.parse.unquote(name), response, headers, md5)
+            called = headers.get_filename() or urllib.parse.urlsplit(url).path.rpartition("/")[2]
+            checksums = f"md5={headers['Content-MD5']},{headers['x-goog-hash']}"
+            stated = re.search(r"md5=([\w+/]{22}==)", checksums)
+            md5 = base64.b64decode(stated[1]).hex() if stated else ""
+            return receive(url, urllib.parse.unquote(called), response, headers, md5, seen)
 
     return persistently(place, LINK_ADVICE, fetch)
 
 
 def environment() -> dict[str, str]:
-    """The variables of this process, and those of a file .env in this folder."""
+    """The variables of this process, and those of a file .env in this folder, but for empty ones."""
     text = ""
     with suppress(OSError, UnicodeError):
         text = Path(".env").read_text(encoding="utf-8-sig")
     line = r"""(?m)^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=[ \t]*(["']?)(.*?)\2(?:[ \t]+#.*)?[ \t]*$"""
     values = {name: value for name, _, value in re.findall(line, text)} | os.environ
-    return {name: value.strip() for name, value in values.items()}
+    return {name: value.strip() for name, value in values.items() if value.strip()}
 
 
 def bucket_client(bucket: str) -> Any:
     from pyarrow import fs
 
     values = environment()
-    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
-    key, secret, token = (values.get(name) or None for name in names)
-    endpoint = values.get("S3_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL") or None
+    key = values.get("AWS_ACCESS_KEY_ID")
+    endpoint = values.get("S3_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL")
     region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or "us-east-1"
     return fs.S3FileSystem(
-        access_key=key,
-        secret_key=secret,
-        session_token=token,
-        anonymous=not (key or is_there(local_path("~/.aws"))),
-        region=region if endpoint else fs.resolve_s3_region(bucket),
         endpoint_override=endpoint,
+        region=region if endpoint else fs.resolve_s3_region(bucket),
+        access_key=key,
+        secret_key=values.get("AWS_SECRET_ACCESS_KEY"),
+        session_token=values.get("AWS_SESSION_TOKEN"),
+        anonymous=not (key or is_there(local_path("~/.aws"))),
         connect_timeout=20,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the tries are counted here
     )
@@ -931,52 +930,51 @@ def fetch_from_bucket(place: str) -> list[Path]:
 
     path = place[len("s3://") :].rstrip("/")
     bucket, _, key = path.partition("/")
-    md5: set[str] = set()  # an encrypted object's ETag is none, but the same bytes twice are right
+    if not bucket:
+        raise UserError(f"{place} names no bucket.\n{BUCKET_ADVICE}")
+    seen = set[str]()
 
     def fetch() -> list[Path]:
         client = bucket_client(bucket)
         if key and not place.endswith("/"):
             with suppress(FileNotFoundError):  # perhaps it is a folder
-                return [fetch_object(client, path, key.rpartition("/")[2], md5)]
+                return [fetch_object(client, path, key.rpartition("/")[2], seen)]
         inside = fs.FileSelector(path, allow_not_found=True, recursive=True)
         found = sorted(one.path for one in client.get_file_info(inside) if one.size)
         tables = [one for one in found if one.lower().endswith(TABLE_ENDINGS)]
-        if not 0 < len(tables) <= MOST_FILES:
-            names = f": {', '.join(tables[:5])}, …" if tables else ""
-            raise ValueError(f"no file, but a folder with {len(tables)} tables{names}")
-        return [fetch_object(client, one, one.removeprefix(f"{path}/"), md5) for one in tables]
+        if not tables:
+            raise ValueError("there is no such file, and no folder with tables")
+        if len(tables) > MOST_FILES:
+            raise ValueError(
+                f"{len(tables)} tables are too many. Name one, such as s3://{tables[0]}"
+            )
+        return [fetch_object(client, one, one.removeprefix(f"{path}/"), seen) for one in tables]
 
     return persistently(place, BUCKET_ADVICE, fetch)
 
 
-def fetch_object(client: Any, path: str, name: str, md5: set[str]) -> Path:
+def fetch_object(client: Any, path: str, name: str, seen: set[str]) -> Path:
     with client.open_input_file(path) as stream:
-        headers = {name: value.decode().strip('"') for name, value in stream.metadata().items()}
-        md5.update(re.findall("^[0-9a-f]{32}$", headers.get("ETag", "")))
-        return receive(f"s3://{path}", name, stream, headers, md5)
+        headers = {key: value.decode().strip('"') for key, value in stream.metadata().items()}
+        tag = headers.get("ETag", "")  # the checksum, unless it came in parts or is encrypted
+        md5 = tag if re.fullmatch("[0-9a-f]{32}", tag) else ""
+        return receive(f"s3://{path}", name, stream, headers, md5, seen)
 
 
 def fetch_from_hub(place: str) -> Path:
-    """One split of a data set, or one file of it."""
-
-    def fetch() -> Path:
-        address = re.fullmatch(r"(?i)hf:(?://datasets/)?([\w.-]+/[\w.-]+)(?:[:/](.+))?", place)
-        if not address:
-            raise ValueError("it is not the name of a data set")
-        name, part = address[1], address[2] or ""
-        if part.lower().endswith(TABLE_ENDINGS):
-            from huggingface_hub import hf_hub_download
-
-            return Path(hf_hub_download(name, part, repo_type="dataset"))
-        return fetch_split(name, part)
-
-    return persistently(place, HUB_ADVICE, fetch)
+    address = re.fullmatch(r"(?i)hf:(?://datasets/)?([\w.-]+/[\w.-]+)(?:[:/](.+))?", place)
+    if not address:
+        raise UserError(f"{place} is not the name of a data set of the Hub.\n{HUB_ADVICE}")
+    return persistently(place, HUB_ADVICE, lambda: hub_part(address[1], address[2] or ""))
 
 
-def fetch_split(name: str, part: str) -> Path:
-    """The rows of CONFIGURATION/SPLIT as parquet; of one of the two, where that is enough."""
+def hub_part(name: str, part: str) -> Path:
+    """A file of a data set, or as parquet the rows of CONFIGURATION/SPLIT; one word may be enough."""
     from datasets import get_dataset_config_names, load_dataset_builder
+    from huggingface_hub import hf_hub_download
 
+    if part.lower().endswith(TABLE_ENDINGS):
+        return Path(hf_hub_download(name, part, repo_type="dataset"))
     configs = get_dataset_config_names(name)
     named = [config for config in configs if f"{part}/".startswith(f"{config}/")]
     default = [config for config in configs if config == "default"]
@@ -986,7 +984,8 @@ def fetch_split(name: str, part: str) -> Path:
     fitting = [one for one in fitting if one[1] == "train"] or fitting
     if len(fitting) != 1:
         known = ", ".join(f"hf:{name}:{c}/{split}" for c, split in splits[:8])
-        raise ValueError(f"{len(fitting) or 'none'} of its parts are meant; name one: {known}")
+        fault = "it could be several parts" if fitting else "it has no such part"
+        raise ValueError(f"{fault}. Name one of: {known}")
     config, split = fitting[0]
     refuse_large(f"hf:{name}", builders[config].info.download_size or 0)
     builders[config].download_and_prepare()

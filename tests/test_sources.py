@@ -168,7 +168,8 @@ PLACES: list[Any] = [  # files; the place; its pairs, or words of the refusal
     ({"a.csv": THIRTY, "b.csv": CSV}, "s3://data/", PAIRS),  # the surest is taken
     ({f"{i:03}.csv": b"id%d\n1\n" % i for i in range(201)}, "s3://data/", r"201.*\b000\.csv"),
     *(({}, place, place.rstrip("/")) for place in
-      ("s3://data/", "s3://data/no.csv", "s3://nothing/a.csv", "s3://nothing/", "s3://")),
+      ("s3://data/", "s3://data/no.csv", "s3://nothing/a.csv", "s3://nothing/")),
+    ({"a.csv": CSV}, "s3://", "no bucket"),
     *(({}, "s3://no bucket!/a.csv", "no bucket!.*s3://"), ({}, "hf:o/n", "HF_HUB_OFFLINE")),
 ]
 # fmt: on
@@ -379,7 +380,7 @@ def hub(servers: Net, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tup
     """What a fresh process reads at each place: the Hub's client takes its address on import."""
     here = {"HF_ENDPOINT": servers.address, "HF_HOME": str(tmp_path_factory.mktemp("hub")), "HF_HUB_DISABLE_XET": "1"}
     here |= {"HF_HUB_OFFLINE": "", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
-    servers.faults = ["503"]
+    servers.faults = ["503", "429"]
     command = [sys.executable, "-c", READER, *HUB]
     done = subprocess.run(command, env=os.environ | here, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
