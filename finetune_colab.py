@@ -42,7 +42,6 @@ Map: the file reads as the data flows, and each section calls only sections abov
 from __future__ import annotations
 
 import argparse
-import ast
 import base64
 import csv
 import ctypes
@@ -63,7 +62,6 @@ import json
 import logging
 import logging.handlers
 import math
-import multiprocessing
 import os
 import platform
 import queue
@@ -1183,76 +1181,40 @@ def columns_in_words(pairs: Pairs) -> str:
 
 # -- Files to tables
 
+MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
+MOST_CHARACTERS = 200_000_000
+MOST_CELLS = 4_000_000  # blank ones included
+MOST_NAMES = 2000  # of fields in JSON
 LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
 HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
-MOST_ROWS = 300_000  # openpyxl reads some 20,000 in a second
-WIDEST_SHEET = 16_384  # columns that a spreadsheet program allows
-MOST_LETTERS = 200_000_000
-MOST_CELLS = 4_000_000  # between the first and the last filled one; calamine keeps them all
-FAR_CELL = "{} has a filled cell very far from the others. Delete it."
-PROTECTED = "{} is protected by a password. Save a copy without one."
-CALAMINE_MB, CALAMINE_TIMES = 300, 40  # of memory, and times the size of the file
-MOST_NAMES = 2000  # of fields in JSON
-BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 LIKELY = 20  # cells at the top of a column that decide what it holds
-NUMPY_ARRAY = re.compile(r"""\barray\((\[(?:'[^']*'|"[^"]*"|[^\[\]'"])*\])(?:,\s*dtype=\w+)?\)""")
+BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
-FOREIGN_FILES = {
+FAR_CELL = "{} has a filled cell very far from the others. Delete it."
+PRINTED = "as Python or numpy prints them. Save the data as .jsonl or .parquet"
+UNREADABLE = [None, None]
+KINDS = {  # of files, by their first bytes
+    rb"PK\x03\x04": "zip",
+    rb"PAR1\x15": "parquet",
+    rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
+    rb"\xd0\xcf\x11\xe0": "xls",
     rb"%PDF": "a PDF",
-    rb"\x89PNG|\xff\xd8\xff|GIF8": "a picture",
-    rb"\x1f\x8b|7z\xbc\xaf|Rar!|BZh|\xfd7zXZ": "compressed; unpack it first",
-    rb"SQLite format 3": "a database",
-    rb"insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql)": "a dump of a database (SQL)",
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a.\0": "a picture",
+    rb"\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed; unpack it first",
+    rb"SQLite format 3\0": "a database",
+    rb"(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))": "a dump of a database (SQL)",
     rb"\{\\rtf": "a text document (RTF)",
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
-    rb"<(!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:": "a web page (HTML), whatever its name says",
-    rb"/annex/objects/": "a git-annex pointer and not the file itself; run: git annex get",
-    rb"ARROW1|FEA1": "an Arrow or Feather file",
-    rb"ORC|Obj\x01|\x93NUMPY|\x80[\x02-\x05]": "a binary data file that this script does not read",
-    rb"<(\?xml|\?mso|workbook)": "XML, as old versions of Excel wrote it",
+    rb"(?i:<(!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "a web page (HTML), whatever its name says",
+    rb"(?i:<(\?xml|\?mso|workbook))": "XML, as old versions of Excel wrote it",
+    rb"": "text",
 }
-# Encodings from before Unicode: whose, and for each of their languages the letters that tell it: of
-# an alphabet of its own the frequent ones, beside ASCII all others.
-ENCODINGS = {
-    "cp1252": (
-        "Windows-1252 (Western Europe)",
-        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž",
-    ),
-    "cp1250": (
-        "Windows-1250 (Central Europe)",
-        "ąćęłńóśźż áčďéěíňóřšťúůýž áäčďéíĺľňóôŕšťúýž áéíóöőúüű ăâîşţ čćđšž",
-    ),
-    "cp1254": ("Windows-1254 (Turkish)", "çğıöşüâîûİ"),
-    "cp1251": (
-        "Windows-1251 (Cyrillic)",
-        "оеаинтсрвл оанивіртеск аоиетнрсвл аоиенрстјв аноіерсткл",
-    ),
-    "koi8_r": ("KOI8-R (Cyrillic)", "оеаинтсрвл"),
-    "cp1253": ("Windows-1253 (Greek)", "αοιετσνηυρπκςάίόέή"),
-    "cp1255": ("Windows-1255 (Hebrew)", "יוהלארתבמש"),
-    "cp1256": ("Windows-1256 (Arabic)", "اليمونرتبعةه"),
-    "cp874": ("Windows-874 (Thai)", "านรอกเงมยลวดทสตะปบ่้ัีิ"),
-    "mac_roman": (
-        "Mac OS Roman",
-        "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ ãáéíóúçâêôõà àèéìòù åäöé æøåéòóô",
-    ),
-    "gb18030": (
-        "GB 18030 (Chinese)",
-        "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出会可也你对就能下问答什么怎样如何吗请，。？、：（）",
-    ),
-    "big5": (
-        "Big5 (Chinese)",
-        "的一是在不了有和人這中大為上個國我以要他時來用們生到作地於出會可也你對就能下問答什麼怎樣如何嗎請，。？、：（）",
-    ),
-    "shift_jis": ("Shift JIS (Japanese)", "ぁ-んァ-ヶー、。？「」"),
-    "euc_jp": ("EUC-JP (Japanese)", "ぁ-んァ-ヶー、。？「」"),
-    "cp949": ("CP949 (Korean)", "이다는에의을가고하지로도은를사기리시어자해나니요수있습주"),
-}
-ALPHABETS = ("cp1251", "koi8_r", "cp1253", "cp1255", "cp1256", "cp874")  # not Latin
-# How many of a text's letters are among those
-USUAL_SHARE = dict.fromkeys(ALPHABETS, 0.6) | {"cp1253": 0.8, "gb18030": 0.2, "big5": 0.2}
-USUAL_SHARE |= {"shift_jis": 0.5, "euc_jp": 0.5, "cp949": 0.3}
-MARKS = "«»„“”‚‘’–—…°§©®™•№€\u00a0"  # that say nothing of the language
+FALSE_SIZE = re.compile(rb"\0\x02\x0e\0.{6}(?:[^\0\x01].|.[^\0]).{4}\0\0", re.DOTALL)  # in .xls
+RECORD = re.compile(rb"([\x80-\xff]?.)([\x80-\xff]{0,3}[\0-\x7f])(.{0,4})", re.DOTALL)  # of .xlsb
+# The characters beside ASCII of each Western language, and those that say nothing of a language
+WESTERN = "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž"
+PUNCTUATION = "«»„“”‚‘’–—…°§©®™•€£¥¢×÷±½¼¾²³\u00a0"
+ENCODINGS = "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp874 koi8_r mac_roman gb18030 big5 shift_jis euc_jp cp949"
 
 
 def read_tables(path: Path, cfg: Config) -> list[Table]:
@@ -1262,81 +1224,20 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    kind = file_kind(path, content)
-    if kind == "parquet":
+    start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
+    kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
+    if kind in ("zip", "xls"):
+        tables = workbook_tables(path, content, cfg)
+    elif kind == "parquet":
         tables = [parquet_table(path, content)]
     elif kind == "text":
-        text = decoded(path, content)
-        try:
-            tables = json_tables(path, text, cfg) if text.lstrip()[:1] in ("{", "[") else []
-        except UserError as error:
-            raise UserError(f"In {path}: {error}") from None
-        tables = tables or [with_header("", text_grid(path, text), cfg)]
+        tables = text_tables(path, decoded(path, content), cfg)
     else:
-        tables = workbook_tables(path, content, kind, cfg)
-    filled = [unpacked(table) for table in tables if any(any(row) for _, row in table.rows)]
+        raise UserError(f"{path} is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
+    filled = [opened(path, table) for table in tables if any(any(row) for _, row in table.rows)]
     if not filled:
         raise UserError(f"{path} holds no rows. Fill in one question and one answer a row.")
     return filled
-
-
-def file_kind(path: Path, content: bytes) -> str:
-    """What a file is; its ending may say anything."""
-    start = content[:1024].removeprefix(b"\xef\xbb\xbf").lstrip()
-    utf16 = utf16_name(content)
-    if utf16:
-        start = content[:2048].decode(utf16, errors="replace").lstrip("\ufeff \n").encode()
-    for mark, name in FOREIGN_FILES.items():
-        if re.match(mark, start, re.IGNORECASE | re.DOTALL):
-            raise UserError(f"{path} is {name}.\nPut the rows into .xlsx, .csv or .jsonl")
-    if content.startswith(b"PK\x03\x04"):
-        return zip_kind(path, content)
-    if content.startswith(b"\xd0\xcf\x11\xe0"):
-        if "EncryptedPackage".encode("utf-16-le") in content:
-            raise UserError(PROTECTED.format(path))
-        if "WordDocument".encode("utf-16-le") in content:
-            raise UserError(f"{path} is a Word document. Name a file with the rows in a table.")
-        return "xls"
-    if content.startswith(b"PAR1"):
-        return "parquet"
-    if b"\0" in content and not utf16:
-        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
-    return "text"
-
-
-def zip_kind(path: Path, content: bytes) -> str:
-    """Which workbook a zip file is. What it unpacks to is counted before anything reads it."""
-    inflated = rows = cells = 0
-    allowed = min(max(LARGEST_INFLATION * len(content), HARMLESS_MB * 1e6), LARGEST_FILE_MB * 2e6)
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = set(archive.namelist())
-            for name in names:
-                with archive.open(name) as member:
-                    while inflated <= allowed and (piece := member.read(1 << 20)):
-                        inflated += len(piece)
-                        rows += piece.count(b"<row") if "/worksheets/" in name else 0
-                        cells += piece.count(b"<c") if "/worksheets/" in name else 0
-                        if re.search(rb'text:c="\d{6}', piece):
-                            raise zipfile.BadZipFile("blanks without end")
-    except Exception as error:  # a dozen kinds for damaged archives
-        raise damaged(path, error) from None
-    if inflated > allowed:
-        raise UserError(
-            f"{path} unpacks to more than {allowed / 1e6:.0f} MB, which looks like a zip bomb or a "
-            "sheet of formatted blank rows.\nCopy the filled rows into a new workbook."
-        )
-    if rows > MOST_ROWS or cells > MOST_CELLS:
-        most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells"
-        raise UserError(f"{path} has more than {most}, filled or formatted. Split it.")
-    if "encrypted-package" in names:
-        raise UserError(PROTECTED.format(path))
-    marks = {"xl/workbook.xml": "xlsx", "xl/workbook.bin": "xlsb", "content.xml": "ods"}
-    for mark, kind in marks.items():
-        if mark in names:
-            return kind
-    what = "a Word document" if "word/document.xml" in names else "a zip file without a workbook"
-    raise UserError(f"{path} is {what}. Name a file with the rows in a table, such as .xlsx")
 
 
 def damaged(path: Path, error: BaseException) -> UserError:
@@ -1346,262 +1247,149 @@ def damaged(path: Path, error: BaseException) -> UserError:
     )
 
 
-def workbook_tables(path: Path, content: bytes, kind: str, cfg: Config) -> list[Table]:
+Sheets = Iterator[tuple[str, bool, Iterable[Sequence[Any]]]]  # name, whether hidden, rows
+
+
+def workbook_tables(path: Path, content: bytes, cfg: Config) -> list[Table]:
     """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
-    failures: list[BaseException] = []
-    for engine in (openpyxl_grids, calamine_grids) if kind == "xlsx" else (calamine_grids,):
+    failure: BaseException = ValueError("it has no sheets")
+    zipped = content.startswith(b"PK")
+    if zipped:
+        refuse_bombs(path, content)
+    for sheets in (openpyxl_sheets, calamine_sheets) if zipped else (calamine_sheets,):
         try:
-            tables = [
-                with_header(sheet, grid, cfg)._replace(hidden=hidden)
-                for sheet, grid, hidden in engine(path, content)
-            ]
-            if any(table.rows for table in tables):  # openpyxl finds no sheets in Strict Open XML
+            tables = []
+            for name, hidden, rows in sheets(path, content):
+                grid = limited(path, ([workbook_text(cell) for cell in row] for row in rows))
+                tables.append(with_header(name, grid, cfg)._replace(hidden=hidden))
+            if tables:  # openpyxl finds no sheets in Strict Open XML
                 return tables
-        except (UserError, ImportError, KeyboardInterrupt):
+        except (UserError, KeyboardInterrupt):
             raise
         except BaseException as error:  # openpyxl raises seven kinds, calamine may even panic
-            failures.append(error)
-    if failures:
-        raise damaged(path, failures[0])
-    return []
+            failure = error
+    raise damaged(path, failure)
 
 
-def openpyxl_grids(path: Path, content: bytes) -> Iterable[tuple[str, list[list[str]], bool]]:
+def refuse_bombs(path: Path, content: bytes) -> None:
+    """Refuse a zip file that is no workbook, or one of blanks without end, before anything reads it."""
+    rows = cells = 0
+    allowed = min(max(LARGEST_INFLATION * len(content), HARMLESS_MB * 1e6), LARGEST_FILE_MB * 2e6)
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            names = archive.namelist()
+            unpacked = sum(part.file_size for part in archive.infolist())
+            for name in names if unpacked <= allowed else ():
+                sheet = archive.read(name) if "worksheets" in name else b""
+                rows, cells = rows + sheet.count(b"<row"), cells + sheet.count(b"<c")
+    except Exception as error:  # a dozen kinds for damaged archives
+        raise damaged(path, error) from None
+    if not any("worksheets" in name or name == "content.xml" for name in names):
+        what = "a zip file without a workbook, such as a Word document or slides"
+        raise UserError(f"{path} is {what}.\nUnpack it, or name a file with the rows in a table")
+    if unpacked > allowed:
+        raise UserError(
+            f"{path} unpacks to {unpacked / 1e6:,.0f} MB, which looks like a zip bomb or a sheet of "
+            "formatted blank rows.\nCopy the filled rows into a new workbook."
+        )
+    if rows > MOST_ROWS or cells > MOST_CELLS:
+        most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells"
+        raise UserError(f"{path} has more than {most}, filled or formatted. Split it.")
+
+
+def openpyxl_sheets(path: Path, content: bytes) -> Sheets:
+    """Without pandas, whose own loop over the cells takes a third of the time once more."""
     import openpyxl
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-        grids = []
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # what a sheet claims of its size may be wrong by millions
-            rows = ([cell_text(plain(cell)) for cell in row] for row in sheet.values)
-            grids.append((sheet.title, limited(path, rows), sheet.sheet_state != "visible"))
-    return grids
+            yield sheet.title, sheet.sheet_state != "visible", sheet.values
 
 
-def plain(cell: Any) -> Any:
-    """A cell of a workbook without the workbook's escapes."""
-    if not isinstance(cell, str) or "_x" not in cell:
-        return cell
-    return re.sub("_x(00[01][0-9A-Fa-f]|005[Ff])_", lambda code: chr(int(code[1], 16)), cell)
-
-
-def in_a_child(work: Callable[[], Any], memory_mb: float) -> Any:
-    """The result of some work that may take the whole process down with it, as calamine may."""
-    if not hasattr(os, "fork"):
-        return work()
-    results, sender = multiprocessing.Pipe(duplex=False)
-
-    def report() -> None:
-        with open(os.devnull, "w") as nowhere:  # noqa: PTH123  what it says as it goes down
-            os.dup2(nowhere.fileno(), 2)
-        limit_memory(memory_mb)
-        try:
-            sender.send(work())
-        except BaseException as error:
-            sender.send(error if isinstance(error, UserError) else ValueError(str(error)))
-
-    child = multiprocessing.get_context("fork").Process(target=report)
-    child.start()
-    sender.close()
+def calamine_sheets(path: Path, content: bytes) -> Sheets:
     try:
-        result = results.recv()
-    except EOFError:
-        raise ValueError("its reader gave up") from None
-    finally:
-        child.join()
-    if isinstance(result, Exception):
-        raise result
-    return result
-
-
-def limit_memory(more_mb: float) -> None:
-    """Let this process take no more than that beyond what it has, where the system can see to it."""
-    with suppress(ImportError, OSError, ValueError):
-        import resource
-
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        largest = pages * resource.getpagesize() + int(more_mb * 1e6)
-        resource.setrlimit(resource.RLIMIT_AS, (largest, largest))
-
-
-def calamine_grids(path: Path, content: bytes) -> list[tuple[str, list[list[str]], bool]]:
-    enough_mb = CALAMINE_MB + CALAMINE_TIMES * len(content) / 1e6
-    return in_a_child(lambda: list(grids_of_calamine(path, content)), enough_mb)
-
-
-def grids_of_calamine(path: Path, content: bytes) -> Iterator[tuple[str, list[list[str]], bool]]:
-    import python_calamine
-
-    if content.startswith(b"PK") and area(content) > MOST_CELLS:
+        import python_calamine
+    except ImportError:
+        raise UserError(
+            f"{path} can only be read with one more package. Run: pip install python-calamine\n"
+            "Or open the file in a spreadsheet program and save it as .xlsx"
+        ) from None
+    if has_far_cell(content):
         raise UserError(FAR_CELL.format(path))
-    book = python_calamine.CalamineWorkbook.from_filelike(io.BytesIO(content))
+    book = python_calamine.load_workbook(io.BytesIO(content))
     for about in book.sheets_metadata:
         if about.typ == python_calamine.SheetTypeEnum.WorkSheet:
             sheet = book.get_sheet_by_name(about.name)
-            far = sheet.total_height * sheet.total_width > MOST_CELLS
-            if far or sheet.total_width > WIDEST_SHEET:
+            if sheet.total_height * sheet.total_width > MOST_CELLS:
                 raise UserError(FAR_CELL.format(path))
-            cells = sheet.to_python(skip_empty_area=False)
-            rows = ([cell_text(plain(cell)) for cell in row] for row in cells)
             hidden = about.visible != python_calamine.SheetVisibleEnum.Visible
-            yield about.name, limited(path, rows), hidden
+            yield about.name, hidden, sheet.to_python(skip_empty_area=False)
 
 
-def area(content: bytes) -> int:
-    """Cells of the largest sheet of an .xlsx, from its first to its last filled one."""
-    largest = 0
+def has_far_cell(content: bytes) -> bool:
+    """Whether calamine 0.9, which takes memory for all cells up to the last one, would abort."""
+    if not content.startswith(b"PK"):
+        return bool(FALSE_SIZE.search(content))
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for name in archive.namelist():
-            if "/worksheets/" in name:
-                places = re.findall(rb'\sr="([A-Z]+)(\d+)"', archive.read(name))
-                width = max((len(column) for column, _ in places), default=0)
-                rows = max((int(row) for _, row in places), default=0)
-                largest = max(largest, rows * 26**width)
-    return largest
+        sheets = [archive.read(name) for name in archive.namelist() if "worksheets" in name]
+    return any(area(sheet) > MOST_CELLS for sheet in sheets)
+
+
+def area(sheet: bytes) -> int:
+    """The last row times the last column of a sheet, which is XML or the records of .xlsb."""
+    rows = columns = at = 0
+    binary = sheet.startswith(b"\x81\1")
+    for column, row in () if binary else re.findall(rb'\sr="([A-Z]+)(\d+)"', sheet):
+        rows, columns = max(rows, int(row)), max(columns, 26 ** len(column))
+    while binary and (record := RECORD.match(sheet, at)):
+        kind, number = record[1], int.from_bytes(record[3], "little")
+        rows = max(rows, number) if kind == b"\0" else rows
+        columns = max(columns, number) if b"\0" < kind <= b"\x0b" else columns
+        at = record.start(3) + sum((byte & 127) << 7 * i for i, byte in enumerate(record[2]))
+    return rows * columns
 
 
 def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
-    grid, letters = [], 0
+    """The rows up to the last filled one."""
+    grid, filled, characters = [], 0, 0
     for row in rows:
         grid.append(row)
-        letters += sum(map(len, row))
-        if len(grid) > MOST_ROWS or letters > MOST_LETTERS:
-            most = f"{MOST_ROWS:,} rows or {MOST_LETTERS:,} letters"
+        characters += sum(map(len, row))
+        filled = len(grid) if any(row) else filled
+        if filled > MOST_ROWS or characters > MOST_CHARACTERS:
+            most = f"{MOST_ROWS:,} rows or {MOST_CHARACTERS:,} characters"
             raise UserError(f"{path} has more than {most}. Split it.")
-    while grid and not any(grid[-1]):
-        grid.pop()
-    return grid
+    return grid[:filled]
 
 
 def cell_text(cell: object) -> Any:
     """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
-    if cell is None or isinstance(cell, (list, dict)):
-        return "" if cell is None else cell
-    if not isinstance(cell, str):
-        return number_text(cell)
-    text = "" if cell in FAILED_FORMULAS else cell
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii():  # JSON may hold half of a letter beyond 16 bits, which no file can
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text.strip()
-
-
-def number_text(cell: Any) -> str:
-    """A number, a date or a truth value as a spreadsheet shows it."""
+    if isinstance(cell, (list, dict)):
+        return cell
+    if isinstance(cell, bytes):  # in Parquet
+        cell = cell.decode(errors="replace")
+    if isinstance(cell, str):
+        text = "" if cell in FAILED_FORMULAS else cell.replace("\r\n", "\n").replace("\r", "\n")
+        if (
+            not text.isascii()
+        ):  # JSON may hold half of a character beyond 16 bits, which no file can
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return text.strip()
     if isinstance(cell, bool):
         return str(cell).upper()
     if isinstance(cell, float):
-        if cell.is_integer() and abs(cell) < 1e21:
-            return str(int(cell))
-        return f"{cell:.15g}" if math.isfinite(cell) else ""
+        whole = cell.is_integer() and abs(cell) < 1e21
+        return str(int(cell)) if whole else f"{cell:.15g}" if math.isfinite(cell) else ""
     if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
         cell = cell.date()
-    return str(cell)
+    return "" if cell is None else str(cell)
 
 
-def utf16_name(content: bytes) -> str:
-    """The name of a UTF-16 encoding, when it is one: by its mark, or since it gives lines of letters."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    head = content[:4096]
-    for name in ("utf-16-le", "utf-16-be") if b"\0" in head else ():
-        text = head[: len(head) // 2 * 2].decode(name, errors="replace")
-        readable = sum(letter.isprintable() or letter in "\t\r\n" for letter in text)
-        if "\n" in text and readable > 0.95 * len(text):
-            return name
-    return ""
-
-
-def decoded(path: Path, content: bytes) -> str:
-    """The text of a file, in the encoding that its bytes show."""
-    if name := utf16_name(content):
-        return content.decode(name, errors="replace").removeprefix("\ufeff")
-    with suppress(UnicodeDecodeError):
-        return content.decode("utf-8-sig")
-    lines = content.split(b"\n")
-    broken = sum(not is_utf8(line) for line in lines)
-    if any(not line.isascii() and is_utf8(line) for line in lines):
-        mixed = f"mixes encodings: {broken} lines are not UTF-8. Check their accents."
-        say("Note", f"{path.name} {mixed}")
-        parts = (line.decode("utf-8" if is_utf8(line) else "cp1252", "replace") for line in lines)
-        return "\n".join(parts).removeprefix("\ufeff")
-    name = likely_encoding(content)
-    guess = f"is not UTF-8; it was read as {ENCODINGS[name][0]}. Check its letters."
-    say("Note", f"{path.name} {guess}")
-    return content.decode(name, errors="replace")
-
-
-def likely_encoding(content: bytes) -> str:
-    """The encoding in which the letters beyond ASCII are those that one of its languages has most."""
-    head = b"\n".join(
-        line for line in content[:1_000_000].split(b"\n")[:-1] or [content] if not line.isascii()
-    )
-    head = head[:50_000] or content
-
-    def share_of_common(name: str) -> float:
-        text = head.decode(name, errors="replace")
-        beyond = re.sub(f"[\x00-\x7f{MARKS}]+", "", text)
-        if not beyond:
-            return 1
-        languages = (f"[{letters}{letters.upper()}]" for letters in ENCODINGS[name][1].split())
-        common = max(len(re.findall(letters, beyond)) for letters in languages)
-        mixed = len(re.findall(r"[a-zA-Z](?=[^\W\x00-\x7f])", text)) if name in ALPHABETS else 0
-        share = min(1, common / USUAL_SHARE.get(name, 1) / len(beyond))
-        first = re.split(r"[,;|\t\n]", content[:1000].decode(name, errors="replace"))[: 2 * LIKELY]
-        known = all(any(name_strength(c.strip(' "'), role) > 1 for c in first) for role in NAMES)
-        share += 0.5 * known
-        return share - mixed / len(beyond) - 2 * text.count("\ufffd") / len(text)
-
-    return max(ENCODINGS, key=share_of_common)
-
-
-def is_utf8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def text_grid(path: Path, text: str) -> list[list[str]]:
-    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
-    mark = csv_delimiter(text)
-    file = io.StringIO(text, newline="")
-    lines = csv.reader(file, delimiter=mark, skipinitialspace=True, strict=True)
-    read = 0
-
-    def rows() -> Iterator[list[str]]:
-        nonlocal read
-        for row in lines:
-            read += 1
-            cells = [cell_text(cell) for cell in row]
-            if mark == "|" and len(cells) > 2 and not cells[0] + cells[-1]:
-                cells = cells[1:-1]  # a table in Markdown, whose rules are no row
-                cells = ["" if re.fullmatch(":?-+:?", cell) else cell for cell in cells]
-            yield cells
-
-    try:
-        return limited(path, rows())
-    except csv.Error:
-        raise UserError(
-            f"{path} has a quotation mark that opens and never ends, from about row {read + 1} on.\n"
-            'Close it, or write it twice ("") where it belongs to the text.'
-        ) from None
-
-
-def csv_delimiter(text: str) -> str:
-    """The mark that cuts the first rows into the same number of cells, and into more than one."""
-
-    def agreement(mark: str) -> float:
-        head = io.StringIO(text[:65_536], newline="")
-        rows = csv.reader(head, delimiter=mark, skipinitialspace=True)
-        widths = [len(row) for row in itertools.islice(rows, 200) if row][:50]
-        usual = statistics.mode(widths) if widths else 1
-        return widths.count(usual) / len(widths) if usual > 1 else 0.0
-
-    return max((",", ";", "\t", "|"), key=agreement)
+def workbook_text(cell: object) -> Any:
+    return cell_text(cell.replace("_x000D_", "") if isinstance(cell, str) else cell)
 
 
 def parquet_table(path: Path, content: bytes) -> Table:
@@ -1618,7 +1406,91 @@ def parquet_table(path: Path, content: bytes) -> Table:
     raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
 
 
-def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
+def decoded(path: Path, content: bytes) -> str:
+    """The text of a file, in the encoding that its bytes show; a guess is said."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", errors="replace")
+    with suppress(UnicodeDecodeError):
+        if b"\0" not in content:
+            return content.decode("utf-8-sig")
+    lines = content.split(b"\n")
+    broken = dict.fromkeys(line for line in lines if line.decode(errors="ignore").encode() != line)
+    if b"\0" not in content and not all(line.isascii() or line in broken for line in lines):
+        mixed = f"mixes encodings: {len(broken)} lines are not UTF-8. Check their accents."
+        say("Note", f"{path.name} {mixed}")
+        parts = (line.decode("cp1252" if line in broken else "utf-8", "replace") for line in lines)
+        return "\n".join(parts).removeprefix("\ufeff")
+    name = likely_encoding(
+        content[:65_536] if b"\0" in content else b"\n".join(list(broken)[:2000])
+    )
+    if not name:
+        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
+    words = name.replace("cp", "Windows-").replace("_", "-")
+    say("Note", f"{path.name} is not UTF-8; it was read as {words}. Check its characters.")
+    return content.decode(name, errors="replace")
+
+
+def likely_encoding(content: bytes) -> str:
+    """Windows-1252 for the characters of one Western language; for any others a guess, or nothing."""
+    import charset_normalizer
+
+    letters = [c for c in content.decode("cp1252", "replace").lower() if c not in PUNCTUATION]
+    letters = [c for c in letters if not c.isascii()]
+    candidates = ["utf_16_le", "utf_16_be"] if b"\0" in content else ENCODINGS.split()
+    known = (sum(c in language for c in letters) for language in WESTERN.split())
+    if b"\0" not in content and max(known) >= 0.9 * len(letters):
+        return "cp1252"
+    best = charset_normalizer.from_bytes(content, cp_isolation=candidates).best()
+    return best.encoding if best else ""
+
+
+def text_tables(path: Path, text: str, cfg: Config) -> list[Table]:
+    try:
+        tables = json_tables(text, cfg) if text.lstrip()[:1] in ("{", "[") else []
+    except UserError as error:
+        raise UserError(f"In {path}: {error}") from None
+    return tables or [with_header("", limited(path, csv_rows(path, text)), cfg)]
+
+
+def csv_rows(path: Path, text: str) -> Iterator[list[str]]:
+    """The rows of a text. A line that breaks the rules of quotation marks is taken as it stands."""
+    csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
+    mark = csv_delimiter(text)
+    lines = list(io.StringIO(text, newline=""))
+    reader = csv.reader(lines, delimiter=mark, skipinitialspace=True, strict=True)
+    for number in itertools.count(1):
+        start = reader.line_num
+        try:
+            row = next(reader, None)
+        except csv.Error:
+            if reader.line_num > start + 1 or '\\"' in lines[start]:
+                raise UserError(
+                    f"{path} has a quotation mark that opens and never ends, in about row {number}.\n"
+                    'Close it, or write it twice ("") where it belongs to the text.'
+                ) from None
+            row = [re.sub(r'^\s*"([^"]*)"\s*$', r"\1", cell) for cell in lines[start].split(mark)]
+        if row is None:
+            return
+        cells = [cell_text(cell) for cell in row]
+        if mark == "|" and len(cells) > 2 and not cells[0] + cells[-1]:  # in Markdown
+            cells = ["" if re.fullmatch(":?-+:?", cell) else cell for cell in cells[1:-1]]
+        yield cells
+
+
+def csv_delimiter(text: str) -> str:
+    """The mark that cuts the first rows into the same number of cells, and into more than one."""
+
+    def agreement(mark: str) -> float:
+        head = io.StringIO(text[:65_536], newline="")
+        rows = csv.reader(head, delimiter=mark, skipinitialspace=True)
+        widths = [len(row) for row in itertools.islice(rows, 200) if row][:50]
+        usual = statistics.mode(widths) if widths else 1
+        return widths.count(usual) / len(widths) if usual > 1 else 0.0
+
+    return max((",", ";", "\t", "|"), key=agreement)
+
+
+def json_tables(text: str, cfg: Config) -> list[Table]:
     """A JSON document, or one JSON value a line; nothing for a text in brackets that is no JSON."""
     try:
         return value_tables(json.loads(text), "", cfg)
@@ -1626,6 +1498,8 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
         raise UserError("this is JSON nested too deeply to hold rows.") from None
     except ValueError as error:
         reason = error
+    if text.lstrip("[{ \r\n")[:1] == "'":
+        raise UserError(f"these are lists or objects {PRINTED}")
     records: list[tuple[int, Any]] = []
     unread: list[tuple[int, str]] = []
     for number, line in enumerate(text.split("\n"), start=1):
@@ -1633,118 +1507,86 @@ def json_tables(path: Path, text: str, cfg: Config) -> list[Table]:
             try:
                 records.append((number, json.loads(line)))
             except (ValueError, RecursionError):
-                printed = literal(line.strip())  # as Python prints it
-                if isinstance(printed, dict):
-                    records.append((number, printed))
-                else:
-                    unread.append((number, "not valid JSON"))
+                unread.append((number, "not valid JSON"))
     if len(records) <= len(unread):
         if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
             return []
-        raise UserError(f"this is not valid JSON: {preview(str(reason))}. Have it written anew.")
-    if not unread and all(isinstance(one, list) and not is_conversation(one) for _, one in records):
-        return value_tables([one for _, one in records], "", cfg)
+        raise UserError(
+            f"this is not valid JSON: {preview(str(reason), 150)}. Have it written anew."
+        )
+    rows = [value for _, value in records]
+    if not unread and all(isinstance(row, list) and not is_conversation(row) for row in rows):
+        return value_tables(rows, "", cfg)
     table = record_table("", records)
     return [table._replace(unread=sorted(table.unread + unread))]
 
 
 def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Table]:
-    """The tables in a JSON value: a list of records or rows, columns, or any of these in a wrapper."""
+    """The tables in a JSON value: a list of records or of rows, columns, or these in a wrapper."""
+    if isinstance(value, dict):
+        one = isinstance(value.get("prompt"), dict) or any(map(is_conversation, value.values()))
+        value = [value] if one else records_of(value) or value
     if isinstance(value, list):
         if value and all(isinstance(row, list) and not is_conversation(row) for row in value):
-            return [row_table(name, value, cfg)]
+            rows = [[one_text(cell) or "" for cell in row] for row in value]
+            return [with_header(name, rows, cfg)]
         return [record_table(name, list(enumerate(value, start=1)))]
     if not isinstance(value, dict) or depth > 3:
         return []
-    names, data = value.get("columns"), value.get("data")
-    if isinstance(names, list) and isinstance(data, list):  # pandas' split
-        return [row_table(name, [names, *(row for row in data if isinstance(row, list))], cfg)]
-    if records := column_records(value):
-        return [record_table(name, list(enumerate(records, start=1)))]
-    one_record = isinstance(value.get("prompt"), dict) or any(map(is_conversation, value.values()))
-    nested = [
+    inner = [
         table
         for key, part in value.items()
-        if isinstance(part, (dict, list)) and not one_record
-        for table in value_tables(part, str(key) if depth == 0 else name, cfg, depth + 1)
+        for table in value_tables(part, name or str(key), cfg, depth + 1)
         if table.rows
     ]
-    single = record_table(name, [(1, value)])
-    return together(nested) or ([single] if depth == 0 or one_record else [])
+    return inner or [record_table(name, [(1, value)])][: depth == 0]
 
 
-def row_table(name: str, rows: list[list[Any]], cfg: Config) -> Table:
-    return with_header(name, [[one_text(cell) or "" for cell in row] for row in rows], cfg)
-
-
-def column_records(value: dict[str, Any]) -> list[Any]:
-    """The records of an object that holds columns, or records by their ids, or answers by their questions."""
+def records_of(value: dict[str, Any]) -> list[Any]:
+    """The records of an object that holds them by topic, column or id, or answers by their questions."""
     inner = list(value.values())
     kinds = set(map(type, inner))
-    if len(inner) < 2:
-        return []
-    if kinds == {list} and len({*map(len, inner)}) == 1:
-        flat = [v for v in inner if not any(isinstance(cell, (dict, list)) for cell in v)]
-        known = any(name_strength(str(key), role) > 1 for key in value for role in NAMES)
-        if len(flat) == len(inner) or (known and len(flat) > 1):
-            return [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-    if kinds == {dict} and are_records(inner):
-        rows = list(inner[0])
-        if all(str(row).isdigit() for row in rows) and not all(str(key).isdigit() for key in value):
-            # as pandas writes columns
-            return [{key: column[row] for key, column in value.items()} for row in rows]
-        return inner
     if kinds == {str} and sum(map(asks, value)) > len(value) / 2:
         return [{"question": key, "answer": text} for key, text in value.items()]
+    if kinds == {dict}:
+        shared = set.intersection(*map(set, inner))
+        if shared and all(map(str.isdigit, shared)) and not all(map(str.isdigit, value)):
+            return records_of(
+                {key: list(part.values()) for key, part in value.items()}
+            )  # of pandas
+        known = {role for role in NAMES for name in shared if name_strength(name, role) > 1}
+        same = len(known) == 2 or len({*map(frozenset, inner)}) == 1
+        return inner if same and len(inner) > 1 else []
+    if kinds == {list} and all(isinstance(one, dict) for part in inner for one in part):
+        return value.get("train") or [one for part in inner for one in part]
+    if kinds == {list} and len({*map(len, inner)}) == 1:
+        flat = [part for part in inner if not any(isinstance(cell, (dict, list)) for cell in part)]
+        return (
+            [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+            if len(flat) > 1
+            else []
+        )
     return []
-
-
-def are_records(values: list[dict[str, Any]]) -> bool:
-    """Whether objects have the same names in them, or share those of questions and answers."""
-    shared = frozenset.intersection(*map(frozenset, values))
-    known = {role for role in NAMES for name in shared if name_strength(str(name), role) > 1}
-    return len(known) == 2 or len({*map(frozenset, values)}) == 1
-
-
-def together(tables: list[Table]) -> list[Table]:
-    """Tables of the same columns as one, as topics of a FAQ are; but of splits, the one to train on."""
-    if len(tables) < 2 or len({tuple(sorted(table.header)) for table in tables}) > 1:
-        return tables
-    if train := [table for table in tables if fold(table.sheet) in ("train", "training")]:
-        return train + [table._replace(hidden=True) for table in tables if table not in train]
-    header = tables[0].header
-    rows = [
-        [dict(zip(table.header, row, strict=False)).get(name, "") for name in header]
-        for table in tables
-        for _, row in table.rows
-    ]
-    unread = [(0, reason) for table in tables for _, reason in table.unread]
-    return [Table("", header, list(enumerate(rows, start=1)), unread)]
 
 
 def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
     """Records with named fields as one table; SQuAD's articles are opened up to their questions."""
     if records and isinstance(records[0][1], dict) and "paragraphs" in records[0][1]:
-        opened = [
-            {"context": part.get("context"), **question}
-            for _, article in records
-            for part in objects_in(article, "paragraphs")
-            for question in objects_in(part, "qas")
-        ]
-        records = list(enumerate(opened, start=1))
+        paragraphs = [part for _, article in records for part in objects_in(article, "paragraphs")]
+        records = list(
+            enumerate((qa for part in paragraphs for qa in objects_in(part, "qas")), start=1)
+        )
     if any(is_conversation(one) for _, one in records[:LIKELY]):
         records = [(n, {"messages": one} if is_conversation(one) else one) for n, one in records]
-    if len(records) > MOST_ROWS:
-        raise UserError(f"it has more than {MOST_ROWS:,} rows. Split it.")
     objects = [(number, one) for number, one in records if isinstance(one, dict)]
     names = list(dict.fromkeys(key for _, one in objects for key in one))
-    if len(names) > MOST_NAMES:
-        raise UserError(
-            f"its records have {len(names):,} different names of fields. Give all the same."
-        )
+    if len(records) > MOST_ROWS or len(names) > MOST_NAMES:
+        most = f"{MOST_ROWS:,} rows or {MOST_NAMES:,} different names of fields"
+        raise UserError(f"it has more than {most}. Split it.")
     rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in objects]
-    others = [number for number, one in records if not isinstance(one, dict)]
-    unread = [(number, "not an object with named fields") for number in others]
+    unread = [
+        (n, "not an object with named fields") for n, one in records if not isinstance(one, dict)
+    ]
     return Table(name, [str(key) for key in names], rows, unread)
 
 
@@ -1753,53 +1595,41 @@ def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
     return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else []
 
 
-def unpacked(table: Table) -> Table:
-    """Columns of lists that were written as text, as pandas and CSV files have them, opened up."""
-    for i in range(len(table.header)):
-        top = top_cells(table, i)
-        if top and all(is_spelled_out(cell) for cell in top):
-            for _, row in table.rows:
-                if i < len(row):
-                    row[i] = literal(row[i])
-    return table
-
-
 def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
     filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
     return list(itertools.islice(filled, most))
 
 
-def is_spelled_out(cell: Any) -> bool:
-    """Whether a text is a list or an object. One in JSON may be the very answer that is wanted."""
-    value = literal(cell)
-    if isinstance(value, dict) and isinstance(cell, str) and "answer_start" not in value:
-        named = [key for key in value if any(name_strength(key, role) > 1 for role in NAMES)]
-        return (
-            "'" in cell[:2]
-            or len(value) == len(named) == 1
-            or isinstance(value.get("replies"), list)
-        )
-    return isinstance(value, (list, dict))
+def opened(path: Path, table: Table) -> Table:
+    """Columns of lists and objects that were written as text, as CSV files have them, opened up."""
+    for i, header in enumerate(table.header):
+        top = [from_text(cell) for cell in top_cells(table, i)]
+        if not top or not all(map(is_opened, top)):
+            continue
+        named = any(name_strength(header, role) > 2 for role in NAMES) or fold(header) in TALK_WORDS
+        if named and all(one == UNREADABLE for one in top):
+            raise UserError(
+                f'In {path} the column "{preview(header)}" holds lists or objects {PRINTED}'
+            )
+        for _, row in table.rows:
+            row[i : i + 1] = map(from_text, row[i : i + 1])
+    return table
 
 
-def literal(cell: Any) -> Any:
-    """The list or object that a text spells out, in JSON or in Python; any other cell as it is."""
+def is_opened(value: Any) -> bool:
+    """Whether a value is more than a text; an object in JSON may be the very answer that is wanted."""
+    known = {"answer_start", "replies"}
+    return isinstance(value, list) or (isinstance(value, dict) and bool(known & set(value)))
+
+
+def from_text(cell: Any) -> Any:
+    """The list or object that a text spells out in JSON."""
     if not isinstance(cell, str) or cell[:1] + cell[-1:] not in ("[]", "{}"):
         return cell
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):
-        pass
-    # numpy's forms: array(['a', 'b'], dtype=object), and ['a' 'b'], which Python would read as one text
-    cell = NUMPY_ARRAY.sub(r"\1", cell)
-    if len(parts := re.split(r"['\"]\s+['\"]", cell)) > 1:
-        return parts
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of backslashes in texts
-            return ast.literal_eval(cell)
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        return cell
+        return UNREADABLE if cell.lstrip("[{")[:1] in ("'", '"') or "array(" in cell[:9] else cell
 
 
 def one_text(cell: Any) -> str | None:
@@ -1809,7 +1639,9 @@ def one_text(cell: Any) -> str | None:
             right = [part for part in cell if True in part.values()]
             marked = any(isinstance(flag, bool) for part in cell for flag in part.values())
             cell = right if marked else cell[:1]  # in a quiz; in SQuAD several people answered
-        return one_text(cell[0]) if len(cell) == 1 else None if cell else ""
+        if len(cell) == 1 and not isinstance(cell[0], (int, float)):  # a number alone is an index
+            return one_text(cell[0])
+        return None if cell else ""
     if isinstance(cell, dict):
         if turn := role_and_content(cell):
             return one_text(turn[1])
