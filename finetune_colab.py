@@ -1185,14 +1185,13 @@ MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
 MOST_CHARACTERS = 200_000_000
 MOST_CELLS = 4_000_000  # blank ones included
 MOST_NAMES = 2000  # of fields in JSON
-LARGEST_INFLATION = 100  # a workbook of text unpacks to 5 to 20 times its size, a bomb to far more
-HARMLESS_MB = 20  # unpacked; no ratio is dangerous below it
 LIKELY = 20  # cells at the top of a column that decide what it holds
 BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
-FAR_CELL = "{} has a filled cell very far from the others. Delete it."
+FAR_CELL = "has a filled cell very far from the others. Delete it."
 PRINTED = "as Python or numpy prints them. Save the data as .jsonl or .parquet"
-UNREADABLE = [None, None]
+OPENED = {"answer_start", "replies"}  # fields of an object in a cell that cannot be meant as text
+UNREADABLE = [None, None]  # holds no text and is no conversation
 KINDS = {  # of files, by their first bytes
     rb"PK\x03\x04": "zip",
     rb"PAR1\x15": "parquet",
@@ -1226,107 +1225,94 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from None
     start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
     kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
-    if kind in ("zip", "xls"):
-        tables = workbook_tables(path, content, cfg)
-    elif kind == "parquet":
-        tables = [parquet_table(path, content)]
-    elif kind == "text":
-        tables = text_tables(path, decoded(path, content), cfg)
-    else:
-        raise UserError(f"{path} is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
-    filled = [opened(path, table) for table in tables if any(any(row) for _, row in table.rows)]
-    if not filled:
-        raise UserError(f"{path} holds no rows. Fill in one question and one answer a row.")
-    return filled
+    text = decoded(path, content) if kind == "text" else ""
+    try:  # what refuses a file below goes on behind its name
+        tables = text_tables(text, cfg) if kind == "text" else binary_tables(kind, content, cfg)
+        tables = [opened(table) for table in tables if any(any(row) for _, row in table.rows)]
+        if not tables:
+            raise UserError("holds no rows. Fill in one question and one answer a row.")
+    except UserError as error:
+        raise UserError(f"{path} {error}") from None
+    return tables
 
 
-def damaged(path: Path, error: BaseException) -> UserError:
-    return UserError(
-        f"{path} is damaged, or protected by a password ({type(error).__name__}: {preview(str(error), 80)}).\n"
+def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
+    """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
+    readers = {"parquet": [parquet_tables], "xls": [calamine_tables]}
+    readers["zip"] = [openpyxl_tables, calamine_tables]
+    failure: BaseException = ValueError("it has no sheets")
+    for reader in readers.get(kind, ()):
+        try:
+            if tables := reader(content, cfg):  # openpyxl finds no sheets in Strict Open XML
+                return tables
+        except (UserError, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # a dozen kinds; calamine may even panic
+            failure = error
+    if kind not in readers:
+        raise UserError(f"is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
+    raise UserError(
+        f"is damaged, or protected by a password ({type(failure).__name__}: {preview(str(failure), 80)}).\n"
         "Open it in a spreadsheet program and save it anew as .xlsx"
     )
 
 
-Sheets = Iterator[tuple[str, bool, Iterable[Sequence[Any]]]]  # name, whether hidden, rows
-
-
-def workbook_tables(path: Path, content: bytes, cfg: Config) -> list[Table]:
-    """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
-    failure: BaseException = ValueError("it has no sheets")
-    zipped = content.startswith(b"PK")
-    if zipped:
-        refuse_bombs(path, content)
-    for sheets in (openpyxl_sheets, calamine_sheets) if zipped else (calamine_sheets,):
-        try:
-            tables = []
-            for name, hidden, rows in sheets(path, content):
-                grid = limited(path, ([workbook_text(cell) for cell in row] for row in rows))
-                tables.append(with_header(name, grid, cfg)._replace(hidden=hidden))
-            if tables:  # openpyxl finds no sheets in Strict Open XML
-                return tables
-        except (UserError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # openpyxl raises seven kinds, calamine may even panic
-            failure = error
-    raise damaged(path, failure)
-
-
-def refuse_bombs(path: Path, content: bytes) -> None:
-    """Refuse a zip file that is no workbook, or one of blanks without end, before anything reads it."""
-    rows = cells = 0
-    allowed = min(max(LARGEST_INFLATION * len(content), HARMLESS_MB * 1e6), LARGEST_FILE_MB * 2e6)
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            names = archive.namelist()
-            unpacked = sum(part.file_size for part in archive.infolist())
-            for name in names if unpacked <= allowed else ():
-                sheet = archive.read(name) if "worksheets" in name else b""
-                rows, cells = rows + sheet.count(b"<row"), cells + sheet.count(b"<c")
-    except Exception as error:  # a dozen kinds for damaged archives
-        raise damaged(path, error) from None
-    if not any("worksheets" in name or name == "content.xml" for name in names):
-        what = "a zip file without a workbook, such as a Word document or slides"
-        raise UserError(f"{path} is {what}.\nUnpack it, or name a file with the rows in a table")
-    if unpacked > allowed:
-        raise UserError(
-            f"{path} unpacks to {unpacked / 1e6:,.0f} MB, which looks like a zip bomb or a sheet of "
-            "formatted blank rows.\nCopy the filled rows into a new workbook."
-        )
-    if rows > MOST_ROWS or cells > MOST_CELLS:
-        most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells"
-        raise UserError(f"{path} has more than {most}, filled or formatted. Split it.")
-
-
-def openpyxl_sheets(path: Path, content: bytes) -> Sheets:
+def openpyxl_tables(content: bytes, cfg: Config) -> list[Table]:
     """Without pandas, whose own loop over the cells takes a third of the time once more."""
     import openpyxl
 
+    refuse_bombs(content)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+        tables = []
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # what a sheet claims of its size may be wrong by millions
-            yield sheet.title, sheet.sheet_state != "visible", sheet.values
+            hidden = sheet.sheet_state != "visible"
+            tables.append(sheet_table(sheet.title, hidden, sheet.values, cfg))
+    return tables
 
 
-def calamine_sheets(path: Path, content: bytes) -> Sheets:
+def refuse_bombs(content: bytes) -> None:
+    """Refuse a zip file that is no workbook or too large, before anything reads it."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        names = archive.namelist()
+        if not any("worksheets" in name or name == "content.xml" for name in names):
+            what = "a zip file without a workbook, such as a Word document or slides"
+            raise UserError(f"is {what}.\nUnpack it, or name a file with the rows in a table")
+        unpacked = sum(part.file_size for part in archive.infolist())
+        usual = max(100 * len(content), 20e6)  # text shrinks to a fifth or a twentieth
+        sheets = (archive.read(name) for name in names if "worksheets" in name)
+        if unpacked > min(usual, LARGEST_FILE_MB * 2e6) or any(
+            sheet.count(b"<row") > MOST_ROWS or sheet.count(b"<c") > MOST_CELLS for sheet in sheets
+        ):
+            raise UserError(
+                f"unpacks to {unpacked / 1e6:,.0f} MB: it is a zip bomb, or has more than {MOST_ROWS:,} "
+                f"rows or {MOST_CELLS:,} cells, filled or formatted.\n"
+                "Copy the filled rows into a new workbook, or split them"
+            )
+
+
+def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
     try:
-        import python_calamine
+        import python_calamine as calamine
     except ImportError:
         raise UserError(
-            f"{path} can only be read with one more package. Run: pip install python-calamine\n"
+            "can only be read with one more package. Run: pip install python-calamine\n"
             "Or open the file in a spreadsheet program and save it as .xlsx"
         ) from None
     if has_far_cell(content):
-        raise UserError(FAR_CELL.format(path))
-    book = python_calamine.load_workbook(io.BytesIO(content))
+        raise UserError(FAR_CELL)
+    book, tables = calamine.load_workbook(io.BytesIO(content)), []
     for about in book.sheets_metadata:
-        if about.typ == python_calamine.SheetTypeEnum.WorkSheet:
+        if about.typ == calamine.SheetTypeEnum.WorkSheet:
             sheet = book.get_sheet_by_name(about.name)
             if sheet.total_height * sheet.total_width > MOST_CELLS:
-                raise UserError(FAR_CELL.format(path))
-            hidden = about.visible != python_calamine.SheetVisibleEnum.Visible
-            yield about.name, hidden, sheet.to_python(skip_empty_area=False)
+                raise UserError(FAR_CELL)
+            hidden = about.visible != calamine.SheetVisibleEnum.Visible
+            rows = sheet.to_python(skip_empty_area=False)
+            tables.append(sheet_table(about.name, hidden, rows, cfg))
+    return tables
 
 
 def has_far_cell(content: bytes) -> bool:
@@ -1352,16 +1338,21 @@ def area(sheet: bytes) -> int:
     return rows * columns
 
 
-def limited(path: Path, rows: Iterable[list[Any]]) -> list[list[Any]]:
-    """The rows up to the last filled one."""
+def sheet_table(name: str, hidden: bool, rows: Iterable[Sequence[Any]], cfg: Config) -> Table:
+    grid = grid_of([c.replace("_x000D_", "") if isinstance(c, str) else c for c in r] for r in rows)
+    return with_header(name, grid, cfg)._replace(hidden=hidden)
+
+
+def grid_of(rows: Iterable[list[Any]]) -> list[list[Any]]:
+    """The texts of the cells, up to the last filled row."""
     grid, filled, characters = [], 0, 0
     for row in rows:
-        grid.append(row)
-        characters += sum(map(len, row))
-        filled = len(grid) if any(row) else filled
+        grid.append([cell_text(cell) for cell in row])
+        characters += sum(map(len, grid[-1]))
+        filled = len(grid) if any(grid[-1]) else filled
         if filled > MOST_ROWS or characters > MOST_CHARACTERS:
             most = f"{MOST_ROWS:,} rows or {MOST_CHARACTERS:,} characters"
-            raise UserError(f"{path} has more than {most}. Split it.")
+            raise UserError(f"has more than {most}. Split it.")
     return grid[:filled]
 
 
@@ -1373,9 +1364,7 @@ def cell_text(cell: object) -> Any:
         cell = cell.decode(errors="replace")
     if isinstance(cell, str):
         text = "" if cell in FAILED_FORMULAS else cell.replace("\r\n", "\n").replace("\r", "\n")
-        if (
-            not text.isascii()
-        ):  # JSON may hold half of a character beyond 16 bits, which no file can
+        if not text.isascii():  # JSON may hold half of an emoji, which no file can
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return text.strip()
     if isinstance(cell, bool):
@@ -1388,93 +1377,77 @@ def cell_text(cell: object) -> Any:
     return "" if cell is None else str(cell)
 
 
-def workbook_text(cell: object) -> Any:
-    return cell_text(cell.replace("_x000D_", "") if isinstance(cell, str) else cell)
-
-
-def parquet_table(path: Path, content: bytes) -> Table:
+def parquet_tables(content: bytes, cfg: Config) -> list[Table]:
     import pyarrow.parquet
 
-    try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-        if file.metadata.num_rows <= MOST_ROWS:
-            # without threads: they may still be starting when a short program ends, which aborts it
-            table = file.read(use_threads=False)
-            return record_table("", list(enumerate(table.to_pylist(), start=1)))
-    except Exception as error:  # pyarrow checks little before it decodes
-        raise damaged(path, error) from None
-    raise UserError(f"{path} has more than {MOST_ROWS:,} rows. Split it.")
+    file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
+    if file.metadata.num_rows > MOST_ROWS:
+        raise UserError(f"has more than {MOST_ROWS:,} rows. Split it.")
+    # without threads: they may still be starting when a short program ends, which aborts it
+    rows = file.read(use_threads=False).to_pylist()
+    return [table_of("", list(enumerate(rows, start=1)), cfg)]
 
 
 def decoded(path: Path, content: bytes) -> str:
     """The text of a file, in the encoding that its bytes show; a guess is said."""
-    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return content.decode("utf-16", errors="replace")
-    with suppress(UnicodeDecodeError):
-        if b"\0" not in content:
-            return content.decode("utf-8-sig")
-    lines = content.split(b"\n")
-    broken = dict.fromkeys(line for line in lines if line.decode(errors="ignore").encode() != line)
-    if b"\0" not in content and not all(line.isascii() or line in broken for line in lines):
-        mixed = f"mixes encodings: {len(broken)} lines are not UTF-8. Check their accents."
-        say("Note", f"{path.name} {mixed}")
-        parts = (line.decode("cp1252" if line in broken else "utf-8", "replace") for line in lines)
-        return "\n".join(parts).removeprefix("\ufeff")
-    name = likely_encoding(
-        content[:65_536] if b"\0" in content else b"\n".join(list(broken)[:2000])
-    )
+    is_utf16 = b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff"))
+    lines = [content] if is_utf16 else content.split(b"\n")
+    odd = [line for line in lines if is_utf16 or line.decode(errors="ignore").encode() != line]
+    if not odd:
+        return content.decode("utf-8-sig")
+    name = likely_encoding(b"\n".join(odd[:2000]))
     if not name:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
-    words = name.replace("cp", "Windows-").replace("_", "-")
-    say("Note", f"{path.name} is not UTF-8; it was read as {words}. Check its characters.")
-    return content.decode(name, errors="replace")
+    if not is_utf16:
+        words = name.replace("cp", "Windows-").replace("_", "-")
+        guess = f"{len(odd)} lines are not UTF-8; they were read as {words}"
+        say("Note", f"{path.name}: {guess}. Check their characters.")
+    others = set(odd)
+    parts = (line.decode(name if line in others else "utf-8", "replace") for line in lines)
+    return "\n".join(parts).removeprefix("\ufeff")
 
 
-def likely_encoding(content: bytes) -> str:
-    """Windows-1252 for the characters of one Western language; for any others a guess, or nothing."""
+def likely_encoding(head: bytes) -> str:
+    """UTF-16, Windows-1252 for the characters of one Western language, or a guess; maybe none."""
     import charset_normalizer
 
-    letters = [c for c in content.decode("cp1252", "replace").lower() if c not in PUNCTUATION]
-    letters = [c for c in letters if not c.isascii()]
-    candidates = ["utf_16_le", "utf_16_be"] if b"\0" in content else ENCODINGS.split()
-    known = (sum(c in language for c in letters) for language in WESTERN.split())
-    if b"\0" not in content and max(known) >= 0.9 * len(letters):
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "utf-16"
+    text = head.decode("cp1252", errors="replace").lower()
+    letters = [c for c in text if not c.isascii() and c not in PUNCTUATION]
+    western = max(sum(c in language for c in letters) for language in WESTERN.split())
+    if b"\0" not in head and western >= 0.9 * len(letters):
         return "cp1252"
-    best = charset_normalizer.from_bytes(content, cp_isolation=candidates).best()
+    candidates = ["utf_16_le", "utf_16_be"] if b"\0" in head else ENCODINGS.split()
+    best = charset_normalizer.from_bytes(head, cp_isolation=candidates).best()
     return best.encoding if best else ""
 
 
-def text_tables(path: Path, text: str, cfg: Config) -> list[Table]:
-    try:
-        tables = json_tables(text, cfg) if text.lstrip()[:1] in ("{", "[") else []
-    except UserError as error:
-        raise UserError(f"In {path}: {error}") from None
-    return tables or [with_header("", limited(path, csv_rows(path, text)), cfg)]
+def text_tables(text: str, cfg: Config) -> list[Table]:
+    tables = json_tables(text, cfg) if text.lstrip()[:1] in ("{", "[") else []
+    return tables or [with_header("", grid_of(csv_rows(text)), cfg)]
 
 
-def csv_rows(path: Path, text: str) -> Iterator[list[str]]:
+def csv_rows(text: str) -> Iterator[list[str]]:
     """The rows of a text. A line that breaks the rules of quotation marks is taken as it stands."""
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
     mark = csv_delimiter(text)
     lines = list(io.StringIO(text, newline=""))
     reader = csv.reader(lines, delimiter=mark, skipinitialspace=True, strict=True)
-    for number in itertools.count(1):
-        start = reader.line_num
+    while (start := reader.line_num) < len(lines):
         try:
-            row = next(reader, None)
+            row = next(reader)
         except csv.Error:
             if reader.line_num > start + 1 or '\\"' in lines[start]:
                 raise UserError(
-                    f"{path} has a quotation mark that opens and never ends, in about row {number}.\n"
+                    f"has a quotation mark that opens and never ends, in line {start + 1}.\n"
                     'Close it, or write it twice ("") where it belongs to the text.'
                 ) from None
-            row = [re.sub(r'^\s*"([^"]*)"\s*$', r"\1", cell) for cell in lines[start].split(mark)]
-        if row is None:
-            return
-        cells = [cell_text(cell) for cell in row]
-        if mark == "|" and len(cells) > 2 and not cells[0] + cells[-1]:  # in Markdown
-            cells = ["" if re.fullmatch(":?-+:?", cell) else cell for cell in cells[1:-1]]
-        yield cells
+            cells = lines[start].rstrip("\r\n").split(mark)
+            row = [re.sub(r'^\s*"([^"]*)"\s*$', r"\1", cell) for cell in cells]
+        if mark == "|" and len(row) > 2 and not row[0] + row[-1]:  # a table in Markdown
+            row = [re.sub(r"^:?-+:?\s*$", "", cell) for cell in row[1:-1]]
+        yield row
 
 
 def csv_delimiter(text: str) -> str:
@@ -1495,30 +1468,18 @@ def json_tables(text: str, cfg: Config) -> list[Table]:
     try:
         return value_tables(json.loads(text), "", cfg)
     except RecursionError:
-        raise UserError("this is JSON nested too deeply to hold rows.") from None
+        raise UserError("is JSON nested too deeply to hold rows.") from None
     except ValueError as error:
-        reason = error
+        reason = preview(str(error), 150)  # it names the line
     if text.lstrip("[{ \r\n")[:1] == "'":
-        raise UserError(f"these are lists or objects {PRINTED}")
-    records: list[tuple[int, Any]] = []
-    unread: list[tuple[int, str]] = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip() and len(records) <= MOST_ROWS:
-            try:
-                records.append((number, json.loads(line)))
-            except (ValueError, RecursionError):
-                unread.append((number, "not valid JSON"))
-    if len(records) <= len(unread):
-        if not re.search(r'"\s*:|\[\s*\[', text[:65_536]):
-            return []
-        raise UserError(
-            f"this is not valid JSON: {preview(str(reason), 150)}. Have it written anew."
-        )
-    rows = [value for _, value in records]
-    if not unread and all(isinstance(row, list) and not is_conversation(row) for row in rows):
-        return value_tables(rows, "", cfg)
-    table = record_table("", records)
-    return [table._replace(unread=sorted(table.unread + unread))]
+        raise UserError(f"holds lists or objects {PRINTED}")
+    lines = enumerate(map(str.strip, text.split("\n")), start=1)
+    values = [(number, from_json(line)) for number, line in lines if line]
+    if 2 * sum(isinstance(value, (dict, list)) for _, value in values) > len(values):
+        return [table_of("", values, cfg)]
+    if re.search(r'"\s*:|\[\s*\[', text[:65_536]):
+        raise UserError(f"is not valid JSON: {reason}. Have it written anew.")
+    return []
 
 
 def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Table]:
@@ -1527,19 +1488,12 @@ def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Tab
         one = isinstance(value.get("prompt"), dict) or any(map(is_conversation, value.values()))
         value = [value] if one else records_of(value) or value
     if isinstance(value, list):
-        if value and all(isinstance(row, list) and not is_conversation(row) for row in value):
-            rows = [[one_text(cell) or "" for cell in row] for row in value]
-            return [with_header(name, rows, cfg)]
-        return [record_table(name, list(enumerate(value, start=1)))]
+        return [table_of(name, list(enumerate(value, start=1)), cfg)]
     if not isinstance(value, dict) or depth > 3:
         return []
-    inner = [
-        table
-        for key, part in value.items()
-        for table in value_tables(part, name or str(key), cfg, depth + 1)
-        if table.rows
-    ]
-    return inner or [record_table(name, [(1, value)])][: depth == 0]
+    inner = (value_tables(part, name or key, cfg, depth + 1) for key, part in value.items())
+    tables = [table for tables in inner for table in tables if table.rows]
+    return tables or ([] if depth else [table_of(name, [(1, value)], cfg)])
 
 
 def records_of(value: dict[str, Any]) -> list[Any]:
@@ -1551,43 +1505,36 @@ def records_of(value: dict[str, Any]) -> list[Any]:
     if kinds == {dict}:
         shared = set.intersection(*map(set, inner))
         if shared and all(map(str.isdigit, shared)) and not all(map(str.isdigit, value)):
-            return records_of(
-                {key: list(part.values()) for key, part in value.items()}
-            )  # of pandas
+            return records_of({key: [*column.values()] for key, column in value.items()})  # pandas
         known = {role for role in NAMES for name in shared if name_strength(name, role) > 1}
-        same = len(known) == 2 or len({*map(frozenset, inner)}) == 1
-        return inner if same and len(inner) > 1 else []
+        alike = len(known) == 2 or len({*map(frozenset, inner)}) == 1
+        return inner if alike and len(inner) > 1 else []
     if kinds == {list} and all(isinstance(one, dict) for part in inner for one in part):
         return value.get("train") or [one for part in inner for one in part]
-    if kinds == {list} and len({*map(len, inner)}) == 1:
-        flat = [part for part in inner if not any(isinstance(cell, (dict, list)) for cell in part)]
-        return (
-            [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-            if len(flat) > 1
-            else []
-        )
+    if kinds == {list} and len(inner) > 1 and len({*map(len, inner)}) == 1:
+        rows = zip(*inner, strict=True)
+        return [dict(zip(value, row, strict=True)) for row in rows]
     return []
 
 
-def record_table(name: str, records: list[tuple[int, Any]]) -> Table:
-    """Records with named fields as one table; SQuAD's articles are opened up to their questions."""
-    if records and isinstance(records[0][1], dict) and "paragraphs" in records[0][1]:
-        paragraphs = [part for _, article in records for part in objects_in(article, "paragraphs")]
-        records = list(
-            enumerate((qa for part in paragraphs for qa in objects_in(part, "qas")), start=1)
-        )
-    if any(is_conversation(one) for _, one in records[:LIKELY]):
-        records = [(n, {"messages": one} if is_conversation(one) else one) for n, one in records]
-    objects = [(number, one) for number, one in records if isinstance(one, dict)]
+def table_of(name: str, values: list[tuple[int, Any]], cfg: Config) -> Table:
+    """Numbered values as one table: lists as its rows, or else records with named fields."""
+    found = [value for _, value in values]
+    if found and all(isinstance(row, list) and not is_conversation(row) for row in found):
+        return with_header(name, grid_of([one_text(cell) for cell in row] for row in found), cfg)
+    if any(isinstance(value, dict) and "paragraphs" in value for value in found[:1]):  # SQuAD
+        paragraphs = [part for article in found for part in objects_in(article, "paragraphs")]
+        questions = (question for part in paragraphs for question in objects_in(part, "qas"))
+        values = list(enumerate(questions, start=1))
+    values = [(n, {"messages": one} if is_conversation(one) else one) for n, one in values]
+    objects = [(number, one) for number, one in values if isinstance(one, dict)]
     names = list(dict.fromkeys(key for _, one in objects for key in one))
-    if len(records) > MOST_ROWS or len(names) > MOST_NAMES:
+    if len(values) > MOST_ROWS or len(names) > MOST_NAMES:
         most = f"{MOST_ROWS:,} rows or {MOST_NAMES:,} different names of fields"
-        raise UserError(f"it has more than {most}. Split it.")
+        raise UserError(f"has more than {most}. Split it.")
     rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in objects]
-    unread = [
-        (n, "not an object with named fields") for n, one in records if not isinstance(one, dict)
-    ]
-    return Table(name, [str(key) for key in names], rows, unread)
+    others = [number for number, one in values if not isinstance(one, dict)]
+    return Table(name, names, rows, [(number, "not an object in JSON") for number in others])
 
 
 def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
@@ -1600,36 +1547,28 @@ def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
     return list(itertools.islice(filled, most))
 
 
-def opened(path: Path, table: Table) -> Table:
-    """Columns of lists and objects that were written as text, as CSV files have them, opened up."""
+def opened(table: Table) -> Table:
+    """Columns of lists and objects that were written as JSON into cells, as CSV files have them."""
     for i, header in enumerate(table.header):
-        top = [from_text(cell) for cell in top_cells(table, i)]
-        if not top or not all(map(is_opened, top)):
-            continue
-        named = any(name_strength(header, role) > 2 for role in NAMES) or fold(header) in TALK_WORDS
-        if named and all(one == UNREADABLE for one in top):
-            raise UserError(
-                f'In {path} the column "{preview(header)}" holds lists or objects {PRINTED}'
-            )
-        for _, row in table.rows:
-            row[i : i + 1] = map(from_text, row[i : i + 1])
+        top = [from_json(cell) for cell in top_cells(table, i)]
+        if top and all(isinstance(one, list) or OPENED & set(one) for one in top):
+            sure = any(name_strength(header, role) > 2 for role in NAMES)
+            if top.count(UNREADABLE) == len(top) and (sure or fold(header) in TALK_WORDS):
+                raise UserError(f'has lists or objects in "{preview(header)}" {PRINTED}')
+            for _, row in table.rows:
+                row[i : i + 1] = map(from_json, row[i : i + 1])
     return table
 
 
-def is_opened(value: Any) -> bool:
-    """Whether a value is more than a text; an object in JSON may be the very answer that is wanted."""
-    known = {"answer_start", "replies"}
-    return isinstance(value, list) or (isinstance(value, dict) and bool(known & set(value)))
-
-
-def from_text(cell: Any) -> Any:
-    """The list or object that a text spells out in JSON."""
+def from_json(cell: Any) -> Any:
+    """The list or object that a text spells out; any other cell as it is."""
     if not isinstance(cell, str) or cell[:1] + cell[-1:] not in ("[]", "{}"):
         return cell
     try:
         return json.loads(cell)
     except (ValueError, RecursionError):
-        return UNREADABLE if cell.lstrip("[{")[:1] in ("'", '"') or "array(" in cell[:9] else cell
+        printed = cell.lstrip("[{")[:1] in ("'", '"') or "array(" in cell[:9]
+        return UNREADABLE if printed else cell
 
 
 def one_text(cell: Any) -> str | None:
