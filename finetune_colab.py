@@ -1198,7 +1198,7 @@ KINDS = {  # of files, by their first bytes
     rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
     rb"\xd0\xcf\x11\xe0": "xls",
     rb"%PDF": "a PDF",
-    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a.\0": "a picture",
+    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)": "a picture",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed; unpack it first",
     rb"SQLite format 3\0": "a database",
     rb"(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))": "a dump of a database (SQL)",
