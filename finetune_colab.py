@@ -1245,7 +1245,7 @@ def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
         try:
             if tables := reader(content, cfg):  # openpyxl finds no sheets in Strict Open XML
                 return tables
-        except (UserError, KeyboardInterrupt):
+        except (UserError, ImportError, KeyboardInterrupt):
             raise
         except BaseException as error:  # a dozen kinds; calamine may even panic
             failure = error
