@@ -1240,8 +1240,10 @@ def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
     """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
     readers = {"parquet": [parquet_tables], "xls": [calamine_tables]}
     readers["zip"] = [openpyxl_tables, calamine_tables]
+    if kind not in readers:
+        raise UserError(f"is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
     failure: BaseException = ValueError("it has no sheets")
-    for reader in readers.get(kind, ()):
+    for reader in readers[kind]:
         try:
             if tables := reader(content, cfg):  # openpyxl finds no sheets in Strict Open XML
                 return tables
@@ -1249,10 +1251,9 @@ def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
             raise
         except BaseException as error:  # a dozen kinds; calamine may even panic
             failure = error
-    if kind not in readers:
-        raise UserError(f"is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
+    reason = f"{type(failure).__name__}: {preview(str(failure), 80)}"
     raise UserError(
-        f"is damaged, or protected by a password ({type(failure).__name__}: {preview(str(failure), 80)}).\n"
+        f"is damaged, or protected by a password ({reason}).\n"
         "Open it in a spreadsheet program and save it anew as .xlsx"
     )
 
@@ -1261,7 +1262,7 @@ def openpyxl_tables(content: bytes, cfg: Config) -> list[Table]:
     """Without pandas, whose own loop over the cells takes a third of the time once more."""
     import openpyxl
 
-    refuse_bombs(content)
+    refuse_bombs(content, lambda sheet: sheet.count(b"<c"))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
@@ -1273,7 +1274,7 @@ def openpyxl_tables(content: bytes, cfg: Config) -> list[Table]:
     return tables
 
 
-def refuse_bombs(content: bytes) -> None:
+def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
     """Refuse a zip file that is no workbook or too large, before anything reads it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         names = archive.namelist()
@@ -1284,7 +1285,7 @@ def refuse_bombs(content: bytes) -> None:
         usual = max(100 * len(content), 20e6)  # text shrinks to a fifth or a twentieth
         sheets = (archive.read(name) for name in names if "worksheets" in name)
         if unpacked > min(usual, LARGEST_FILE_MB * 2e6) or any(
-            sheet.count(b"<row") > MOST_ROWS or sheet.count(b"<c") > MOST_CELLS for sheet in sheets
+            sheet.count(b"<row") > MOST_ROWS or cells(sheet) > MOST_CELLS for sheet in sheets
         ):
             raise UserError(
                 f"unpacks to {unpacked / 1e6:,.0f} MB: it is a zip bomb, or has more than {MOST_ROWS:,} "
@@ -1301,7 +1302,9 @@ def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
             "can only be read with one more package. Run: pip install python-calamine\n"
             "Or open the file in a spreadsheet program and save it as .xlsx"
         ) from None
-    if has_far_cell(content):
+    if content.startswith(b"PK"):
+        refuse_bombs(content, area)
+    elif FALSE_SIZE.search(content):
         raise UserError(FAR_CELL)
     book, tables = calamine.load_workbook(io.BytesIO(content)), []
     for about in book.sheets_metadata:
@@ -1315,17 +1318,8 @@ def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
     return tables
 
 
-def has_far_cell(content: bytes) -> bool:
-    """Whether calamine 0.9, which takes memory for all cells up to the last one, would abort."""
-    if not content.startswith(b"PK"):
-        return bool(FALSE_SIZE.search(content))
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        sheets = [archive.read(name) for name in archive.namelist() if "worksheets" in name]
-    return any(area(sheet) > MOST_CELLS for sheet in sheets)
-
-
 def area(sheet: bytes) -> int:
-    """The last row times the last column of a sheet, which is XML or the records of .xlsb."""
+    """The cells up to the last one of a sheet in XML or .xlsb, all of which calamine 0.9 sets aside."""
     rows = columns = at = 0
     binary = sheet.startswith(b"\x81\1")
     for column, row in () if binary else re.findall(rb'\sr="([A-Z]+)(\d+)"', sheet):

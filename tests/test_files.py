@@ -278,6 +278,15 @@ def test_what_is_no_table_is_refused_whatever_its_name(kind: str, content: bytes
         assert re.search(words, refusal(name))
 
 
+@pytest.mark.parametrize("kind", ["xls", "xlsb", "ods"])
+def test_the_one_package_that_is_missing_is_named(kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "python_calamine", None)
+    (folder / "a.xlsx").write_bytes(xlsx(QA2))
+    assert texts(read("a.xlsx")) == TWO
+    (folder / f"a.{kind}").write_bytes(FORMATS[kind](QA2))
+    assert "pip install python-calamine" in refusal(f"a.{kind}")
+
+
 WATCHER = """
 import json, os, resource, signal, sys
 sys.path[:0] = sys.argv[1:]
