@@ -1197,7 +1197,7 @@ KINDS = {  # of files, by their first bytes
     rb"PAR1\x15": "parquet",
     rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
     rb"\xd0\xcf\x11\xe0": "xls",
-    rb"%PDF": "a PDF",
+    rb"%PDF-\d": "a PDF",
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)": "a picture",
     rb"\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed; unpack it first",
     rb"SQLite format 3\0": "a database",
@@ -1212,7 +1212,7 @@ FALSE_SIZE = re.compile(rb"\0\x02\x0e\0.{6}(?:[^\0\x01].|.[^\0]).{4}\0\0", re.DO
 RECORD = re.compile(rb"([\x80-\xff]?.)([\x80-\xff]{0,3}[\0-\x7f])(.{0,4})", re.DOTALL)  # of .xlsb
 # The characters beside ASCII of each Western language, and those that say nothing of a language
 WESTERN = "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž"
-PUNCTUATION = "«»„“”‚‘’–—…°§©®™•€£¥¢×÷±½¼¾²³\u00a0"
+PUNCTUATION = "«»„“”‚‘’–—…°§©®™•€£¥¢×÷±½²\u00a0"
 ENCODINGS = "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp874 koi8_r mac_roman gb18030 big5 shift_jis euc_jp cp949"
 
 
@@ -1227,7 +1227,10 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
     kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
     text = decoded(path, content) if kind == "text" else ""
     try:  # what refuses a file below goes on behind its name
-        tables = text_tables(text, cfg) if kind == "text" else binary_tables(kind, content, cfg)
+        if kind == "text":
+            tables = json_tables(text, cfg) or [with_header("", grid_of(csv_rows(text)), cfg)]
+        else:
+            tables = binary_tables(kind, content, cfg)
         tables = [opened(table) for table in tables if any(any(row) for _, row in table.rows)]
         if not tables:
             raise UserError("holds no rows. Fill in one question and one answer a row.")
@@ -1355,7 +1358,8 @@ def cell_text(cell: object) -> Any:
     if isinstance(cell, (list, dict)):
         return cell
     if isinstance(cell, bytes):  # in Parquet
-        cell = cell.decode(errors="replace")
+        text = cell.decode(errors="replace")
+        cell = "" if "\ufffd" in text else text
     if isinstance(cell, str):
         text = "" if cell in FAILED_FORMULAS else cell.replace("\r\n", "\n").replace("\r", "\n")
         if not text.isascii():  # JSON may hold half of an emoji, which no file can
@@ -1402,24 +1406,24 @@ def decoded(path: Path, content: bytes) -> str:
 
 
 def likely_encoding(head: bytes) -> str:
-    """UTF-16, Windows-1252 for the characters of one Western language, or a guess; maybe none."""
+    """UTF-16, Windows-1252 for Western languages, or a guess; empty when it is no text."""
     import charset_normalizer
 
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "utf-16"
-    text = head.decode("cp1252", errors="replace").lower()
-    letters = [c for c in text if not c.isascii() and c not in PUNCTUATION]
-    western = max(sum(c in language for c in letters) for language in WESTERN.split())
-    if b"\0" not in head and western >= 0.9 * len(letters):
+    if b"\0" not in head and is_western(head.decode("cp1252", errors="replace").lower()):
         return "cp1252"
     candidates = ["utf_16_le", "utf_16_be"] if b"\0" in head else ENCODINGS.split()
     best = charset_normalizer.from_bytes(head, cp_isolation=candidates).best()
     return best.encoding if best else ""
 
 
-def text_tables(text: str, cfg: Config) -> list[Table]:
-    tables = json_tables(text, cfg) if text.lstrip()[:1] in ("{", "[") else []
-    return tables or [with_header("", grid_of(csv_rows(text)), cfg)]
+def is_western(text: str) -> bool:
+    """Whether the characters beside ASCII, line by line, are nearly all of one Western language."""
+    signs = [[c for c in line if c not in PUNCTUATION] for line in text.split("\n")]
+    lines = [[c for c in line if not c.isascii()] for line in signs]
+    known = (max(sum(c in one for c in line) for one in WESTERN.split()) for line in lines)
+    return sum(known) >= 0.95 * sum(map(len, lines))
 
 
 def csv_rows(text: str) -> Iterator[list[str]]:
@@ -1451,14 +1455,16 @@ def csv_delimiter(text: str) -> str:
         head = io.StringIO(text[:65_536], newline="")
         rows = csv.reader(head, delimiter=mark, skipinitialspace=True)
         widths = [len(row) for row in itertools.islice(rows, 200) if row][:50]
-        usual = statistics.mode(widths) if widths else 1
+        usual = statistics.mode(widths or [1])
         return widths.count(usual) / len(widths) if usual > 1 else 0.0
 
     return max((",", ";", "\t", "|"), key=agreement)
 
 
 def json_tables(text: str, cfg: Config) -> list[Table]:
-    """A JSON document, or one JSON value a line; nothing for a text in brackets that is no JSON."""
+    """A JSON document, or one JSON value a line; nothing for any other text."""
+    if text.lstrip()[:1] not in ("{", "["):
+        return []
     try:
         return value_tables(json.loads(text), "", cfg)
     except RecursionError:
