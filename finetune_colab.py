@@ -1188,7 +1188,7 @@ MOST_NAMES = 2000  # of fields in JSON
 LIKELY = 20  # cells at the top of a column that decide what it holds
 BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
-FAR_CELL = "has a filled cell very far from the others. Delete it."
+TOO_LARGE = f"has more than {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or {MOST_NAMES:,} fields. Split it."
 PRINTED = "as Python or numpy prints them. Save the data as .jsonl or .parquet"
 OPENED = {"answer_start", "replies"}  # fields of an object in a cell that cannot be meant as text
 UNREADABLE = [None, None]  # holds no text and is no conversation
@@ -1196,6 +1196,8 @@ KINDS = {  # of files, by their first bytes
     rb"PK\x03\x04": "zip",
     rb"PAR1\x15": "parquet",
     rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
+    # a size beyond 65,536 rows, for which calamine 0.9 would take memory
+    rb"\xd0\xcf\x11\xe0.*\0\x02\x0e\0.{6}([^\0\x01].|.[^\0]).{4}\0\0": "damaged; open it in a spreadsheet program",
     rb"\xd0\xcf\x11\xe0": "xls",
     rb"%PDF-\d": "a PDF",
     rb"\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)": "a picture",
@@ -1208,7 +1210,6 @@ KINDS = {  # of files, by their first bytes
     rb"(?i:<(\?xml|\?mso|workbook))": "XML, as old versions of Excel wrote it",
     rb"": "text",
 }
-FALSE_SIZE = re.compile(rb"\0\x02\x0e\0.{6}(?:[^\0\x01].|.[^\0]).{4}\0\0", re.DOTALL)  # in .xls
 RECORD = re.compile(rb"([\x80-\xff]?.)([\x80-\xff]{0,3}[\0-\x7f])(.{0,4})", re.DOTALL)  # of .xlsb
 # The characters beside ASCII of each Western language, and those that say nothing of a language
 WESTERN = "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž"
@@ -1280,21 +1281,21 @@ def openpyxl_tables(content: bytes, cfg: Config) -> list[Table]:
 def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
     """Refuse a zip file that is no workbook or too large, before anything reads it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        names = archive.namelist()
-        if not any("worksheets" in name or name == "content.xml" for name in names):
-            what = "a zip file without a workbook, such as a Word document or slides"
-            raise UserError(f"is {what}.\nUnpack it, or name a file with the rows in a table")
-        unpacked = sum(part.file_size for part in archive.infolist())
-        usual = max(100 * len(content), 20e6)  # text shrinks to a fifth or a twentieth
-        sheets = (archive.read(name) for name in names if "worksheets" in name)
-        if unpacked > min(usual, LARGEST_FILE_MB * 2e6) or any(
-            sheet.count(b"<row") > MOST_ROWS or cells(sheet) > MOST_CELLS for sheet in sheets
-        ):
-            raise UserError(
-                f"unpacks to {unpacked / 1e6:,.0f} MB: it is a zip bomb, or has more than {MOST_ROWS:,} "
-                f"rows or {MOST_CELLS:,} cells, filled or formatted.\n"
-                "Copy the filled rows into a new workbook, or split them"
-            )
+        sizes = {part.filename: part.file_size for part in archive.infolist()}
+        sheets = [name for name in sizes if "worksheets" in name]
+        unpacked = sum(sizes.values())  # of text 5 to 20 times the size of the file
+        is_large = unpacked > min(max(100 * len(content), 20e6), LARGEST_FILE_MB * 2e6)
+        for sheet in map(archive.read, [] if is_large else sheets):
+            is_large |= sheet.count(b"<row") > MOST_ROWS or cells(sheet) > MOST_CELLS
+    if not sheets and "content.xml" not in sizes:
+        what = "a zip file without a workbook, such as a Word document or slides"
+        raise UserError(f"is {what}.\nUnpack it, or name a file with the rows in a table")
+    if is_large:
+        most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells, filled or formatted"
+        raise UserError(
+            f"unpacks to {unpacked / 1e6:,.0f} MB: it is a zip bomb, or has more than {most}.\n"
+            "Copy the filled rows into a new workbook, or split them"
+        )
 
 
 def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
@@ -1307,14 +1308,12 @@ def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
         ) from None
     if content.startswith(b"PK"):
         refuse_bombs(content, area)
-    elif FALSE_SIZE.search(content):
-        raise UserError(FAR_CELL)
     book, tables = calamine.load_workbook(io.BytesIO(content)), []
     for about in book.sheets_metadata:
         if about.typ == calamine.SheetTypeEnum.WorkSheet:
             sheet = book.get_sheet_by_name(about.name)
             if sheet.total_height * sheet.total_width > MOST_CELLS:
-                raise UserError(FAR_CELL)
+                raise UserError("has a filled cell very far from the others. Delete it.")
             hidden = about.visible != calamine.SheetVisibleEnum.Visible
             rows = sheet.to_python(skip_empty_area=False)
             tables.append(sheet_table(about.name, hidden, rows, cfg))
@@ -1348,8 +1347,7 @@ def grid_of(rows: Iterable[list[Any]]) -> list[list[Any]]:
         characters += sum(map(len, grid[-1]))
         filled = len(grid) if any(grid[-1]) else filled
         if filled > MOST_ROWS or characters > MOST_CHARACTERS:
-            most = f"{MOST_ROWS:,} rows or {MOST_CHARACTERS:,} characters"
-            raise UserError(f"has more than {most}. Split it.")
+            raise UserError(TOO_LARGE)
     return grid[:filled]
 
 
@@ -1380,7 +1378,7 @@ def parquet_tables(content: bytes, cfg: Config) -> list[Table]:
 
     file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
     if file.metadata.num_rows > MOST_ROWS:
-        raise UserError(f"has more than {MOST_ROWS:,} rows. Split it.")
+        raise UserError(TOO_LARGE)
     # without threads: they may still be starting when a short program ends, which aborts it
     rows = file.read(use_threads=False).to_pylist()
     return [table_of("", list(enumerate(rows, start=1)), cfg)]
@@ -1530,8 +1528,7 @@ def table_of(name: str, values: list[tuple[int, Any]], cfg: Config) -> Table:
     objects = [(number, one) for number, one in values if isinstance(one, dict)]
     names = list(dict.fromkeys(key for _, one in objects for key in one))
     if len(values) > MOST_ROWS or len(names) > MOST_NAMES:
-        most = f"{MOST_ROWS:,} rows or {MOST_NAMES:,} different names of fields"
-        raise UserError(f"has more than {most}. Split it.")
+        raise UserError(TOO_LARGE)
     rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in objects]
     others = [number for number, one in values if not isinstance(one, dict)]
     return Table(name, names, rows, [(number, "not an object in JSON") for number in others])
