@@ -1249,7 +1249,7 @@ def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
     failure: BaseException = ValueError("it has no sheets")
     for reader in readers[kind]:
         try:
-            if tables := reader(content, cfg):  # openpyxl finds no sheets in Strict Open XML
+            if tables := list(reader(content, cfg)):  # openpyxl finds no sheets in Strict Open XML
                 return tables
         except (UserError, ImportError, KeyboardInterrupt):
             raise
@@ -1262,7 +1262,7 @@ def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
     )
 
 
-def openpyxl_tables(content: bytes, cfg: Config) -> list[Table]:
+def openpyxl_tables(content: bytes, cfg: Config) -> Iterator[Table]:
     """Without pandas, whose own loop over the cells takes a third of the time once more."""
     import openpyxl
 
@@ -1270,12 +1270,10 @@ def openpyxl_tables(content: bytes, cfg: Config) -> list[Table]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
         book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-        tables = []
         for sheet in book.worksheets:
             sheet.reset_dimensions()  # what a sheet claims of its size may be wrong by millions
             hidden = sheet.sheet_state != "visible"
-            tables.append(sheet_table(sheet.title, hidden, sheet.values, cfg))
-    return tables
+            yield sheet_table(sheet.title, hidden, sheet.values, cfg)
 
 
 def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
@@ -1298,7 +1296,9 @@ def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
         )
 
 
-def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
+def calamine_tables(content: bytes, cfg: Config) -> Iterator[Table]:
+    if content.startswith(b"PK"):
+        refuse_bombs(content, area)
     try:
         import python_calamine as calamine
     except ImportError:
@@ -1306,18 +1306,14 @@ def calamine_tables(content: bytes, cfg: Config) -> list[Table]:
             "can only be read with one more package. Run: pip install python-calamine\n"
             "Or open the file in a spreadsheet program and save it as .xlsx"
         ) from None
-    if content.startswith(b"PK"):
-        refuse_bombs(content, area)
-    book, tables = calamine.load_workbook(io.BytesIO(content)), []
+    book = calamine.load_workbook(io.BytesIO(content))
     for about in book.sheets_metadata:
         if about.typ == calamine.SheetTypeEnum.WorkSheet:
             sheet = book.get_sheet_by_name(about.name)
             if sheet.total_height * sheet.total_width > MOST_CELLS:
                 raise UserError("has a filled cell very far from the others. Delete it.")
             hidden = about.visible != calamine.SheetVisibleEnum.Visible
-            rows = sheet.to_python(skip_empty_area=False)
-            tables.append(sheet_table(about.name, hidden, rows, cfg))
-    return tables
+            yield sheet_table(about.name, hidden, sheet.to_python(skip_empty_area=False), cfg)
 
 
 def area(sheet: bytes) -> int:
@@ -1373,7 +1369,7 @@ def cell_text(cell: object) -> Any:
     return "" if cell is None else str(cell)
 
 
-def parquet_tables(content: bytes, cfg: Config) -> list[Table]:
+def parquet_tables(content: bytes, cfg: Config) -> Iterator[Table]:
     import pyarrow.parquet
 
     file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
@@ -1381,7 +1377,7 @@ def parquet_tables(content: bytes, cfg: Config) -> list[Table]:
         raise UserError(TOO_LARGE)
     # without threads: they may still be starting when a short program ends, which aborts it
     rows = file.read(use_threads=False).to_pylist()
-    return [table_of("", list(enumerate(rows, start=1)), cfg)]
+    yield table_of("", list(enumerate(rows, start=1)), cfg)
 
 
 def decoded(path: Path, content: bytes) -> str:

@@ -285,6 +285,8 @@ def test_the_one_package_that_is_missing_is_named(kind: str, folder: Path, monke
     assert texts(read("a.xlsx")) == TWO
     (folder / f"a.{kind}").write_bytes(FORMATS[kind](QA2))
     assert "pip install python-calamine" in refusal(f"a.{kind}")
+    (folder / "a.xlsx").write_bytes(BIG[:-900])
+    assert re.search(DAMAGED, refusal("a.xlsx"))
 
 
 WATCHER = """
