@@ -1321,7 +1321,8 @@ def area(sheet: bytes) -> int:
     rows = columns = at = 0
     binary = sheet.startswith(b"\x81\1")
     for column, row in () if binary else re.findall(rb'\sr="([A-Z]+)(\d+)"', sheet):
-        rows, columns = max(rows, int(row)), max(columns, 26 ** len(column))
+        number = sum((letter - 64) * 26**i for i, letter in enumerate(reversed(column)))
+        rows, columns = max(rows, int(row)), max(columns, number)
     while binary and (record := RECORD.match(sheet, at)):
         kind, number = record[1], int.from_bytes(record[3], "little")
         rows = max(rows, number) if kind == b"\0" else rows
@@ -1392,7 +1393,7 @@ def decoded(path: Path, content: bytes) -> str:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     if not is_utf16:
         words = name.replace("cp", "Windows-").replace("_", "-")
-        guess = f"{len(odd)} lines are not UTF-8; they were read as {words}"
+        guess = f"{len(odd):,} lines are not UTF-8; they were read as {words}"
         say("Note", f"{path.name}: {guess}. Check their characters.")
     others = set(odd)
     parts = (line.decode(name if line in others else "utf-8", "replace") for line in lines)
