@@ -1297,23 +1297,21 @@ def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
 
 
 def calamine_tables(content: bytes, cfg: Config) -> Iterator[Table]:
+    import pandas
+
     if content.startswith(b"PK"):
         refuse_bombs(content, area)
     try:
-        import python_calamine as calamine
+        book = pandas.ExcelFile(io.BytesIO(content), engine="calamine")
     except ImportError:
         raise UserError(
             "can only be read with one more package. Run: pip install python-calamine\n"
             "Or open the file in a spreadsheet program and save it as .xlsx"
         ) from None
-    book = calamine.load_workbook(io.BytesIO(content))
-    for about in book.sheets_metadata:
-        if about.typ == calamine.SheetTypeEnum.WorkSheet:
-            sheet = book.get_sheet_by_name(about.name)
-            if sheet.total_height * sheet.total_width > MOST_CELLS:
-                raise UserError("has a filled cell very far from the others. Delete it.")
-            hidden = about.visible != calamine.SheetVisibleEnum.Visible
-            yield sheet_table(about.name, hidden, sheet.to_python(skip_empty_area=False), cfg)
+    shown = {one.name for one in book.book.sheets_metadata if one.visible == one.visible.Visible}
+    sheets = pandas.read_excel(book, sheet_name=None, header=None, dtype=object, na_filter=False)
+    for name, frame in sheets.items():
+        yield sheet_table(name, name not in shown, frame.to_numpy().tolist(), cfg)
 
 
 def area(sheet: bytes) -> int:
