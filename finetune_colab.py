@@ -1613,13 +1613,13 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, "
         "ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, "
         "mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
-        "input, user, human, problem, user message, customer message, human message, inputs, "
+        "input, input text, user, human, term, problem, user message, customer message, human message, inputs, "
         "inputs pretokenized",
         "title, text",
     ),
     "answer": (
         "answer, answers, a, response, responses, output, outputs, completion, completions, reply, "
-        "replies, ground truth, ground truths, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
+        "replies, target, ground truth, ground truths, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
         "antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, "
         "réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, "
         "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
@@ -1640,51 +1640,49 @@ NAMES: dict[str, tuple[str, str, str]] = {
         "ഉത്തരങ്ങൾ, පිළිතුර, အဖြေများ, ལན, đáp, wangsulan, waleran, tubag, valiny, whakautu, መልሶች, "
         "መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, "
         "iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
-        "solution, assistant, target, chosen, bot response, bot reply, ai response, ai message, agent message, targets, "
+        "solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, "
         "targets pretokenized",
-        "body, text",
+        "body, text, definition",
     ),
 }
-# A header with one of these words tells something about a question or an answer, and is neither; with
-# one of OTHER_WORDS, the cells may still show that it is, see settle_names.
-SYSTEM_WORDS = set(
-    "wrong incorrect false falsche distractor rejected negative worst model llama claude gemini mistral "
-    "mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred generated "
-    "hallucinated student id ids count".split()
-)
+# A header with one of these words tells something about a question or an answer, and is neither.
 OTHER_WORDS = set(
     "uuid key counts number num no nr index idx start end offset url link date time score rating type "
     "category topic tag tags label intent length len normalized lang language source file filename path "
     "votes author name option options choice choices hint context contexts passage document story "
     "explanation rationale reason reasoning rubric rag bot from by owner status von av par por autor "
-    "auteur numero dato data datum stato estado etat statut zeitstempel timestamp aluno alumno eleve "
+    "auteur numero dato data datum stato estado etat statut zeitstempel timestamp "
     "errata errada errado incorrecta incorrecte incorreta typ kategorie thema tipo categoria tema fecha "
     "categorie kategori konu".split()
 )
+# The same, and however long its texts are: what somebody or something said that was not to be learnt.
+SYSTEM_WORDS = set(
+    "wrong incorrect false falsche distractor rejected negative worst model llama claude gemini mistral "
+    "mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred generated "
+    "gerada hallucinated student aluno alumno eleve ogrenci id ids count".split()
+)
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
-    "reference gold golden expected correct ideal desired best official true truth".split()
+    "reference gold golden expected target targets correct ideal desired best official true truth gercek "
+    "dogru richtige korrekte correcte exacte correta correto correcta corretta esatta juiste rätt "
+    "правильный верный poprawna prawidlowa spravna benar đung".split()
 )
-OTHER_SIGNS = "人 者 部门 部署 자명 답변자 질문자 답변일 질문일 类型 类别 分类 編號 编号 序号 番号 时间 日期 日時 来源 链接 标签 数量 种别 種別 カテゴリ 유형 번호 분류".split()
-THAI = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # and Lao, Burmese, Khmer
+OTHER_SIGNS = re.compile(
+    "人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种别|種別"
+    "|カテゴリ|유형|번호|분류"
+)
+UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, Japanese, Chinese, Korean
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
+)
 FIGURES = re.compile(r"[\d\s.,:/%+-]*\d[\d\s.,:/%+-]*(?:[AaPp]\.?[Mm]\.?)?|\S+@\S+")
-NOT_SPACED = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # Japanese, Chinese, Korean
+NO_WORDS = re.compile(
+    r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
+    re.IGNORECASE,
+)
 SQL = re.compile(
-    r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from|create table)\b",
+    r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from)\b",
     re.IGNORECASE | re.DOTALL,
 )
-MOST_HEADER_WORDS = 4  # a cell of more words, or of more letters, is no header
-LONGEST_HEADER = 60
-HEADER_ROWS = 20  # a header stands within so many filled rows
-MOST_COLUMNS = 50  # that are weighed against each other
-MOST_WEIGHED = 2000  # cells of a column that decide what it holds
-CLEAR_LEAD = 0.25  # how much better the best two columns must fit than the next, see find_columns
-CLEARLY_ASKING = 0.3  # share of cells that ask something, where no header says which column does
-LONGER = 1.5  # times the words of another column
-SENTENCE = 4  # words, on average, from which a column without a known name may hold the answers
-NONE_FOUND = "no column of questions with a column of answers was found."
-SEVERAL_FOUND = "more than one column may hold the questions or the answers."
-NONE_ASKS = "neither the headers nor the cells say which column asks."
 ASKING = re.compile(  # what asks without a question mark
     r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
     r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
@@ -1697,58 +1695,81 @@ OPTION_WORDS = set(
     "option options choice choices opt opts answer answers distractors opcoes opciones alternativas".split()
 )
 INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
-NO_WORDS = re.compile(
-    r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
-    re.IGNORECASE,
+MOST_HEADER_WORDS = 4  # a cell of more words, or of more characters, is no header
+LONGEST_HEADER = 60
+HEADER_ROWS = 20  # a header stands within so many filled rows
+MOST_COLUMNS = 50  # that are weighed against each other
+MOST_WEIGHED = 2000  # cells of a column that decide what it holds
+SENTENCE = 4  # words, on average, from which on cells may be answers whatever their header says
+PHRASE = 1.9  # strength of a name that has a sure one in it
+CLEAR_LEAD = 0.25  # of the best two columns over any other two, see fit
+CLEARLY_ASKING = 0.3  # where no header says which column asks, how many more cells of one must ask
+NONE_FOUND = "no column of questions with a column of answers was found."
+SEVERAL_FOUND = "more than one column may hold the questions or the answers."
+LISTS = "the column that is named like the questions or the answers holds lists."
+ONLY_OPTION = (
+    '"{}" only says which of the options is right. Make a column with the text of the right one.'
 )
+NONE_ASKS = "neither the headers nor the cells say which column asks."
+
+Fits = dict[tuple[int, int], float]  # of a column of questions and one of answers
 
 
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
-    """Find the row of headers: the first that names both columns, or else the first that is filled.
+    """Find the row of headers: the first that holds what the person named, or that names both columns.
 
-    A first row that looks like a pair itself is no header: the columns are then called by letters.
+    Otherwise it is the first row below a title; where that looks like a pair itself there is none, and
+    the columns are called by their letters.
     """
     rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
-    first = rows[0][1] if rows else []
-    wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if name}
-    below_title = sum(map(bool, first)) < 2
-    for is_header in (
-        lambda cells: wanted and wanted <= set(map(fold, cells)),
-        names_both,
-        lambda cells: below_title and names_both(cells, least=2),
-    ):
-        for i, (_, cells) in enumerate(rows[:HEADER_ROWS], start=1):
-            if is_header(cells):
-                return Table(sheet, cells, rows[i:])
-    sentence = any(looks_like_question(cell) or is_sentence(cell) for cell in first)
-    if sentence and not is_heading(first, [cells for _, cells in rows[1:LIKELY]]):
-        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(first))], rows)
-    return Table(sheet, first, rows[1:])
+    top = [cells for _, cells in rows[:HEADER_ROWS]]
+    named = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
+    found = [i for i, cells in enumerate(top) if named and named <= set(map(fold, cells))]
+    found += [i for i, cells in enumerate(top) if names_both(cells)]
+    first = next((i for i, cells in enumerate(top) if any(cells[1:]) or is_name(cells[0])), 0)
+    if not found and is_data(top[first:]):
+        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(top[first]))], rows)
+    header = found[0] if found else first
+    below = header + 1
+    while below in found:  # the same header in another language
+        below += 1
+    return Table(sheet, top[header] if top else [], rows[below:])
+
+
+def is_name(cell: str) -> bool:
+    return max(name_strength(cell, role) for role in NAMES) >= 2
+
+
+def names_both(row: list[str]) -> bool:
+    """Whether two cells of a row name questions and answers, at least one of them so surely."""
+    questions, answers = (
+        [name_strength(cell, role) for cell in row[:MOST_COLUMNS]] for role in NAMES
+    )
+    return any(
+        min(q, a) >= PHRASE and q + a > 4.5
+        for i, q in enumerate(questions)
+        for j, a in enumerate(answers)
+        if i != j
+    )
+
+
+def is_data(rows: list[list[str]]) -> bool:
+    """Whether the first row holds texts to learn, and none of its cells heads a column of figures."""
+    for cell, *below in itertools.zip_longest(*rows, fillvalue=""):
+        figures = [bool(FIGURES.fullmatch(other)) for other in below if other]
+        if cell and len(figures) > 2 and all(figures) and not FIGURES.fullmatch(cell):
+            return False  # a form on the web may ask in its header
+    return any(map(is_sentence, rows[0] if rows else []))
 
 
 def is_sentence(cell: str) -> bool:
-    words = len(cell) / 2 if NOT_SPACED.search(cell) or THAI.search(cell) else len(cell.split())
     ends = cell.endswith((".", "。")) and not cell.endswith("..")
-    return len(cell) > LONGEST_HEADER or (words >= SENTENCE and (asks(cell) or ends))
+    is_long = len(cell) > LONGEST_HEADER or (word_count(cell) >= SENTENCE and (ends or asks(cell)))
+    return is_long or looks_like_question(cell)
 
 
-def is_heading(row: list[str], below: list[list[str]]) -> bool:
-    """Whether a row heads a column of dates, numbers or addresses, as forms on the web have them."""
-    for i, cell in enumerate(row):
-        cells = [other[i] for other in below if i < len(other) and other[i]]
-        figures = len(cells) > 2 and all(map(FIGURES.fullmatch, cells))
-        if figures and cell and not FIGURES.fullmatch(cell):
-            return True
-    return False
-
-
-def names_both(row: list[str], least: int = 3) -> bool:
-    """Whether two cells of the row name questions and answers, at least one of them so surely."""
-    strengths = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
-    return any(
-        min(q[0], a[1]) > 1 and max(q[0], a[1]) >= least
-        for q, a in itertools.permutations(strengths, 2)
-    )
+def word_count(text: str) -> float:
+    return len(text) / 2 if UNSPACED.search(text) else len(text.split())
 
 
 def column_letter(index: int) -> str:
@@ -1780,39 +1801,24 @@ def known_names(role: str) -> list[set[str]]:
 
 
 @functools.cache
-def name_strength(header: str, role: str) -> int:
-    """How well a header says what is in its column: 3 sure, 2 likely, 1 a mere hint."""
+def name_strength(header: str, role: str) -> float:
+    """How well a header says what is in its column: 3 sure, 2 likely, 1 a mere hint, below 0 something else."""
     words = words_of(header)
     name = " ".join(words)
-    sure, likely, hints = known_names(role)
-    if header.startswith("__"):  # a tool's own
+    for strength, names in zip((3, 2, 1), known_names(role), strict=True):
+        if name in names and not header.startswith("__"):  # a tool's own
+            return strength
+    if (SYSTEM_WORDS & set(words) or "gpt" in name) and (role, words[0]) != ("question", "student"):
+        return -2
+    if OTHER_WORDS & set(words) or OTHER_SIGNS.search(header):
+        return -1
+    if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or header.startswith("__"):
         return 0
-    if name in sure | likely | hints:
-        return 3 if name in sure else 2 if name in likely else 1
-    if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or tells_other(header):
-        return 0
-    phrases = {
-        " ".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)
-    }
-    if any(len(phrase) > 1 for phrase in sure & phrases):
-        return 3 if TRUE_WORDS & set(words) else 2
-    unspaced = NOT_SPACED.search(name)
-    return 2 if unspaced and any(len(one) > 1 and one in name for one in sure) else 0
-
-
-@functools.cache
-def tells_other(header: str) -> bool:
-    """Whether a header names something about a question or an answer, and neither of them."""
-    words = set(words_of(header))
-    return (
-        bool(OTHER_WORDS & words)
-        or is_by_system(words)
-        or any(sign in header for sign in OTHER_SIGNS)
-    )
-
-
-def is_by_system(words: set[str]) -> bool:
-    return bool(SYSTEM_WORDS & words) or any("gpt" in word for word in words)
+    space = "" if UNSPACED.search(name) else " "
+    for one in known_names(role)[0] - TRUE_WORDS:
+        if len(one) > 1 and space + one + space in space + name + space:
+            return PHRASE + (not TRUE_WORDS.isdisjoint(words))
+    return 0
 
 
 @dataclass
@@ -1822,8 +1828,13 @@ class Column:
     header: str
     cells: list[str]  # the filled ones, as texts
     lists: bool  # most of them are lists or objects without one text
-    filled: bool
-    names: dict[str, int]  # for each role, how surely the header says it
+    fits: dict[
+        str, float
+    ]  # for each role, how well the header says it, then how well all goes with it
+
+    @property
+    def filled(self) -> bool:
+        return bool(self.cells) or self.lists
 
     @functools.cached_property
     def asking(self) -> float:
@@ -1832,147 +1843,154 @@ class Column:
 
     @functools.cached_property
     def words(self) -> float:
-        """Words in a cell, on average; of a language without spaces, two letters are one."""
-        spaced = not NOT_SPACED.search("".join(self.cells[:LIKELY]))
-        lengths = (len(cell.split()) if spaced else len(cell) / 2 for cell in self.cells)
-        return statistics.mean(lengths) if self.cells else 0
+        """Words in a cell, on average."""
+        return sum(map(word_count, self.cells)) / max(1, len(self.cells))
+
+    @functools.cached_property
+    def is_text(self) -> bool:
+        """Whether it may hold questions or answers, rather than labels, figures, keys or links."""
+        wordy = sum(any(map(str.isalpha, cell)) for cell in self.cells) > len(self.cells) / 2
+        return wordy and len(set(self.cells)) > 0.3 * len(self.cells) and not is_code(self.cells)
 
 
-def described(table: Table, wanted: dict[str, str]) -> list[Column]:
+def described(table: Table) -> list[Column]:
     columns = []
-    headers = [fold(header) for header in table.header]
-    options = {h for h in headers if len(h) == 1 and not NOT_SPACED.match(h)} - {"q", "a"}
-    fixed = {role: column_named(table, role, name) for role, name in wanted.items() if name}
+    headers = {fold(header) for header in table.header}
+    letters = {h for h in headers if len(h) == 1 and not UNSPACED.match(h)}
     for i, header in enumerate(table.header):
         raw = top_cells(table, i, MOST_WEIGHED)
         cells = [text for cell in raw if (text := one_text(cell))]
-        is_option = bool(options) and len(header) == 1  # A beside B, C and D is not the answer
-        joins = headers[i] == "input" and "instruction" in headers
-        sql = sum(bool(SQL.match(cell)) for cell in cells) > len(cells) / 2
-        links = all(cell.startswith(("http://", "https://")) for cell in cells)
-        names = {role: name_strength(header, role) for role in NAMES}
-        if is_option or joins or links:
-            names = dict.fromkeys(NAMES, 0)
-        elif sql and headers[i] == "query":
-            names = {"question": 0, "answer": 2}
-        elif headers[i] == "target" and any(name_strength(h, "question") > 2 for h in table.header):
-            names["answer"] = 3  # what should have been said
-        for role, place in fixed.items():
-            names[role] = 100 if place == i else -1000
-        columns.append(Column(header, cells, len(cells) < len(raw) / 2, bool(raw), names))
+        fits = {role: name_strength(header, role) for role in NAMES}
+        if letters - {"q", "a"} and len(header) == 1:
+            fits = dict.fromkeys(NAMES, 0)  # A beside B, C and D is not the answer
+        elif fold(header) == "input" and "instruction" in headers:
+            fits["question"] = 0  # it joins the instruction
+        elif sum(bool(SQL.match(cell)) for cell in cells) > len(cells) / 2:
+            fits = {"question": 0, "answer": 2}
+        columns.append(Column(header, cells, len(cells) < len(raw) / 2, fits))
+    unnamed = [one.words for one in columns if max(one.fits.values()) <= 0 and one.is_text]
+    alone = sum(one.filled for one in columns) < 3
+    for one in columns:
+        one.fits = {role: strength(one, role, alone, max(unnamed, default=0)) for role in NAMES}
     return columns
 
 
+def strength(column: Column, role: str, alone: bool, longest: float) -> float:
+    """How well a column goes with a role, by its name in the light of its cells; -inf for not at all."""
+    named, other = column.fits[role], max(column.fits[r] for r in NAMES if r != role)
+    is_prose = column.is_text and column.words >= SENTENCE
+    if named == PHRASE and column.words < min(SENTENCE, longest / 1.5):
+        named = -1  # who answered
+    elif named == -1 and is_prose and known_names(role)[0] & set(words_of(column.header)):
+        named = 1  # what somebody answered
+    named -= column.lists
+    if not column.filled or other > max(1, named):
+        return -math.inf
+    if role == "question":  # of an unknown name, or of two columns what the other is not
+        may_be = column.is_text and (named == 0 or alone)
+    else:
+        may_be = named == 0 and (is_prose or (column.is_text and alone))
+    return named if named > 0 else 0 if may_be else -math.inf
+
+
 def find_columns(table: Table, question: str, answer: str) -> Columns:
-    """The columns of questions and answers: as the person said, or else by name and content.
-
-    Every two columns that could be meant are rated by their names, and within equal names by how
-    many cells ask something. Only a clear winner is taken; otherwise the person is asked.
-    """
-    columns = described(table, {"question": question, "answer": answer})
-    alone = sum(column.filled for column in columns) < 3  # what one is not the other is, then
-    settle_names(columns)
-    usable = [
-        i
-        for i, column in enumerate(columns)
-        if column.cells and (max(column.names.values()) > 0 or may_be_text(column, alone))
+    """The columns of questions and answers: as the person said, or else by name and content."""
+    columns = described(table)
+    names = dict(zip(NAMES, (question, answer), strict=True))
+    for role, place in (
+        (role, column_named(table, role, name)) for role, name in names.items() if name
+    ):
+        for i, one in enumerate(columns):
+            one.fits[role] = 3 if i == place else -math.inf
+    likeliest = [
+        sorted(range(len(columns)), key=lambda i: -columns[i].fits[role])[:MOST_COLUMNS]
+        for role in NAMES
     ]
-    usable.sort(key=lambda i: -max(columns[i].names.values()))
-    pairs = itertools.permutations(sorted(usable[:MOST_COLUMNS]), 2)
-    fits = {pair: fit(*(columns[i] for i in pair)) for pair in pairs}
-    if not fits or max(fits.values()) < -100:
-        raise columns_unclear(table, NONE_FOUND)
-    best = max(fits, key=lambda pair: fits[pair])  # of equals the leftmost
-    named = [columns[i].names[role] for i, role in zip(best, NAMES, strict=True)]
-    if not (question and answer):
-        rivals = [pair for pair in fits if pair != best and fits[best] - fits[pair] < CLEAR_LEAD]
-        found = SEVERAL_FOUND if rivals else doubt(columns, best, fits[best] - sum(named))
-        if found:
-            raise columns_unclear(table, found)
-    how = "by name" if all(named) else "by name and content" if any(named) else "by content"
-    how = "as set" if question and answer else how
-    return Columns(*best, how, sum(named), *columns_beside(table, best))
-
-
-def settle_names(columns: list[Column]) -> None:
-    """Let the cells decide what a name of several words means: "Answer by" may head names or answers."""
-    texts = [one for one in columns if one.words >= SENTENCE and not is_code(one.cells)]
-    for column, role in itertools.product(columns, NAMES):
-        sure, likely, _ = known_names(role)
-        words = {word for word in words_of(column.header) if len(word) > 1}
-        named = sure & words and not is_by_system(words)
-        if column.names[role] == 0 and column in texts and named:
-            column.names[role] = 1
-        if column.names[role] == 2 and " ".join(words_of(column.header)) not in likely:
-            rivals = [
-                one for one in columns if one.names[role] == 2 or max(one.names.values()) <= 0
-            ]
-            longer = any(
-                one.words > LONGER * column.words and not is_code(one.cells) for one in rivals
-            )
-            few_words = column.words < SENTENCE and any(len(cell) > 2 for cell in column.cells)
-            if longer and few_words:
-                column.names[role] = -1 if role == "answer" else 0
+    fits = {
+        (q, a): fit(columns[q], columns[a])
+        for q, a in itertools.product(*likeliest)
+        if q != a and fit(columns[q], columns[a]) > -math.inf
+    }
+    best = max(fits, key=lambda pair: fits[pair], default=(0, 0))
+    if not (question and answer) and (found := doubt(columns, fits, best)):
+        raise columns_unclear(table, columns, found, best)
+    named = round(columns[best[0]].fits["question"] + columns[best[1]].fits["answer"])
+    reason = why(table, columns, fits, best, names)
+    return Columns(*best, reason, named, *columns_beside(table, best))
 
 
 def fit(question: Column, answer: Column) -> float:
-    """How well two columns go together: three for a sure name, one for asking everywhere."""
-    roles = map(known_role, words_of(answer.header))
-    known = answer.names["answer"] or "assistant" in roles
-    if (
-        answer.names["question"] > max(1, answer.names["answer"])  # two questions
-        or question.names["answer"] > max(1, question.names["question"])
-        or (tells_other(answer.header) and not known)  # a topic, a context
-        or (question.names["question"] < 100 and holds_answers(question.cells, answer.cells))
-    ):
-        return -1000
-    names = question.names["question"] + answer.names["answer"]
-    return names + question.asking - answer.asking + is_chain(question.cells, answer.cells)
+    """How well two columns go together: three for a sure name, one for asking in every cell."""
+    if holds_answers(question.cells, answer.cells):
+        return -math.inf
+    return question.fits["question"] + answer.fits["answer"] + question.asking - answer.asking
 
 
-def doubt(columns: list[Column], best: tuple[int, int], content: float) -> str:
+def doubt(columns: list[Column], fits: Fits, best: tuple[int, int]) -> str:
     """Why two columns may only seem to hold questions and their answers; empty when all is well."""
-    chosen = dict(zip(NAMES, (columns[i] for i in best), strict=True))
-    others = [column for i, column in enumerate(columns) if column.filled and i not in best]
-    answers = chosen["answer"].cells
-    for role, column in chosen.items():
-        if (column.names[role] < 2 or len(set(column.cells)) == 1) and any(
-            name_strength(o.header, role) > 1 for o in others if o.lists
-        ):
-            return f"the column that is named like the {role}s holds lists."
-        few = len(set(column.cells)) < min(3, len(column.cells) - 1)
-        plain = [re.sub(r"\d+", "", cell) for cell in column.cells[:LIKELY]]
-        labels = sum(max(name_strength(cell, r) for r in NAMES) > 1 for cell in plain)
-        labelled = labels > 0.8 * len(plain)  # as "Q1:" and "A1:" in turn
-        if column.names[role] < 3 and (few or labelled):
-            return NONE_FOUND
-    if max(chosen[role].names[role] for role in NAMES) < 2 and content < CLEARLY_ASKING:
-        return NONE_ASKS
-    asked = chosen["question"].cells
-    repeated = len(set(asked)) < len(asked) / 2  # as a topic is, beside what people said on it
-    terse = others and chosen["answer"].words < SENTENCE
-    if not chosen["answer"].names["answer"] and (repeated or terse):
+    if not fits:
         return NONE_FOUND
-    options = any(OPTION_WORDS & set(words_of(column.header)) for column in others)
-    if options and sum(bool(INDEX.fullmatch(cell)) for cell in answers) > 0.9 * len(answers):
-        return (
-            f'"{preview(chosen["answer"].header)}" only says which of the options is right. Make a '
-            "column with the text of the right one."
-        )
-    return ""
+    question, answer = (columns[i] for i in best)
+    if question.lists or answer.lists:
+        return LISTS
+    known, likely = question.fits["question"], answer.fits["answer"]
+    beside = [words_of(one.header) for i, one in enumerate(columns) if one.filled and i not in best]
+    options = any(OPTION_WORDS & set(words) for words in beside)
+    if options and sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(
+        answer.cells
+    ):
+        return ONLY_OPTION.format(preview(answer.header))
+    if any(
+        fits[best] - fits[pair] - is_kin(columns, pair) < CLEAR_LEAD
+        for pair in fits
+        if pair != best
+    ):
+        return SEVERAL_FOUND
+    is_long = question.words > answer.words and not question.header.startswith("column ")
+    if max(known, likely) < PHRASE and (
+        question.asking - answer.asking < CLEARLY_ASKING or is_long
+    ):
+        return NONE_ASKS
+    repeated = (
+        len(set(question.cells)) < len(question.cells) / 2
+    )  # a topic, beside what is said on it
+    few = any(
+        value < 3 and len(set(one.cells)) < min(3, len(one.cells) - 1)
+        for one, value in ((question, known), (answer, likely))
+    )
+    return NONE_FOUND if few or (likely <= 0 and repeated) else ""
+
+
+def is_kin(columns: list[Column], pair: tuple[int, int]) -> bool:
+    """Whether the headers of two columns begin with the same word: first_question, first_answer."""
+    question, answer = (words_of(columns[i].header) for i in pair)
+    return min(len(question), len(answer)) > 1 and question[0] == answer[0]
+
+
+def why(
+    table: Table, columns: list[Column], fits: Fits, best: tuple[int, int], names: dict[str, str]
+) -> str:
+    """Why each of the two columns was taken, and which came second."""
+    said = []
+    for side, (role, place) in enumerate(zip(NAMES, best, strict=True)):
+        how = "its name" if columns[place].fits[role] > 0 else "its content"
+        how = "as you specified" if names[role] else f"by {how}"
+        others = [pair for pair in fits if pair[side] != place]
+        if others and not names[role]:
+            second = max(others, key=lambda pair: fits[pair])[side]
+            how += f'; next: "{title_of(table, second)}"'
+        said.append(f'{role}s in "{title_of(table, place)}" ({how})')
+    return ", ".join(said)
+
+
+def title_of(table: Table, column: int) -> str:
+    return preview(table.header[column]) or column_letter(column)
 
 
 def holds_answers(questions: list[str], answers: list[str]) -> bool:
     """Whether questions end with their answers, as a filled template does that is learnt as a whole."""
     top = list(zip(questions[:LIKELY], answers, strict=False))
     return sum(len(q) > len(a) > 20 and q.endswith(a) for q, a in top) > len(top) / 2
-
-
-def is_chain(questions: list[str], answers: list[str]) -> bool:
-    """Whether many answers are the next row's question, as in a chat cut into pairs."""
-    top = answers[: 10 * LIKELY]
-    followed = sum(a == q for a, q in zip(top, questions[1:], strict=False))
-    return followed > len(top) / 4 and questions != answers
 
 
 def is_code(cells: list[str]) -> bool:
@@ -2007,25 +2025,28 @@ def column_named(table: Table, role: str, name: str) -> int:
     )
 
 
-def may_be_text(column: Column, alone: bool) -> bool:
-    """Whether a column of unknown name may hold questions or answers, rather than ids or labels."""
-    if not alone and tells_other(column.header):
-        return False
-    cells = column.cells
-    wordy = sum(any(letter.isalpha() for letter in cell) for cell in cells)
-    return wordy > len(cells) / 2 and len(set(cells)) > len(cells) * 0.3 and not is_code(cells)
+def columns_unclear(
+    table: Table, columns: list[Column], found: str, best: tuple[int, int]
+) -> UserError:
+    """Show the columns, and how to say which to use: for example the two that go together best."""
 
-
-def columns_unclear(table: Table, found: str) -> UserError:
     def first(i: int) -> str:
         cell = next(iter(top_cells(table, i, 1)), "(empty)")
         return "(a list)" if isinstance(cell, (list, dict)) else preview(cell)
 
-    seen = [
-        f"  {preview(name) or column_letter(i)}: {first(i)}"
-        for i, name in enumerate(table.header[:12])
-    ]
-    advice = "Say which to use: --question-column NAME --answer-column NAME"
+    def flagged(i: int) -> str:
+        header = table.header[i]
+        plain = 0 < len(header) <= LONGEST_HEADER and not re.search(
+            r'["$`\\!\s]', header.replace(" ", "")
+        )
+        return f'"{header}"' if plain else column_letter(i)
+
+    seen = [f"  {title_of(table, i)}: {first(i)}" for i in range(len(table.header[:12]))]
+    pair: Sequence[int] = best
+    if best[0] == best[1]:  # none go together
+        pair = sorted(sorted(range(len(columns)), key=lambda i: -columns[i].words)[:2])
+    names = [flagged(i) for i in pair] if len(pair) == 2 else ["NAME", "NAME"]
+    advice = "Say which to use, for example: --question-column {} --answer-column {}".format(*names)
     return UserError("\n".join([found + " The columns, each with its first cell:", *seen, advice]))
 
 
@@ -2466,7 +2487,7 @@ def say_pairs(pairs: Pairs) -> None:
         say("Shape", f"{pairs.shape}; every answer in it is learnt")
     else:
         joining = "".join(f'; "{preview(name)}" joins the question' for name in pairs.used[2:])
-        say("Columns", f"{columns_in_words(pairs)} (found {columns.reason}){joining}")
+        say("Columns", f"{columns.reason}{joining}")
         rest = [name for i, name in enumerate(table.header) if name and i not in columns.used]
         if rest:
             say("", "not used: " + ", ".join(f'"{preview(name)}"' for name in rest[:8]))

@@ -20,10 +20,9 @@ Sheet = Callable[..., Path]
 Checked = Callable[..., tuple[int, str]]
 
 
-def each_of(table: dict[str, str], failing: dict[str, str] | None = None) -> pytest.MarkDecorator:
-    """Every case of a table of tests/cases, and those that fail today."""
-    marked = [pytest.param(case, marks=later) for case in (failing or {}).values()]
-    return pytest.mark.parametrize("case", [*table.values(), *marked], ids=[*table, *(failing or {})])
+def each_of(table: dict[str, str]) -> pytest.MarkDecorator:
+    """Every case of a table of tests/cases."""
+    return pytest.mark.parametrize("case", table.values(), ids=table)
 
 
 # A name, a record and what comes of it, where that is not the pair of {q} and {a}: "->" and the texts of the
@@ -78,7 +77,7 @@ def schema(case: str) -> tuple[dict[str, Any], str, str]:
     return record, outcome[:2], outcome[3:]
 
 
-@each_of(SCHEMAS, cases("schemas_to_come"))
+@each_of(SCHEMAS)
 def test_a_schema_gives_its_pairs_in_any_order_of_columns(case: str, folder: Path) -> None:
     record, kind, outcome = schema(case)
     rows = [filled(record, n) for n in range(len(QA))]
@@ -264,7 +263,7 @@ SHEETS: dict[str, list[Any]] = {name: json.loads(case.split(": ", 1)[1]) for nam
 SHEETS["60 columns"] = [[f"x{i}" for i in range(60)], *([f"{i} {j}" for i in range(60)] for j in "ab")]
 
 
-@each_of(cases("columns"), cases("columns_to_come"))
+@each_of(cases("columns"))
 def test_the_columns_that_are_named_are_taken_or_asked_for(case: str, sheet: Sheet) -> None:
     named, kind, outcome = re.split(" (->|!!) ", case)
     _, name, question, answer = named.split(" | ")
@@ -288,7 +287,6 @@ OWN_WORDS = {
 }
 
 
-@later
 @pytest.mark.parametrize("rows", OWN_WORDS.values(), ids=OWN_WORDS)
 def test_headers_in_own_words_are_taken_or_named_with_the_flag(rows: list[tuple[object, ...]], sheet: Sheet) -> None:
     path, header = sheet(*rows), next(row for row in rows if len(row) > 1)
