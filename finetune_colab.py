@@ -2432,8 +2432,10 @@ def tree_paths(
 
 # -- Cleaning
 
-LONGEST_CELL = 1_000_000  # letters; a workbook allows 32,767
-MOST_REASONS = 6  # for leaving out rows, on the screen
+LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
+MOST_KINDS = 4  # of reasons and findings on the screen; the report of `check` has all
+UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")  # control characters, accents alone, blanks
+BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # which Unicode counts as letters or symbols
 
 
 def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
@@ -2446,8 +2448,8 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
             reason = "blank" if number in blank else messages
         elif unseen := [one["role"] for one in messages if not is_seen(one["content"])]:
             reason = NO_ANSWER if "assistant" in unseen else "no question"
-        elif any(len(message["content"]) > LONGEST_CELL for message in messages):
-            reason = f"a text of more than {LONGEST_CELL:,} letters"
+        elif any(len(one["content"]) > LONGEST_TEXT for one in messages):
+            reason = f"a text of more than {LONGEST_TEXT:,} characters"
         else:
             found.append(Pair(messages, table.sheet, number))
             continue
@@ -2457,13 +2459,7 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
 
 
 def is_seen(text: str) -> bool:
-    return (text[:1].isascii() and text[:1].isalnum()) or any(map(is_visible, text))
-
-
-def is_visible(letter: str) -> bool:
-    """Whether there is something to see: not of blanks, accents alone or marks of width zero."""
-    seen = unicodedata.category(letter) not in ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")
-    return seen and letter not in "\u115f\u1160\u2800\u3164\uffa0"  # blanks that count as letters
+    return any(unicodedata.category(one) not in UNSEEN and one not in BLANKS for one in text)
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
@@ -2472,257 +2468,226 @@ def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
     for pair in pairs:
         first = first_seen.setdefault(tuple(fold(one["content"]) for one in pair.messages), pair)
         if first is not pair:
-            place = f" of {first.sheet}" if first.sheet != pair.sheet else ""
-            copies.append(Note(pair.sheet, pair.row, f"a copy of row {first.row}{place}"))
+            copies.append(Note(pair.sheet, pair.row, f"a copy of {place_of(first, pair)}"))
     return list(first_seen.values()), copies
+
+
+def place_of(pair: Pair, seen_from: Pair) -> str:
+    return f"row {pair.row}" + (f" of {pair.sheet}" if pair.sheet != seen_from.sheet else "")
 
 
 def say_pairs(pairs: Pairs) -> None:
     table, columns = pairs.table, pairs.columns
-    place = f'{pairs.name}, sheet "{preview(table.sheet)}"' if table.sheet else pairs.name
-    say("Data", f"{place}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
-    if pairs.other_sheets:
-        say("", f"sheets that are not used: {preview(', '.join(pairs.other_sheets))}")
-    if columns is None:
-        say("Shape", f"{pairs.shape}; every answer in it is learnt")
+    sheet = f', sheet "{preview(table.sheet)}"' if table.sheet else ""
+    say("Data", f"{pairs.name}{sheet}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
+    if columns:
+        say("Columns", columns.reason)
     else:
-        joining = "".join(f'; "{preview(name)}" joins the question' for name in pairs.used[2:])
-        say("Columns", f"{columns.reason}{joining}")
-        rest = [name for i, name in enumerate(table.header) if name and i not in columns.used]
-        if rest:
-            say("", "not used: " + ", ".join(f'"{preview(name)}"' for name in rest[:8]))
+        say("Shape", f"{pairs.shape}; every answer in them is taught")
+    unused = [name for i, name in enumerate(table.header) if columns and i not in columns.used]
+    for what, names in {
+        "joined to the question": pairs.used[2:],
+        "columns not used": list(filter(None, unused)),
+        "not used": pairs.other_sheets,
+    }.items():
+        if names:
+            say("", f"{what}: " + ", ".join(f'"{preview(name)}"' for name in names[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
-    for line in shortened(grouped(pairs.dropped), MOST_REASONS, "reasons"):
-        say("Left out", line)
+    say_notes("Left out", pairs.dropped)
 
 
 def column_names(pairs: Pairs) -> dict[str, str | None]:
-    used = dict(zip(("question_column", "answer_column"), pairs.used, strict=False))
-    return {"question_column": None, "answer_column": None} | used
+    question, answer, *_ = *pairs.used, None, None
+    return {"question_column": question, "answer_column": answer}
 
 
 def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
-    """Notes of the same kind together, whatever row they point to."""
+    """Notes of one kind together, whatever row they point to; the most frequent kind first."""
     kinds: dict[str, list[Note]] = {}
     for note in notes:
         other = "an earlier row" if note.reason.startswith("a copy") else "another row"
-        kinds.setdefault(re.sub(r"\brow \d+.*$", other, note.reason), []).append(note)
-    return kinds
+        kinds.setdefault(re.sub(r"\brow \d+.*", other, note.reason), []).append(note)
+    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
 
 
 def grouped(notes: Sequence[Note]) -> list[str]:
-    """One line a reason, with the rows that it concerns, and their files where there are several."""
+    """One line per kind, with its rows, and their sheets where there are several."""
     several = len({note.sheet for note in notes}) > 1
-    return [
-        f"{len(found)} × {kind}: row{'s' * (len(found) > 1)} "
-        + ", ".join(
-            f"{note.row} of {note.sheet}" if several else str(note.row) for note in found[:8]
-        )
-        + (f" and {len(found) - 8} more" if len(found) > 8 else "")
-        for kind, found in by_kind(notes).items()
-    ]
+    lines = []
+    for kind, found in by_kind(notes).items():
+        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
+        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        lines.append(f"{kind}: {len(rows)} row{'s' * (len(rows) > 1)} ({places})")
+    return lines
 
 
-def shortened(lines: list[str], most: int, what: str) -> list[str]:
-    hidden = len(lines) - most
-    return lines if hidden < 2 else [*lines[:most], f"and {hidden} more {what}"]
+def say_notes(label: str, notes: Sequence[Note]) -> None:
+    lines = grouped(notes)
+    if len(lines) > MOST_KINDS:
+        lines[MOST_KINDS:] = [f"and {len(lines) - MOST_KINDS} more; the command check lists all"]
+    for line in lines:
+        say(label, line)
+        label = ""
 
 
 # -- Quality: what is taught, and yet looks wrong
 
-ALIKE = 0.9  # share of common words from which on two texts are nearly copies
-MOST_FLAWS = 4  # kinds, on the screen
-LONG, SHORT = 1000, 40  # letters of the longer side at least, and of the shorter one
-UNEQUAL = 50  # times the shorter one
-UNCOUNTED = re.compile("blank$|the language is ")  # rows left out that say nothing of the quality
-TAGS = (
-    "a b i u p br hr div span em strong small sub sup center font pre code ul ol li table thead "
-    "tbody tr td th img h[1-6] blockquote script style html head body"
-)
-FLAWS = {
-    "left-over HTML": re.compile(
-        rf"</?(?:{TAGS.replace(' ', '|')})(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-        r"|&(?:nbsp|amp|lt|gt|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[0-9a-f]{2,5});",
-        re.IGNORECASE,
-    ),
-    "control marks of a model": re.compile(
-        r"<\|\w{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<</?SYS>>|\[/?INST\]"
-        r"|^(?:Instruct|Output):",  # the prompt's own
-        re.MULTILINE,
-    ),
-}
-# Letters that may each be a word: Chinese, Japanese, Korean.
-SIGNS = re.compile("[぀-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff]")
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
-PLACEHOLDER = re.compile(  # None, NA and null are not among them: they may be the answer
-    r"to[ -]?do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?.]{2,}|[-_]{2,}|test(?:ing)?|placeholder"
-    r"|lorem ipsum.*|(?:(?:your|the|an?) )?(?:question|answer|text|response) (?:goes )?here"
-    r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
-    re.DOTALL,
-)
-ADVICE = {
-    "left-over HTML": "take out tags and signs such as <br> and &nbsp;",
-    "broken letters": "open the source anew as UTF-8: Ã© is a broken é",
+ADVICE = {  # where the finding does not say it all
+    "left-over HTML": "take out tags and entities such as <br> and &nbsp;",
     "control marks of a model": "they are taught as plain text; take them out",
-    "placeholder text": "fill in the real text",
-    "a question without a word": "write the question out",
+    "broken letters": "open the source again as UTF-8: Ã© is a broken é",
     "an answer of one letter": "write the answer out: what option B says",
-    "an answer that repeats its question": "write an answer",
+    "an answer of one digit": "write the answer out, if the number stands for an option",
     "very unequal lengths": "see whether text slipped into the wrong cell",
     "nearly a copy of another row": "keep one of them",
     "another answer to the question of another row": "keep the right one, or join them",
 }
+UNCOUNTED = re.compile("blank$|the language is ")  # reasons that say nothing of the quality
+TAG = (
+    "a|b|i|u|p|br|hr|div|span|em|strong|small|sub|sup|center|font|pre|code|ul|ol|li|table|thead"
+    "|tbody|tr|td|th|img|h[1-6]|blockquote|script|style|html|head|body"
+)
+HTML = re.compile(
+    rf"</?(?:{TAG})(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|&(?:[a-z]{{2,6}}|#x?[\da-f]{{2,6}});", re.I
+)
+ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.I)
+CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
+CONTROL = re.compile(
+    r"<\|\w{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<</?SYS>>|\[/?INST\]"
+    r"|^(?:Instruct|Output):",  # the prompt's own
+    re.MULTILINE,
+)
+# The bytes 80 to BF of UTF-8, read as Windows-1252, without what may follow a letter: “Ã”, «é»
+TAIL = "€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ¡-ª¬-º¼-¿"
+BROKEN = re.compile(
+    rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—]|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…]|ï»¿"
+)
+PLACEHOLDER = re.compile(  # not "Todo", which is Spanish for everything
+    r"(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?.]{2,}|…+|[-_]{2,}|test(?:ing)?"
+    r"|placeholder|lorem\s+ipsum.*|(?:(?:your|the|an?)\s+)?(?:question|answer|text|response)\s+"
+    r"(?:goes\s+)?here|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
+    re.DOTALL | re.I,
+)
+EMPTY = ("null", "none", "na", "nan", "nil", "#n/a")  # one may be an answer, many are none
+CJK = "぀-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff"  # a single character may be a word
+SAYS = re.compile(rf"[{CJK}]|(?:[\w\u0900-\u0e4f+*/=^×÷<>%-].*?){{3}}", re.DOTALL)
+ONE_LETTER = re.compile(rf"\W{{,9}}[^\W\d_{CJK}]\W{{,9}}")
+WORD = re.compile(  # of any script, also C# and 3.5
+    rf"[{CJK}]|(?:[^\W_{CJK}]|(?<=\d)[.,](?=\d)"
+    r"|[\u0300-\u036f\u0900-\u0e4f#%/+<>=^|~$€\U0001f300-\U0001faff])+"
+)
 
 
 class Quality(NamedTuple):
-    """How many of the filled rows are taught with nothing found in them, and what is with the others."""
-
-    counted: int
-    good: int
+    counted: int  # rows with content
+    good: int  # of these, what is taught with nothing found in it
+    score: float
     findings: list[list[str]]  # for every pair that is kept
     flagged: list[Note]  # the same, with their rows
-    left_out: list[Note]  # filled rows that are not taught
+    parts: dict[str, list[Note]]  # by kind: what is flagged, and what is left out
 
-    @property
-    def score(self) -> float:
-        return self.good / self.counted if self.counted else 1.0
-
-    @property
-    def parts(self) -> dict[str, list[Note]]:
-        kinds = by_kind([*self.flagged, *self.left_out])
-        return dict(sorted(kinds.items(), key=lambda part: -len(part[1])))
+    def __str__(self) -> str:
+        return f"{self.good * 100 // self.counted / 100:.2f}"  # 0.999 is not yet 1.00
 
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
-    findings = [flaws_of(pair) for pair in kept]
-    for i, first in near_copies(kept):
-        findings[i].append(f"nearly a copy of {row_in_words(kept[first], kept[i])}")
-    answers: dict[str, list[int]] = {}
+    """What looks wrong in each pair, by itself and beside the others."""
+    findings = list(map(flaws_of, kept))
+    odd, copies = odd_answers(kept), near_copies(kept)
+    asked: dict[str, list[int]] = {}
     for i, pair in enumerate(kept):
-        if len(pair.messages) == 2 and "nearly a copy" not in "".join(findings[i]):
-            answers.setdefault(" ".join(words_in(pair.question)), []).append(i)
-    for same in answers.values():
+        if pair.answer.casefold() in odd:
+            findings[i].append(odd[pair.answer.casefold()])
+        if i in copies:
+            findings[i].append(f"nearly a copy of {place_of(kept[copies[i]], pair)}")
+        elif len(pair.messages) == 2:
+            asked.setdefault(" ".join(words_in(pair.messages[:1])), []).append(i)
+    for same in filter(lambda same: len(same) > 1, asked.values()):
         for i, other in zip(same, same[1:] + same[:1], strict=True):
-            if i != other:
-                row = row_in_words(kept[other], kept[i])
-                findings[i].append(f"another answer to the question of {row}")
+            place = place_of(kept[other], kept[i])
+            findings[i].append(f"another answer to the question of {place}")
     flagged = [
-        Note(pair.sheet, pair.row, finding)
-        for pair, found in zip(kept, findings, strict=True)
-        for finding in found
+        Note(*pair[1:], what) for pair, found in zip(kept, findings, strict=True) for what in found
     ]
     left_out = [note for note in dropped if not UNCOUNTED.match(note.reason)]
-    good = sum(not found for found in findings)
-    return Quality(len(kept) + len(left_out), good, findings, flagged, left_out)
-
-
-def row_in_words(pair: Pair, seen_from: Pair) -> str:
-    return f"row {pair.row}" + (f" of {pair.sheet}" if pair.sheet != seen_from.sheet else "")
+    counted, good = len(kept) + len(left_out), findings.count([])
+    score = good / counted if counted else 1.0
+    return Quality(counted, good, score, findings, flagged, by_kind(flagged + left_out))
 
 
 def flaws_of(pair: Pair) -> list[str]:
     """What can be seen in one pair alone."""
     texts = [message["content"] for message in pair.messages]
-    outside = [CODE.sub("", text) if "`" in text else text for text in texts]  # of quoted code
-    found = [kind for kind, flaw in FLAWS.items() if any(map(flaw.search, outside))]
-    if "left-over HTML" in found and any(map(ABOUT_HTML.search, texts)):
-        found.remove("left-over HTML")  # it is what the pair is about
-    if any(map(is_broken, texts)):
-        found.append("broken letters")
-    cores = (fold(text[:100]).strip("[]{}()<>*\"' ").rstrip("!: ") for text in texts)
-    if any(map(PLACEHOLDER.fullmatch, cores)):
-        found.append("placeholder text")
-    if is_wordless(texts[0]):
-        found.append("a question without a word")
-    letter = r"\W{,9}[^\W\d_]\W{,9}"
-    if len(texts) == 2 and re.fullmatch(letter, texts[1]) and not SIGNS.search(texts[1]):
-        found.append("an answer of one letter")
-    if any(fold(q) == fold(a) for q, a in zip(texts[::2], texts[1::2], strict=True)):
-        found.append("an answer that repeats its question")
+    whole, prose = "\n".join(texts), "\n".join(CODE.sub("", text) for text in texts)
+    cores = [text[:100].strip("[](){}<>*\"'!: ") for text in texts]
     sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
-    if max(sides) > LONG and max(sides) > UNEQUAL * max(SHORT, min(sides)):
-        found.append("very unequal lengths")
+    found = {
+        "left-over HTML": HTML.search(prose) and not ABOUT_HTML.search(whole),
+        "control marks of a model": CONTROL.search(prose),
+        "broken letters": BROKEN.search(whole),
+        "placeholder text": any(map(PLACEHOLDER.fullmatch, cores)),
+        "a question without a word": not SAYS.search(texts[0]),
+        "an answer of one letter": len(texts) == 2 and ONE_LETTER.fullmatch(texts[1]),
+        "an answer that repeats its question": any(
+            fold(q) == fold(a) for q, a in zip(texts[::2], texts[1::2], strict=True)
+        ),
+        "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
+    }
+    return [kind for kind, shows in found.items() if shows]
+
+
+def odd_answers(pairs: Sequence[Pair]) -> dict[str, str]:
+    """Answers whose number shows that they stand for something else."""
+    counts = Counter(pair.answer[:6].casefold() for pair in pairs)
+    many = max(3, len(pairs) / 20)
+    if len(counts) <= len(pairs) / 4 and all(re.fullmatch(r"\d", text) for text in counts):
+        return dict.fromkeys(counts, "an answer of one digit")
+    return {text: "placeholder text" for text in EMPTY if counts[text] >= many}
+
+
+def words_in(messages: Messages) -> list[str]:
+    text = " ".join(message["content"] for message in messages)
+    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def near_copies(pairs: Sequence[Pair]) -> dict[int, int]:
+    """Pairs that say nearly the same as another one, and which one.
+
+    Neighbours alone are compared, in the order of their letters and of these read backwards, since
+    such pairs begin or end alike: the time grows with the rows, not with their square.
+    """
+    letters = ["".join(words_in(pair.messages)) for pair in pairs]
+    order = sorted(range(len(pairs)), key=lambda i: str(pairs[i].messages))
+    found: dict[int, int] = {}
+    for step in (1, -1):
+        order.sort(key=lambda i: letters[i][::step])
+        for neighbours in itertools.pairwise(order):
+            first, later = sorted(neighbours, key=letters.__getitem__)
+            a, b = letters[first], letters[later]
+            third = min(len(a), len(b)) // 3
+            alike = a.startswith(b[:third]) or a.endswith(b[-third:])
+            if a and alike and (a == b or are_alike(pairs[first], pairs[later])):
+                found.setdefault(later, first)
     return found
 
 
-def is_broken(text: str) -> bool:
-    """Whether UTF-8 was read as Windows-1252 or Latin-1: undone, it gives letters again."""
-    if re.search("[\x80-\x84\x86-\x9f\ufffd]", text):
-        return True
-    for run in re.findall("[^\0-\x7f]{2,}", re.sub("\xa0»|«\xa0", " ", text)):
-        with suppress(UnicodeError):
-            letters = run.encode("cp1252").decode("utf-8")
-            if len(letters) > 1 or run[1] not in "“”‘’…":  # a letter and a closing mark are no sign
-                return True
-    return False
-
-
-def is_wordless(text: str) -> bool:
-    """Fewer than three letters, digits or signs of arithmetic; of Chinese, one sign is enough."""
-    seen = (c for c in text if unicodedata.category(c)[0] in "LMN" or c in "+-*/=^×÷<>%")
-    return len(list(itertools.islice(seen, 3))) < 3 and not SIGNS.search(text)
-
-
-# A word of any script, also 3.5, C#, 50 % and a picture; of Chinese, Japanese and Korean, one sign
-WORD = re.compile(
-    r"[぀-ヿ㐀-鿿가-힣豈-\ufaff]|(?:[^\W_぀-ヿ㐀-鿿가-힣豈-\ufaff]|[\u0300-\u036f\u0900-\u0e4f#%/+<>=^|~$€])+"
-    r"|[\U0001f300-\U0001faff]"
-)
-
-
-def words_in(*texts: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFKC", " ".join(texts)).casefold())
-
-
-def all_words(pair: Pair) -> list[str]:
-    return words_in(*(message["content"] for message in pair.messages))
-
-
-def near_copies(pairs: Sequence[Pair]) -> Iterator[tuple[int, int]]:
-    """Pairs that say nearly the same as another one: the same letters, or nearly the same words.
-
-    To be compared at all, two have to share the first or the second half of their words, and each
-    is compared with the first of its kind only: the time grows with the rows, not their square. They
-    are taken in the order of their texts, so that the order of the rows decides nothing. Kept are
-    hashes only; words are split anew, which takes longer than to keep them, and no memory.
-    """
-    first_with: dict[int, int] = {}
-    for i in sorted(range(len(pairs)), key=lambda i: [one["content"] for one in pairs[i].messages]):
-        words = all_words(pairs[i])
-        middle = len(words) // 2
-        halves = [hash((0, *words[:middle])), hash((1, *words[middle:]))]
-        same = first_with.setdefault(hash("".join(words)), i) if words else i
-        for first in (same, *(first_with.setdefault(half, i) for half in halves)):
-            if first != i and (first == same or are_alike(words, all_words(pairs[first]))):
-                yield i, first
-                break
-
-
-def are_alike(one: list[str], other: list[str]) -> bool:
-    a, b = set(one), set(other)
-    numbers = any(letter.isdigit() for word in a ^ b for letter in word)  # 2023 is not 2024
-    return not numbers and len(a & b) >= ALIKE * len(a | b)
-
-
-def quality_in_words(quality: Quality) -> str:
-    return f"{quality.good * 100 // max(1, quality.counted) / 100:.2f}"  # 0.999 is not yet 1.00
+def are_alike(one: Pair, other: Pair) -> bool:
+    """Whether 90 % of the words are common, and no number is among the others: 2023 is not 2024."""
+    a, b = (set(words_in(pair.messages)) for pair in (one, other))
+    return len(a & b) >= 0.9 * len(a | b) and not re.search(r"\d", "".join(a ^ b))
 
 
 def say_quality(quality: Quality, minimum: float) -> None:
     """What share of the rows is fit to learn from, what looks wrong with the others, and what to do."""
-    if not quality.counted:
-        return
-    share = f"{quality.good} of {quality.counted} filled rows are taught and look right"
-    say("Quality", f"{quality_in_words(quality)}: {share}")
-    flagged = sorted(grouped(quality.flagged), key=lambda line: -int(line.split()[0]))
-    for line in shortened(flagged, MOST_FLAWS, "kinds of flaws"):
-        say("", line)
+    if quality.counted:
+        share = f"{quality.good} of {quality.counted} rows with content are taught and look right"
+        say("Quality", f"{quality}: {share}")
+        say_notes("", quality.flagged)
     if quality.score < minimum:
         say("Warning", f"the quality is below {minimum} (MIN_QUALITY). What to do about it:")
         for kind in list(quality.parts)[:3]:
-            say("", f"{kind}: {ADVICE.get(kind, 'see the rows above')}")
+            say("", f"{kind}: {ADVICE.get(kind, 'fix these rows, or take them out')}")
 
 
 # ==================================================================================================
@@ -4680,16 +4645,28 @@ def prepare(cfg: Config, may_estimate: bool = False) -> Prepared:
     )
 
 
-def refuse_few(pairs: Pairs) -> None:
-    if len(pairs.kept) < FEWEST_PAIRS:
+POOR = 0.5  # the quality below which nothing is trained without --yes
+
+
+def refuse_unfit(cfg: Config, data: Prepared) -> None:
+    """Refuse too few pairs, and data of which most looks wrong unless it is wanted with --yes."""
+    count = len(data.pairs.kept)
+    pairs = f"{count} pair{'s' * (count != 1)}"
+    if count < FEWEST_PAIRS:
+        fix = "Fill in more rows, each with a question and an answer."
+        lengths = sorted(data.tokens + data.overlong)
+        enough = lengths[(len(lengths) * 95 - 1) // 100] if lengths else 0
+        if cfg.MAX_LENGTH < enough <= data.tokenizer.model_max_length:
+            fix = f"Most are too long: --max-length {enough} would keep 95 % of them."
         raise UserError(
-            f"{pairs.name} has {len(pairs.kept)} pairs to learn from; at least {FEWEST_PAIRS} are needed.\n"
-            "Fill in more rows, each with a question and an answer."
+            f"{data.pairs.name} has {pairs} to learn from; at least {FEWEST_PAIRS} are needed.\n{fix}"
         )
-    if len(pairs.kept) < ENOUGH_PAIRS:
-        say(
-            "Warning",
-            f"{len(pairs.kept)} pairs are few: from {ENOUGH_PAIRS} on, answers get reliable.",
+    if count < ENOUGH_PAIRS:
+        say("Warning", f"{pairs} are few; with {ENOUGH_PAIRS} or more, answers become reliable.")
+    if data.quality.score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
+        raise UserError(
+            f"The quality of {data.pairs.name} is {data.quality}: most rows are left out or look wrong.\n"
+            "Fix the rows named above (the command check lists them all), or add --yes to train anyway."
         )
 
 
@@ -8089,7 +8066,7 @@ def begun(cfg: Config) -> Begun:
     """Everything before the model is loaded."""
     say_preset(cfg)
     data = prepare(cfg)
-    refuse_few(data.pairs)
+    refuse_unfit(cfg, data)
     device = pick_device(cfg)
     refuse_sharded(cfg, device)
     plan = plan_here(cfg, data.train, known_shape(cfg), device)
@@ -8181,7 +8158,7 @@ def held_out_answers(
 
 
 def ask_about_quality(cfg: Config, quality: Quality) -> None:
-    """Bad data is trained when the person wants it; where nobody can be asked, the warning is enough."""
+    """Doubtful data is trained on when the person wants it; where nobody can answer, the warning is enough."""
     asking = sys.stdin is not None and sys.stdin.isatty()
     if cfg.YES or quality.score >= cfg.MIN_QUALITY or not asking:
         return
@@ -8191,7 +8168,7 @@ def ask_about_quality(cfg: Config, quality: Quality) -> None:
         reply = ""
     if reply.strip().casefold() not in ("y", "yes"):
         raise UserError(
-            "Nothing was trained, as you wished, and nothing was changed. Mend the rows named above (the command check "
+            "Nothing was trained and nothing was changed, as you wished.\nFix the rows named above (the command check "
             "lists them all), or add --yes to train without this question."
         )
 
@@ -8211,7 +8188,7 @@ def check(cfg: Config) -> int:
         with collecting(problems):
             place = without_secrets(cfg.DATASET_PATH)
             data = prepare(cfg, may_estimate=True)
-            refuse_few(data.pairs)
+            refuse_unfit(cfg, data)
         for problem in problems:
             say("Problem", problem)
         if data and not problems:

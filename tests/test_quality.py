@@ -18,7 +18,6 @@ from tables import HEADER, cases, csv_file, jsonl, records, xlsx
 from transformers import AutoModelForCausalLM
 
 pytestmark = pytest.mark.usefixtures("folder")
-later = pytest.mark.xfail(strict=True, reason="Data")
 LETTERS = st.text(st.characters(exclude_categories=["Cs", "Cc"], include_characters="\n\t"), min_size=1)
 ROLES, WORDS = ("user", "assistant"), "what is the red blue rate TODO <br> B ? 2 cafÃ© Hi 人".split()
 
@@ -42,6 +41,10 @@ FILES: dict[str, Any] = {
     "unseen.jsonl": (jsonl(*records(UNSEEN)), 0.2, 3, {
         "no answer": [*range(4, 10)], "no question": [*range(10, 16)], "blank": [16]}),
     "trees.jsonl": (jsonl(*TREES), 1, 2, {"the language is de, not en": [3]}),
+    "nulls.csv": (csv_file([HEADER, *((f"What is {i}?", f"It is {i}." if i % 4 else "NULL") for i in range(12))]), 0.75,
+        12, {"placeholder text": [2, 6, 10]}),
+    "numbers.jsonl": (jsonl(*({"question": f"Is it {i}?", "answer": i % 2} for i in range(9))), 0, 9, {
+        "an answer of one digit": [*range(1, 10)]}),
     "talks.xlsx": (xlsx([("messages",), (TALK,), ("",), (TALK.replace("Why", "How"),)]), 1, 2, {"blank": [3]}),
 }
 DATA = {
@@ -60,7 +63,6 @@ ALIKE = [
 ]
 for words in (("jump", "leap"), ("towards", "near"), ("The", "This")):
     ALIKE.append([("What is it?", LONG), ("What is it?", LONG.replace(*words))])
-ASKING = [*cases("asking").values(), *(pytest.param(one, marks=later) for one in cases("asking_to_come").values())]
 LISTED["very unequal lengths"] = [("word " * 401,), ("word " * 500, "Yes, it is.")]
 FINE = LISTED.pop("nothing") + EQUAL
 
@@ -96,7 +98,7 @@ def test_a_flaw_is_found_and_no_other(run: Run) -> None:
         ]
 
 
-@pytest.mark.parametrize("rows", [FINE, pytest.param([("¿Qué incluye?", "Todo"), *PAIRS], marks=later)])
+@pytest.mark.parametrize("rows", [FINE, [("¿Qué incluye?", "Todo"), *PAIRS]])
 def test_what_only_seems_wrong_is_left_in_peace(rows: Any, run: Run) -> None:
     assert [one for one in found(run, rows) if one[1]] == []
 
@@ -142,7 +144,7 @@ def test_an_answer_is_taught_as_it_is_written(letters: str, kind: str, tokenizer
     assert tokenizer.decode([one for one in example["labels"] if one != IGNORE]) == f" {answer}{END}"
 
 
-@pytest.mark.parametrize("case", ASKING)
+@pytest.mark.parametrize("case", cases("asking").values())
 def test_bad_data_is_trained_on_only_by_who_wants_it(case: str, small_phi: Path, run: Run, patched: Any) -> None:
     _, data, typed, argv, outcome = case.split(" | ")
     terminal = type("Terminal", (io.StringIO,), {"isatty": lambda _: True})
@@ -152,9 +154,11 @@ def test_bad_data_is_trained_on_only_by_who_wants_it(case: str, small_phi: Path,
     patched.setattr(sys, "stdin", stdin)
     Path("data.csv").write_bytes(csv_file(DATA[data]))
     code, text = run(*argv.split(), "--model-name", small_phi, "--dataset-path", "data.csv")
+    ready, poor = argv.startswith("check") and "Ready" in text, data in ("options", "posts")
     told = ("asked" if "[y/N]" in text else "", "begun" if "far enough" in text else "")
-    assert (code, ", ".join(filter(None, told)) or "never") == (0 if argv == "check" else 2, outcome)
+    assert (code, ", ".join(filter(None, told)) or "never") == (1 - ready if "check" in argv else 2, outcome)
+    assert ready == ("check" in argv and (not poor or "--yes" in argv))
     assert ("MIN_QUALITY" in text) == (data != "good" and "--min-quality" not in argv)
-    if "begun" not in outcome and argv != "check":
+    if "check" not in argv and "begun" not in outcome:
         assert "--yes" in text
         assert [path.name for path in Path().iterdir()] == ["data.csv"]
