@@ -2861,9 +2861,7 @@ def template_fault(tokenizer: Any) -> str:
 def form_of(cfg: Config, tokenizer: Any) -> str:
     """How this model is asked: as the person says, by its chat template, or as phi-2 is."""
     if cfg.PROMPT_TEMPLATE:
-        if isinstance(tokenizer, EstimatedTokenizer):
-            return cfg.PROMPT_TEMPLATE
-        if sign := marks_of(tokenizer).search(cfg.PROMPT_TEMPLATE):
+        if tokenizer and (sign := marks_of(tokenizer).search(cfg.PROMPT_TEMPLATE)):
             raise UserError(
                 f"PROMPT_TEMPLATE has {sign[0]}, a sign of this model, which would be taught as mere text.\n"
                 "Write it without such signs, or leave it out: then the model's own chat template is used."
@@ -2871,29 +2869,6 @@ def form_of(cfg: Config, tokenizer: Any) -> str:
         return cfg.PROMPT_TEMPLATE
     there = getattr(tokenizer, "chat_template", None)
     return CHAT_TEMPLATE if there and not template_fault(tokenizer) else PROMPT_FORMAT
-
-
-class EstimatedTokenizer:
-    """Stands in for a tokenizer that is not on this computer: the right number of tokens, about.
-
-    The shares are fitted to GPT-2's tokenizer, which is phi-2's but for indentation.
-    """
-
-    eos_token_id = pad_token_id = 0
-    model_max_length = 2**31
-
-    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
-        words = re.findall("[A-Za-zÀ-ɏ]+", text)
-        accents = sum(not letter.isascii() for word in words for letter in word)
-        further = 0.45 if accents > 0.005 * sum(map(len, words)) else 0.06  # GPT-2 knows English
-        count = accents / 4 + sum(1 + further * max(0, len(word) - 3) for word in words)
-        count += sum(math.ceil(len(digits) / 3) for digits in re.findall(r"\d+", text))
-        count += sum(math.ceil(len(marks) / 2) for marks in re.findall(r"[!-/:-@[-`{-~]+", text))
-        count += len(re.findall(r"[ \t]{2,}|\n+", text))
-        for letters, tokens in (("Ͱ-߿", 1.26), ("、-ヿ", 1.15), ("㐀-鿿", 2.25)):
-            count += tokens * len(re.findall(f"[{letters}]", text))
-        count += 2 * len(re.findall("[^\0-߿、-ヿ㐀-鿿]", text))
-        return {"input_ids": [0] * max(1, round(count))}
 
 
 def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -3476,11 +3451,6 @@ def is_within_reach(cfg: Config, file: str) -> bool:
     except Exception:  # of the network, each library has its own
         return False
     return True
-
-
-def tokenizer_or_estimate(cfg: Config) -> PreTrainedTokenizerBase | EstimatedTokenizer:
-    """For `check`: also where the Hub cannot be asked for the tokenizer."""
-    return load_tokenizer(cfg) if is_within_reach(cfg, TOKENIZER_FILE) else EstimatedTokenizer()
 
 
 class Outline(NamedTuple):
@@ -4593,11 +4563,11 @@ def train_demo_model() -> PreTrainedModel:
 class Prepared:
     """Everything that training needs of the data; made without a GPU and without the weights."""
 
-    tokenizer: Any  # the model's; for `check` without internet, an estimate
+    tokenizer: Any  # the model's; None for `check` without internet
     form: str  # how a question is asked
     pairs: Pairs
     quality: Quality
-    tokens: list[int]  # of each pair that is kept
+    tokens: list[int]  # of each pair that is kept; none without a tokenizer
     overlong: list[int]  # tokens of those that are left out for their length
     train_pairs: list[Pair]
     held_out_pairs: list[Pair]
@@ -4605,18 +4575,22 @@ class Prepared:
     held_out: list[Example]
 
 
-def prepare(cfg: Config, may_estimate: bool = False) -> Prepared:
-    """From the data file to tokens, saying what was found. The same for `check` and for training."""
+def prepare(cfg: Config, offline: bool = False) -> Prepared:
+    """From the data file to tokens, saying what was found. The same for `check` and for training.
+
+    When the Hub cannot be reached, `check` does without the tokenizer, and nothing is tokenized.
+    """
     pairs = find_pairs(cfg)
-    tokenizer = tokenizer_or_estimate(cfg) if may_estimate else load_tokenizer(cfg)
+    known = not offline or is_within_reach(cfg, TOKENIZER_FILE)
+    tokenizer = load_tokenizer(cfg) if known else None
     form = form_of(cfg, tokenizer)
     if form == PROMPT_FORMAT and getattr(tokenizer, "chat_template", None):
         fault = template_fault(tokenizer)
         say("Note", f"the chat template of {cfg.MODEL_NAME} is not used: {fault}")
-    examples = [encode(tokenizer, pair.messages, form) for pair in pairs.kept]
-    longest = min(cfg.MAX_LENGTH, tokenizer.model_max_length)
+    examples = [encode(tokenizer, pair.messages, form) for pair in pairs.kept if tokenizer]
+    longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
     lengths = [len(example["labels"]) for example in examples]
-    fits = [length <= longest for length in lengths]
+    fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
     limit = f"MAX_LENGTH, {longest} tokens (raise it or shorten the row)"
     if longest < cfg.MAX_LENGTH:
         limit = f"the {longest} tokens that {cfg.MODEL_NAME} can take"
@@ -6724,17 +6698,20 @@ def may_be_replaced(path: Path) -> bool:
         return False
 
 
-def token_figures(data: Prepared | None) -> dict[str, int | bool]:
-    """How long the pairs are that are kept."""
-    ordered = sorted(data.tokens if data else []) or [0]
-    return {
-        "min": ordered[0],
-        "median": round(statistics.median(ordered)),
-        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
-        "max": ordered[-1],
-        "sum": sum(ordered),
-        "estimated": data is not None and isinstance(data.tokenizer, EstimatedTokenizer),
-    }
+def token_figures(data: Prepared) -> dict[str, int]:
+    """How long the pairs are that are kept; nothing where they were not tokenized."""
+    ordered = sorted(data.tokens)
+    return (
+        {}
+        if not ordered
+        else {
+            "min": ordered[0],
+            "median": round(statistics.median(ordered)),
+            "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+            "max": ordered[-1],
+            "sum": sum(ordered),
+        }
+    )
 
 
 def write_book(
@@ -6778,7 +6755,8 @@ def report_sheets(
 
 def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
     away, findings = set(map(id, data.held_out_pairs)), data.quality.findings
-    for pair, tokens, found in zip(data.pairs.kept, data.tokens, findings, strict=True):
+    lengths = data.tokens or [""] * len(findings)
+    for pair, tokens, found in zip(data.pairs.kept, lengths, findings, strict=True):
         question = pair.question
         if len(pair.messages) > 2:
             turns_before = (f"{one['role']}: {one['content']}" for one in pair.messages[:-1])
@@ -6854,31 +6832,34 @@ def summary_rows(data: Prepared) -> Iterator[list[Any]]:
         yield [kind, len(notes), round(len(notes) / quality.counted, 4), rows]
 
 
+def characters(pair: Pair) -> int:
+    return sum(len(message["content"]) for message in pair.messages)
+
+
 def draw_lengths(cfg: Config, data: Prepared) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
     axes = figure.subplots()
-    limit = min(cfg.MAX_LENGTH, data.tokenizer.model_max_length)
-    top = max(min(max([*data.tokens, *data.overlong], default=1), 3 * limit), 20)
+    unit, kept, limit = "characters", [characters(pair) for pair in data.pairs.kept], 1_000_000
+    if data.tokenizer:
+        unit, kept = "tokens (about ¾ of an English word each)", data.tokens
+        limit = min(cfg.MAX_LENGTH, data.tokenizer.model_max_length)
+    top = max(min(max([*kept, *data.overlong], default=1), 3 * limit), 20)
     step = math.ceil(top / 60)
     bins = list(range(limit % step + 1 - step, top + 2 * step, step))  # none across the limit
     beyond = f"{len(data.overlong)} too long, left out"
     if max(data.overlong, default=0) > top:
         beyond += f" (the longest has {max(data.overlong):,})"
-    axes.hist(data.tokens, bins, color=BLUE, label=f"{len(data.tokens)} pairs kept")
+    axes.hist(kept, bins, color=BLUE, label=f"{len(kept)} pairs kept")
     if data.overlong:
         shown = [min(length, top) for length in data.overlong]
         axes.hist(shown, bins, color=ORANGE, label=beyond)
     if limit <= bins[-1]:
         axes.axvline(limit, color=GREY, linestyle="--", label=f"the limit, {limit} (MAX_LENGTH)")
-    about = "estimated tokens" if isinstance(data.tokenizer, EstimatedTokenizer) else "tokens"
-    axes.set(
-        title="How long the pairs are",
-        xlabel=f"{about} of a question with its answer (a token is about ¾ of an English word)",
-        ylabel="pairs",
-    )
+    xlabel = f"length of a question with its answer, in {unit}"
+    axes.set(title="How long the pairs are", xlabel=xlabel, ylabel="pairs")
     axes.set_xlim(left=0)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(axis="y", alpha=0.3)
@@ -8187,11 +8168,11 @@ def check(cfg: Config) -> int:
         problems = preflight(cfg)
         with collecting(problems):
             place = without_secrets(cfg.DATASET_PATH)
-            data = prepare(cfg, may_estimate=True)
+            data = prepare(cfg, offline=True)
             refuse_unfit(cfg, data)
         for problem in problems:
             say("Problem", problem)
-        if data and not problems:
+        if data and data.tokenizer and not problems:
             shape = known_shape(cfg)
             plan = plan_here(cfg, data.train, shape)
             say_plan(cfg, data, plan)
@@ -8211,12 +8192,15 @@ def check(cfg: Config) -> int:
 
 def say_report(cfg: Config, data: Prepared) -> Path | None:
     """Where the report lies, what the lengths are, and one pair as it is taught."""
-    figures = token_figures(data)
     if data.tokens:
-        say("Tokens", "{min} to {max} in a pair, half of them up to {median}".format(**figures))
-    if figures["estimated"]:
-        about = f"the tokenizer of {cfg.MODEL_NAME} is not on this computer"
-        say("Note", f"token counts are estimates: {about}")
+        figures = token_figures(data)
+        say("Tokens", "{min} to {max} in a pair, median {median}".format(**figures))
+    if not data.tokenizer:
+        say(
+            "Note",
+            f"the tokenizer of {cfg.MODEL_NAME} is not on this computer, and the Hub cannot be reached: "
+            "no tokens were counted and no plan was made. Run check once more with internet.",
+        )
     elif data.train:
         example = min(data.train, key=lambda one: len(one["input_ids"]))
         say("Example", "what the model reads, with what it learns between [[ and ]]:")
@@ -8253,7 +8237,7 @@ def check_record(
         "quality": record["score"],
         "quality_parts": record["parts"],
         "problems": problems + grouped(quality.flagged),
-        "tokens": token_figures(data),
+        "tokens": token_figures(data) or None if data else None,
         "report": str(report) if report else None,
     }
 

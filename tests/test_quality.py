@@ -70,7 +70,7 @@ FINE = LISTED.pop("nothing") + EQUAL
 def told(run: Run, content: bytes, name: str, *flags: object) -> tuple[dict[str, Any], str]:
     """What check tells of a file of these contents: as an object, and on the screen."""
     Path(name).write_bytes(content)
-    model = ("--model-name", "nobody/nothing", "--max-length", 9000)  # its tokens are estimated
+    model = ("--model-name", "nobody/nothing", "--max-length", 9000)
     _, text = run("check", "--json", *model, "--dataset-path", name, *flags)
     return json.loads(next(line for line in text.splitlines() if line.startswith("{"))), text
 

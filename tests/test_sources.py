@@ -32,7 +32,7 @@ from tables import HEADER, cases, csv_file, jsonl, later, parquet, records, text
 CSV, ONE = csv_file([HEADER, *PAIRS]), b"question,answer\nWhy?,So.\n"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-secret-access-key"}
 OBJECT, Answer = "s3://data/a.csv", tuple[int, dict[str, str], bytes]
-NO_MODEL = ("--model-name", "nobody/nothing")  # a check that estimates tokens: a third of a second
+NO_MODEL = ("--model-name", "nobody/nothing")  # a check without a tokenizer: a third of a second
 
 
 def read(place: object) -> list[tuple[str, ...]]:
