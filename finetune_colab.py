@@ -3,22 +3,17 @@
     python finetune_colab.py            train microsoft/phi-2 on dataset.xlsx (Colab's free T4 is enough)
     python finetune_colab.py check      read the workbook and say what training would do; trains nothing
     python finetune_colab.py demo       the whole job on a small built-in model: no GPU, no download
-    python finetune_colab.py chat       talk with the tuned model; --web: in the browser
+    python finetune_colab.py chat       chat with the tuned model; --web: in the browser
     python finetune_colab.py compare    the base and the tuned model side by side
     python finetune_colab.py export     merged weights, GGUF, a Space, the Hub: --to says which
     python finetune_colab.py --help     every setting; each is a constant of Config and a flag
 
-What a run leaves behind
-    model/                              the LoRA adapter, its tokenizer, a model card, run.json
-    model/training_visuals/             pictures and figures of the training
-    fine_tuned_model.zip                all of model/ in one file to download
-    checkpoints/                        the state of the training: the same command goes on from it
-    logs/                               for each run all that it said and measured, with the time
-and what check leaves
-    dataset_report.xlsx, .png           every row with what was found in it; how long the pairs are
+What a run leaves behind: model/ (LoRA adapter, tokenizer, model card, run.json, training_visuals/),
+fine_tuned_model.zip (all of model/ in one file), checkpoints/ (where the same command resumes) and
+logs/. What check leaves behind: dataset_report.xlsx and dataset_report.png.
 
 Map: the file reads as the data flows, and each section calls only sections above it.
-    1 settings and errors    4 prompts and tokens    7 training     10 talking
+    1 settings and errors    4 prompts and tokens    7 training     10 chatting
     2 where data comes from  5 device and plan       8 answering    11 export
     3 rows to pairs          6 models                9 report       12 commands
 """
@@ -26,16 +21,8 @@ Map: the file reads as the data flows, and each section calls only sections abov
 # /// script
 # requires-python = ">=3.11"
 # dependencies = [
-#     "torch>=2.10",
-#     "transformers>=5.6",
-#     "peft>=0.18",
-#     "accelerate>=1.10",
-#     "bitsandbytes>=0.48",
-#     "openpyxl>=3.1.3",
-#     "python-calamine>=0.3",
-#     "pyarrow>=15.0",
-#     "matplotlib>=3.8",
-#     "pyyaml>=6.0",
+#     "torch>=2.10", "transformers>=5.6", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
+#     "datasets>=4.0", "pandas>=2.2", "openpyxl>=3.1.3", "matplotlib>=3.8", "seaborn>=0.13",
 # ]
 # ///
 
@@ -74,7 +61,6 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import textwrap
 import threading
 import time
 import unicodedata
@@ -87,41 +73,17 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import (
-    ExitStack,
-    closing,
-    contextmanager,
-    nullcontext,
-    redirect_stderr,
-    redirect_stdout,
-    suppress,
-)
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from importlib import metadata
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    NamedTuple,
-    NoReturn,
-    TextIO,
-    TypedDict,
-    TypeVar,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, get_type_hints
 
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
     import torch
+    import transformers
     from matplotlib.figure import Figure
     from peft import PeftConfig, PeftModel
-    from transformers import (
-        PreTrainedModel,
-        PreTrainedTokenizerBase,
-        Trainer,
-        TrainerCallback,
-        TrainerControl,
-        TrainingArguments,
-    )
 
 # ==================================================================================================
 # 1  Settings and errors
@@ -142,6 +104,7 @@ class Config:
 
     # -- Data
     DATASET_PATH: str = "dataset.xlsx"  # a workbook, .csv, .jsonl, ...; also a link, s3:// or hf:
+    SHEET: str = ""  # the sheet of a workbook to read; empty = those that fit together best
     QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
     ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
     MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
@@ -228,79 +191,55 @@ class Config:
 
 
 DEMO_MODEL = "demo"
-MAY_BE_EMPTY = (
-    *("MODEL_REVISION", "QUESTION_COLUMN", "ANSWER_COLUMN", "LANGUAGE"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "SYSTEM", "QUESTION", "QUESTIONS"),
-    *("TO", "EXPORT_DIR", "HUB_REPO", "PROMPT_TEMPLATE", "LORA_LAYERS", "PRESET"),
+NEEDED = ("MODEL_NAME", "DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR", "LORA_TARGETS")
+# Paths on the person's own disk, which are nobody else's business.
+PLACES = (
+    *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR", "QUESTIONS", "EXPORT_DIR"),
 )
-# These would do nothing elsewhere.
+# Settings that would do nothing with other commands.
 ONLY_WITH = {
     **dict.fromkeys(("BASE", "WEB", "SHARE", "PORT"), ("chat",)),
     **dict.fromkeys(("SYSTEM", "QUESTION"), ("chat", "compare")),
     **{"QUESTIONS": ("compare",), "JSON": ("check",), "QUANTIZE": ("export", "chat")},
     **dict.fromkeys(("TO", "MERGE_INTO", "EXPORT_DIR", "HUB_REPO", "HUB_PRIVATE"), ("export",)),
 }
-# On the person's own disk, which is nobody else's business.
-PLACES = (
-    *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR", "QUESTIONS", "EXPORT_DIR"),
-)
-
-SMALLEST_AND_LARGEST: dict[str, tuple[float, float]] = {
-    "MAX_LENGTH": (16, 131_072),
-    "VALIDATION_FRACTION": (0, 0.5),
-    "MIN_QUALITY": (0, 1),
-    "LORA_R": (1, 1024),
-    "LORA_ALPHA": (1, 4096),
-    "LORA_DROPOUT": (0, 0.9),
-    "LEARNING_RATE": (1e-8, 1),
-    "BATCH_SIZE": (1, 1024),
-    "GRADIENT_ACCUMULATION_STEPS": (1, 1024),
-    "TOKENS_AT_ONCE": (0, 1_000_000),
-    "NUM_EPOCHS": (1, 10_000),
-    "MAX_STEPS": (0, 10_000_000),
-    "WARMUP_RATIO": (0, 0.9),
-    "WEIGHT_DECAY": (0, 1),
-    "MAX_GRAD_NORM": (0, 1000),
-    "NEFTUNE_ALPHA": (0, 100),
-    "SEED": (0, 2**32 - 1),  # what numpy accepts
-    "EVAL_STEPS": (0, 1_000_000),
-    "LOGGING_STEPS": (1, 1_000_000),
-    "SAVE_STEPS": (1, 1_000_000),
-    "SAVE_MINUTES": (0.1, 100_000),
-    "EARLY_STOPPING_PATIENCE": (0, 10_000),
-    "EVAL_ANSWERS": (0, 10_000),
-    "MAX_TOKENS": (1, 131_072),
-    "TEMPERATURE": (0, 5),
-    "TOP_P": (0.01, 1),
-    "REPETITION_PENALTY": (0.5, 3),
-    "PORT": (0, 65_535),
+RANGES: dict[tuple[float, float], str] = {
+    (0, 0.5): "VALIDATION_FRACTION",
+    (0, 0.9): "LORA_DROPOUT WARMUP_RATIO",
+    (0, 1): "MIN_QUALITY WEIGHT_DECAY",
+    (1e-8, 1): "LEARNING_RATE",
+    (0.01, 1): "TOP_P",
+    (0.5, 3): "REPETITION_PENALTY",
+    (0, 5): "TEMPERATURE",
+    (0, 1000): "MAX_GRAD_NORM NEFTUNE_ALPHA",
+    (0.1, 100_000): "SAVE_MINUTES",
+    (1, 10_000): "LORA_R LORA_ALPHA BATCH_SIZE GRADIENT_ACCUMULATION_STEPS NUM_EPOCHS",
+    (16, 131_072): "MAX_LENGTH",
+    (1, 131_072): "MAX_TOKENS",
+    (0, 1_000_000): "TOKENS_AT_ONCE MAX_STEPS EVAL_STEPS EARLY_STOPPING_PATIENCE EVAL_ANSWERS",
+    (1, 1_000_000): "LOGGING_STEPS SAVE_STEPS",
+    (0, 2**32 - 1): "SEED",  # what numpy accepts
+    (0, 65_535): "PORT",
 }
+LIMITS = {name: limits for limits, names in RANGES.items() for name in names.split()}
 CHOICES: dict[str, tuple[str, ...]] = {
     "CONVERSATION_PATHS": ("best", "all"),
     "OPTIMIZER": ("auto", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"),
     "LR_SCHEDULER": ("cosine", "linear", "constant", "constant_with_warmup"),
     "REPORT_TO": ("none", "tensorboard", "wandb", "trackio"),
-    "TO": ("merged", "gguf", "space", "hub"),
+    "TO": ("", "merged", "gguf", "space", "hub"),
     "QUANTIZE": ("q8_0", "f16", "q4_k_m"),
     "LORA_INIT": ("default", "gaussian"),
     "MERGE_INTO": ("auto", "16bit", "4bit"),
-    "PRESET": ("quick", "balanced", "quality", "low-memory"),
+    "PRESET": ("", "quick", "balanced", "quality", "low-memory"),
 }
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {
-        **{"NUM_EPOCHS": 1, "LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16},
-        "EVAL_ANSWERS": 5,
-    },
-    "balanced": {},  # the defaults
-    "quality": {
-        **{"NUM_EPOCHS": 8, "LEARNING_RATE": 1e-4, "LORA_R": 32, "LORA_ALPHA": 64},
-        "EARLY_STOPPING_PATIENCE": 3,
-    },
-    "low-memory": {
-        **{"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16, "TOKENS_AT_ONCE": 512},
-        "GRADIENT_CHECKPOINTING": True,
-    },
+PRESETS = {
+    "quick": "NUM_EPOCHS=1 LORA_TARGETS=attention LORA_R=8 LORA_ALPHA=16 EVAL_ANSWERS=5",
+    "balanced": "",  # the defaults
+    "quality": "NUM_EPOCHS=8 LEARNING_RATE=1e-4 LORA_R=32 LORA_ALPHA=64 EARLY_STOPPING_PATIENCE=3",
+    "low-memory": "LORA_TARGETS=attention LORA_R=8 LORA_ALPHA=16 TOKENS_AT_ONCE=512"
+    " GRADIENT_CHECKPOINTING=True",
 }
 TYPE_IN_WORDS = {
     str: "text",
@@ -310,75 +249,29 @@ TYPE_IN_WORDS = {
     bool | None: "True, False or None",
     list[str]: "a list of names, such as q_proj,fc2",
 }
-
-
-LOG = logging.getLogger("finetune_colab")
-LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
-SECRET_NAMES = re.compile("TOKEN|KEY|SECRET|PASSWORD", re.IGNORECASE)  # of environment variables
-
-
-# These are security floors, too: older versions run code that hides in files of weights, torch
-# before 2.10 in spite of weights_only, transformers up to 5.3.
+# Security floors, too: older versions run code hidden in files of weights (torch before 2.10 despite
+# weights_only, transformers up to 5.3). requirements-finetune.txt and the head of this file say the same.
 FLOORS = dict(
     line.split(">=")
     for line in """python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10
-    bitsandbytes>=0.48 openpyxl>=3.1.3 python-calamine>=0.3 pyarrow>=15.0 matplotlib>=3.8
-    pyyaml>=6.0""".split()
+    bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2 openpyxl>=3.1.3 matplotlib>=3.8
+    seaborn>=0.13""".split()
 )
 
 
 class UserError(Exception):
-    """Something the person can mend: what was found, where, and what to do about it."""
+    """Something the person can fix: what was found, where, and what to do about it."""
 
 
-def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print, also where the console has no signs for some letters, or is there no more."""
-    stream = file or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    try:
-        text = text.encode(encoding, "replace").decode(encoding)
-        print(text, file=stream, end=end, flush=True)
-    except (OSError, ValueError):  # a window that was closed costs nobody the training
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+def fold(text: str) -> str:
+    """Equal for texts that differ only in spaces, case or look-alike code points."""
+    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
 
 
-def printable(text: str) -> str:
-    """A text without signs that could steer a terminal: names of files and sheets may hold them."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
-
-
-def without_gaps(text: str) -> str:
-    """Printable text without the runs of empty lines that some models write."""
-    return re.sub(r"\n\s*\n", "\n\n", printable(text))
-
-
-def preview(text: str, width: int = 50) -> str:
-    """A text on one line, with nothing in it that could steer a terminal."""
-    plain = " ".join(printable(text[: 20 * width]).split())
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
-
-
-def width_of(text: str) -> int:
-    """In columns of a terminal, where letters of East Asia take two and accents none."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
-
-
-def say(label: str, text: str, file: TextIO | None = None) -> None:
-    """One decision or result under its label, wrapped for a terminal of 80 columns."""
-    LOG.info("%-11s%s", label, text)
-    for line in printable(text).split("\n"):
-        wrapped = textwrap.fill(
-            line,
-            79,
-            initial_indent=f"{label:<11}",
-            subsequent_indent=" " * 11,
-            break_long_words=False,  # paths and flags stay whole, to be copied
-            break_on_hyphens=False,
-        )
-        show(wrapped, file)
-        label = ""
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    names = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(wrong.casefold(), names, n=1)
+    return f" Did you mean {names[close[0]]}?" if close else ""
 
 
 @functools.cache
@@ -388,6 +281,10 @@ def setting_types() -> dict[str, Any]:
 
 def setting_values(cfg: Config) -> dict[str, Any]:
     return {name: getattr(cfg, name) for name in setting_types()}
+
+
+def changed(cfg: Config, **settings: Any) -> Config:
+    return Config(**(setting_values(cfg) | settings))
 
 
 @functools.cache
@@ -410,25 +307,80 @@ def parse_setting(name: str, value: Any) -> Any:
     """A setting in its own type, from what a cell, a settings file or a flag says."""
     kind = setting_types()[name]
     text = "" if value is None else str(value).strip()
-    booleans: dict[str, bool | None] = {"true": True, "yes": True, "on": True}
-    booleans |= {"false": False, "no": False, "off": False}
+    switch: dict[str, bool | None] = {"true": True, "yes": True, "on": True}
+    switch |= {"false": False, "no": False, "off": False}
     if kind == bool | None:
-        booleans |= {"": None, "none": None, "auto": None}
+        switch |= dict.fromkeys(("", "none", "null", "auto"))
     try:
         if name == "PROMPT_TEMPLATE" and isinstance(value, str):
-            return value.replace("\\n", "\n")  # as it is typed into a shell; each blank counts
+            return value.replace("\\n", "\n")  # as typed into a shell; every blank counts
         if kind in (bool, bool | None):
-            return booleans[text.lower()]
+            return switch[text.lower()]
         if kind == list[str]:
             names = re.split(r"[,\s]+", text) if isinstance(value, str) else list(value)
-            if not all(isinstance(one, str) and one for one in names):
-                raise ValueError
-            return names
-        if isinstance(value, (list, dict)):
-            raise ValueError
-        return kind(text)
+            if all(isinstance(n, str) and n not in ("", "null") and not n.isdigit() for n in names):
+                return names
+        elif not isinstance(value, (list, dict)):
+            return kind(text)
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}.") from None
+        pass
+    raise UserError(f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}.")
+
+
+def problem_of(name: str, value: Any) -> str:
+    """What is wrong with the value of a setting; nothing if all is well."""
+    try:
+        value = parse_setting(name, value)
+    except UserError as error:
+        return str(error)
+    low, high = LIMITS.get(name, (-math.inf, math.inf))
+    if name in LIMITS and not low <= value <= high:
+        return f"{name} is {value}, but it has to lie between {low:,} and {high:,}."
+    if name in CHOICES and value not in CHOICES[name]:
+        return f"{name} is {value!r}; it has to be one of {', '.join(filter(None, CHOICES[name]))}."
+    if name in NEEDED and value in ("", []):
+        return f"{name} is empty, but it is needed."
+    if name == "PROMPT_TEMPLATE" and value and value.count("{question}") != 1:
+        return "PROMPT_TEMPLATE needs one {question}, where the question goes."
+    return ""
+
+
+def checked(values: dict[str, Any]) -> Config:
+    """The settings, each in its own type and range; everything that is wrong is said at once."""
+    cfg, types = Config(**values), setting_types()
+    problems = [
+        f"{name} is not a setting.{did_you_mean(name, types)}"
+        for name in (*vars(Config), *values)
+        if not name.startswith("_") and name not in types
+    ]
+    problems += [problem_of(name, value) for name, value in setting_values(cfg).items()]
+    if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
+        problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
+    if any(problems):
+        raise UserError("\n".join(filter(None, problems)))
+    return Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
+
+
+def preset_settings(preset: str) -> dict[str, Any]:
+    parts = (part.partition("=") for part in PRESETS.get(preset, "").split())
+    return {name: parse_setting(name, value) for name, _, value in parts}
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file that uses the names of Config; every value as it is written."""
+    import yaml
+
+    try:  # the plain loader would take no for False, and 0123456 for a number
+        content = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader) or {}
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"Cannot read the settings file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise UserError(
+            f"{path} is not valid YAML: {error}\nWrite one NAME: value per line."
+        ) from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} has to hold lines such as LEARNING_RATE: 1e-4, and does not.")
+    return {str(key).upper().replace("-", "_"): value for key, value in content.items()}
 
 
 def flag(name: str) -> str:
@@ -439,40 +391,65 @@ def as_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """Settings from a YAML file that uses the names of Config."""
-    import yaml
+# -- What is said, and the log
 
+LOG = logging.getLogger("finetune_colab")
+LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
+SECRET_NAMES = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)", re.IGNORECASE)
+
+
+def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print, also where the console lacks some characters, or is closed by now."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"Cannot read the settings file {path}: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2024-02-30
-        raise UserError(
-            f"{path} is not valid YAML: {error}\nWrite one NAME: value a line."
-        ) from None
-    if not isinstance(content or {}, dict):
-        raise UserError(
-            f"{path} has to hold lines like LEARNING_RATE: 1e-4, and holds something else."
-        )
-    return {str(key).upper().replace("-", "_"): value for key, value in (content or {}).items()}
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, end=end, flush=True)
+    except (OSError, ValueError):  # a window that was closed costs nobody the training
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def local_path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike Path's own, it never raises
+def printable(text: str) -> str:
+    """A text without characters that could steer a terminal: names of files and sheets may hold them."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
 
 
-def output_folder(cfg: Config) -> Path:
-    return local_path(cfg.OUTPUT_DIR).resolve()  # what a link such as ./model -> Drive leads to
+def without_gaps(text: str) -> str:
+    """Printable text without the runs of empty lines that some models write."""
+    return re.sub(r"\n\s*\n", "\n\n", printable(text))
 
 
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    names = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(wrong.casefold(), names, n=1)
-    return f" Did you mean {names[close[0]]}?" if close else ""
+def preview(text: str, width: int = 50) -> str:
+    """A printable text on one line."""
+    plain = " ".join(printable(text[: 20 * width]).split())
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
-# -- The log
+def width_of(text: str) -> int:
+    """In columns of a terminal, where East Asian characters take two and accents none."""
+    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
+def wrapped(text: str, width: int) -> Iterator[str]:
+    """Lines that fit a width; paths and flags stay whole, to be copied."""
+    line = ""
+    for word in re.findall(r"\s*(?:[\u2e80-\uffdc]|[^\s\u2e80-\uffdc]+)", text):
+        if line and width_of(line + word) > width:
+            yield line
+            line = word.lstrip()
+        else:
+            line += word
+    yield line
+
+
+def say(label: str, text: str, file: TextIO | None = None) -> None:
+    """One decision or result under its label, wrapped for a terminal of 80 columns."""
+    LOG.info("%-11s%s", label, text)
+    for paragraph in printable(text).split("\n"):
+        for line in wrapped(paragraph, 79 - 11):
+            show(f"{label:<11}{line}".rstrip(), file)
+            label = ""
 
 
 class LogFormatter(logging.Formatter):
@@ -482,7 +459,7 @@ class LogFormatter(logging.Formatter):
         text = super().format(record)
         values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
         for secret in sorted(values, key=len, reverse=True):
-            if len(secret) > 5:  # less is no secret, as in TOKENIZERS_PARALLELISM=false
+            if len(secret) > 5:
                 text = text.replace(secret, "[secret]")
         # of links, what without_secrets leaves; here they stand within text
         text = re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
@@ -491,105 +468,70 @@ class LogFormatter(logging.Formatter):
 
 
 class LogFile(logging.FileHandler):
+    broken = False
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
-        """A full disk must not cost anybody the training: one warning, and the log ends here."""
-        if self in LOG.handlers:
-            LOG.removeHandler(self)
+        """A full disk must not cost anybody the training: one warning is enough."""
+        if not self.broken:
+            self.broken = True
             say("Warning", f"the log {self.baseFilename} breaks off here: {sys.exc_info()[1]}")
 
 
 @contextmanager
 def collected_log() -> Iterator[None]:
     """Remember what is said until start_log has a file for it; without one it is forgotten."""
-    before = LOG.handlers[:]
+    memory = logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
     LOG.setLevel(logging.INFO)
     LOG.propagate = False
-    LOG.addHandler(logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))
+    LOG.addHandler(memory)
     try:
         yield
     finally:
-        for handler in [handler for handler in LOG.handlers if handler not in before]:
-            LOG.removeHandler(handler)
-            with suppress(OSError):  # a disk that is full has had its warning
-                handler.close()
+        LOG.removeHandler(memory)
+        with suppress(OSError):  # a disk that is full has had its warning
+            (memory.target or memory).close()
 
 
 def start_log(path: Path) -> None:
-    """Put what was said so far at the end of this file, and then all that is said."""
-    for memory in LOG.handlers[:]:
-        if isinstance(memory, logging.handlers.MemoryHandler):
-            LOG.removeHandler(memory)
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = LogFile(path, encoding="utf-8", errors="backslashreplace")
-            except OSError as error:
-                say("Warning", f"there will be no log: {path} cannot be written to: {error}")
-                return
-            file.setFormatter(LogFormatter())
-            LOG.addHandler(file)
-            memory.setTarget(file)
-            memory.close()
-            if file in LOG.handlers:
-                say("Log", f"{path} keeps all that is said here")
+    """Put what was said so far at the end of this file, and then everything as it is said."""
+    memories = [one for one in LOG.handlers if isinstance(one, logging.handlers.MemoryHandler)]
+    if not memories or memories[-1].target:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        say("Warning", f"there will be no log: {path} cannot be written to: {error}")
+        return
+    file.setFormatter(LogFormatter())
+    memories[-1].setTarget(file)
+    memories[-1].capacity = 1
+    memories[-1].flush()
+    if not file.broken:
+        say("Log", f"{path} keeps everything that is said here")
 
 
 def log_path(cfg: Config) -> Path:
     return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
 
 
-def config_problems(cfg: Config) -> list[str]:
-    """Every fault in the settings, so that a person mends them all at once."""
-    types = setting_types()
-    problems = [
-        f"{name} is not a setting.{did_you_mean(name, types)}"
-        for name in (*vars(Config), *vars(cfg))
-        if not name.startswith("_") and name not in types
-    ]
-    for name in types:
-        try:
-            value = parse_setting(name, getattr(cfg, name))
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        low, high = SMALLEST_AND_LARGEST.get(name, (-math.inf, math.inf))
-        if name in SMALLEST_AND_LARGEST and not low <= value <= high:
-            problems.append(f"{name} is {value}, but it has to lie between {low:,} and {high:,}.")
-        if value and name in CHOICES and value not in CHOICES[name]:
-            problems.append(f"{name} is {value!r}; it has to be one of {', '.join(CHOICES[name])}.")
-        if value in ("", []) and name not in MAY_BE_EMPTY:
-            problems.append(f"{name} is empty, but it is needed.")
-    if cfg.PROMPT_TEMPLATE and str(cfg.PROMPT_TEMPLATE).count("{question}") != 1:
-        problems.append("PROMPT_TEMPLATE needs one {question}, where the question goes.")
-    if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
-        problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
-    return problems
+# -- Paths, and files that are whole or not there
 
 
-def changed(cfg: Config, **settings: Any) -> Config:
-    return Config(**(setting_values(cfg) | settings))
-
-
-def checked(values: dict[str, Any]) -> Config:
-    """The settings, each in its own type and within its bounds."""
-    cfg = Config(**values)
-    if problems := config_problems(cfg):
-        raise UserError("\n".join(problems))
-    return Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
-
-
-def fold(text: str) -> str:
-    """Equal for texts that differ only in spaces, letter case or look-alike code points."""
-    text = str(text)
-    plain = text if text.isascii() else unicodedata.normalize("NFKC", text)
-    return " ".join(plain.casefold().split())
+def local_path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike Path's own, it never raises
 
 
 def is_there(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110  unlike Path's own, it never raises
+    return os.path.exists(path)  # noqa: PTH110  likewise
 
 
 def is_folder(path: Path) -> bool:
     return os.path.isdir(path)  # noqa: PTH112  likewise
+
+
+def output_folder(cfg: Config) -> Path:
+    return local_path(cfg.OUTPUT_DIR).resolve()  # what a link such as ./model -> Drive leads to
 
 
 def short_path(path: Path) -> str:
@@ -597,28 +539,31 @@ def short_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def installed_versions() -> dict[str, str | None]:
-    return {package: installed_version(package) for package in FLOORS}
+def nearest(folder: Path) -> Path:
+    """The folder, or what is there already of the way to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def installed_version(package: str) -> str | None:
-    try:
-        return platform.python_version() if package == "python" else metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+def unused(path: Path) -> Path:
+    """This name, or the first of NAME.2, NAME.3, … that is free."""
+    others = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], others) if not name.exists())
 
 
-def is_below(version: str | None, floor: str) -> bool:
-    if version is None:
-        return True
-    try:
-        from packaging.version import Version
-    except ModuleNotFoundError:  # it comes with transformers, so that this is refused anyway
-        return False
-    return Version(version).release < Version(floor).release  # a trial build counts as its release
+def room(folder: Path, need: float) -> str:
+    """What a disk should have and has, as a sentence; nothing about one that does not say."""
+    with suppress(OSError):
+        free = shutil.disk_usage(nearest(folder)).free
+        return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
+    return ""
 
 
-# -- Files that are whole or not there
+def remove(path: Path) -> None:
+    """A file, a folder or a link, if there is one; never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def checksum(path: Path, kind: str = "sha256") -> str:
@@ -634,7 +579,7 @@ def fsync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as error:  # some disks of other computers cannot, and Windows not for folders
+    except OSError as error:  # some network drives cannot, and Windows not for folders
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
 
@@ -682,39 +627,30 @@ def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
     remove(old)
 
 
-def room(folder: Path, need: float) -> str:
-    """What a disk should have and has, as a sentence; nothing about one that does not say."""
-    with suppress(OSError):
-        free = shutil.disk_usage(nearest(folder)).free
-        return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
-    return ""
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or what is there already of the way to it."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def unused(path: Path) -> Path:
-    """This name, or the first of NAME.2, NAME.3, … that nothing has."""
-    names = itertools.chain(
-        [path], (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
-    )
-    return next(name for name in names if not name.exists())
-
-
-def remove(path: Path) -> None:
-    """A file, a folder or a link, if there is one; never what a link leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     with atomic_write(path) as staged:
         staged.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+# -- Packages
+
+
+def installed_version(package: str) -> str | None:
+    try:
+        return platform.python_version() if package == "python" else metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_versions() -> dict[str, str | None]:
+    return {package: installed_version(package) for package in FLOORS}
+
+
+def is_below(version: str | None, floor: str) -> bool:
+    """Whether a release, or a trial build of one, is older than a floor."""
+    parts = [[int(n) for n in re.findall(r"\d+", one)[:3]] for one in (version or "0", floor)]
+    return parts[0] < parts[1]
 
 
 # ==================================================================================================
@@ -814,10 +750,7 @@ def refuse_large(place: str, size: int) -> None:
         raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
 
 
-Result = TypeVar("Result")
-
-
-def persistently(place: str, advice: str, fetch: Callable[[], Result]) -> Result:
+def persistently(place: str, advice: str, fetch: Callable[[], Any]) -> Any:
     """Five tries with growing pauses, as long as it is the network or the server that fails."""
     say("Download", place)
     for pause in (*PAUSES, None):
@@ -2871,7 +2804,7 @@ def form_of(cfg: Config, tokenizer: Any) -> str:
     return CHAT_TEMPLATE if there and not template_fault(tokenizer) else PROMPT_FORMAT
 
 
-def marked(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
+def marked(tokenizer: transformers.PreTrainedTokenizerBase, example: Example) -> str:
     """An example as text, with what is learnt between [[ and ]]."""
     pieces = []
     for learnt, group in itertools.groupby(
@@ -3223,6 +3156,8 @@ def only_first_speaks() -> Iterator[None]:
         yield
         return
     LOG.disabled = True
+    from contextlib import redirect_stderr
+
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  libraries hold on to it
     with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
@@ -3252,7 +3187,7 @@ def explained_ends(sign: str = "") -> Iterator[None]:
         raise UserError(ENDED) from None
 
 
-def agree(find: Callable[[], Result]) -> Result:
+def agree(find: Callable[[], Any]) -> Any:
     """What the first process finds, in all of them; when it fails, all end."""
     if processes() == 1:
         return find()
@@ -3416,7 +3351,7 @@ def explained_model_errors(cfg: Config) -> Iterator[None]:
         ) from None
 
 
-def load_tokenizer(cfg: Config) -> PreTrainedTokenizerBase:
+def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     if cfg.MODEL_NAME == DEMO_MODEL:
@@ -3515,7 +3450,7 @@ def usual_outline(config: Any) -> Outline | None:
     return Outline(config.num_hidden_layers, hidden, config.vocab_size, parameters, linear)
 
 
-def outline_of(model: PreTrainedModel) -> Outline:
+def outline_of(model: transformers.PreTrainedModel) -> Outline:
     words = model.get_input_embeddings()
     return Outline(
         blocks=model.config.get_text_config().num_hidden_layers,
@@ -3527,7 +3462,7 @@ def outline_of(model: PreTrainedModel) -> Outline:
     )
 
 
-def without_weights(config: Any) -> PreTrainedModel:
+def without_weights(config: Any) -> transformers.PreTrainedModel:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -3535,7 +3470,9 @@ def without_weights(config: Any) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def load_base(cfg: Config, device: Device, folder: Path | None = None) -> PreTrainedModel:
+def load_base(
+    cfg: Config, device: Device, folder: Path | None = None
+) -> transformers.PreTrainedModel:
     """The model as it was published, from `folder` or from where MODEL_NAME says."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -3623,7 +3560,7 @@ def usable_peft() -> Iterator[Any]:
         yield peft
 
 
-def linear_layers(base: PreTrainedModel) -> dict[str, tuple[int, int]]:
+def linear_layers(base: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of all linear layers but the last, by their full names."""
     import torch
     from transformers.pytorch_utils import Conv1D  # GPT-2's kind, which names its sizes otherwise
@@ -3732,7 +3669,7 @@ def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
         )
 
 
-def add_lora(cfg: Config, base: PreTrainedModel, learning: bool = True) -> PeftModel:
+def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
     layers = adapted_layers(cfg, linear_layers(base), base._is_stateful)
     with usable_peft() as peft:
         model = peft.get_peft_model(base, lora_config(cfg, layers))
@@ -3850,10 +3787,10 @@ class Run:
         home = self.place if self.place.is_dir() else self.place.absolute().parent
         return base_of(self.folder, self.cfg, home)
 
-    def load_base(self, device: Device) -> PreTrainedModel:
+    def load_base(self, device: Device) -> transformers.PreTrainedModel:
         return load_base(self.cfg, device, self.base_folder())
 
-    def with_adapter(self, base: PreTrainedModel, learning: bool = True) -> PeftModel:
+    def with_adapter(self, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
         # not by adapter_config.json, which can name code to run
         model = add_lora(self.cfg, base, learning)
         with explained_adapter_errors(self.place):
@@ -4351,7 +4288,7 @@ def flatten(examples: Sequence[Example]) -> dict[str, Any]:
 
 
 @contextmanager
-def flat_rows(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def flat_rows(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     """Let the model read rows as `flatten` makes them: of several examples, or else of one."""
     with in_full(model), (laid_flat if may_share_rows(model) else laid_alone)(model):
         yield
@@ -4391,7 +4328,7 @@ def may_share_rows(model: Any) -> bool:
 
 
 @contextmanager
-def laid_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def laid_alone(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     """Rows of one example, in the model's usual way, which needs nothing of what lies flat."""
     kept: list[torch.Tensor] = []
 
@@ -4416,7 +4353,7 @@ def laid_alone(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def laid_flat(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def laid_flat(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     from transformers import AttentionInterface, AttentionMaskInterface
 
     usual = model.config._attn_implementation
@@ -4443,7 +4380,7 @@ def laid_flat(model: PreTrainedModel | PeftModel) -> Iterator[None]:
 
 
 @contextmanager
-def without_learning(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def without_learning(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     """As the model is when it answers or is measured: in the numbers of the training."""
     import torch
 
@@ -4480,7 +4417,7 @@ def in_float32() -> Any:
 
 
 @contextmanager
-def in_full(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def in_full(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     """In float32 what every block adds to, also where the blocks compute in 16 bits."""
     hook = model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
     try:
@@ -4496,7 +4433,7 @@ def demo_text() -> str:
     return re.sub(r"[ \t]+", " ", "\n".join(topics.topics[name] for name in sorted(topics.topics)))
 
 
-def demo_tokenizer() -> PreTrainedTokenizerBase:
+def demo_tokenizer() -> transformers.PreTrainedTokenizerBase:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -4534,7 +4471,7 @@ def demo_folder() -> Path:
     return folder
 
 
-def train_demo_model() -> PreTrainedModel:
+def train_demo_model() -> transformers.PreTrainedModel:
     """A small Phi that has read one book: it knows words, and no answers."""
     import torch
     from transformers import PhiConfig, PhiForCausalLM, set_seed
@@ -4987,7 +4924,7 @@ def way_on(cfg: Config) -> str:
     return f"the same command{without} goes on from there"
 
 
-def retried(act: Callable[[], Result]) -> Result:
+def retried(act: Callable[[], Any]) -> Any:
     """On a mounted drive, what fails now may work in a moment."""
     for pause in MIRROR_PAUSES:
         try:
@@ -5380,7 +5317,7 @@ def longest_row(data: Prepared, plan: Plan) -> list[Example]:
     return rows_of(longest_first[: plan.pairs], plan.tokens_at_once)[0]
 
 
-def try_longest_row(trainer: Trainer, data: Prepared, plan: Plan) -> None:
+def try_longest_row(trainer: transformers.Trainer, data: Prepared, plan: Plan) -> None:
     """Forwards and backwards, before anything else: if it is too much, then now."""
     import torch
 
@@ -5431,7 +5368,7 @@ def monitored(cfg: Config, run: str) -> str:
 
 def training_arguments(
     cfg: Config, plan: Plan, device: Device, measured: bool, folder: Path
-) -> TrainingArguments:
+) -> transformers.TrainingArguments:
     from transformers import TrainingArguments
 
     on_gpu = device.kind == "cuda"
@@ -5479,7 +5416,7 @@ def build_trainer(
     plan: Plan,
     keeper: Keeper,
     tally: Tally,
-) -> Trainer:
+) -> transformers.Trainer:
     from transformers import Trainer
 
     packed = cfg.PACKING and may_share_rows(model)
@@ -5498,7 +5435,7 @@ def build_trainer(
             if loss is not None:
                 self.log({"eval_loss": loss})
             metrics = {"eval_loss": math.inf if loss is None else loss}  # unknown is never the best
-            self.control: TrainerControl = self.callback_handler.on_evaluate(
+            self.control: transformers.TrainerControl = self.callback_handler.on_evaluate(
                 self.args, self.state, self.control, metrics
             )
             self.control.should_save = True
@@ -5524,7 +5461,11 @@ def build_trainer(
 
 
 def save_checkpoint(
-    cfg: Config, trainer: Trainer, keeper: Keeper, tally: Tally, write: Callable[[], None]
+    cfg: Config,
+    trainer: transformers.Trainer,
+    keeper: Keeper,
+    tally: Tally,
+    write: Callable[[], None],
 ) -> None:
     if (keeper.path_of(trainer.state.global_step) / COMMIT).exists():
         return  # it is saved, and what is saved is never changed
@@ -5625,14 +5566,14 @@ def figures_to_log() -> Any:
 
 
 def pace(
-    trainer: Trainer,
+    trainer: transformers.Trainer,
     cfg: Config,
     data: Prepared,
     plan: Plan,
     keeper: Keeper,
     tally: Tally,
     stop: Interruption,
-) -> TrainerCallback:
+) -> transformers.TrainerCallback:
     """Counts the time, and says when to save and to stop."""
     from transformers import TrainerCallback
 
@@ -5660,7 +5601,7 @@ def pace(
     return Pace()
 
 
-def show_losses(trainer: Trainer) -> None:
+def show_losses(trainer: transformers.Trainer) -> None:
     """In the progress bar rather than below it."""
     from transformers import ProgressCallback
 
@@ -6755,7 +6696,7 @@ def report_sheets(
 
 def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
     away, findings = set(map(id, data.held_out_pairs)), data.quality.findings
-    lengths = data.tokens or [""] * len(findings)
+    lengths: list[Any] = data.tokens or [""] * len(findings)
     for pair, tokens, found in zip(data.pairs.kept, lengths, findings, strict=True):
         question = pair.question
         if len(pair.messages) > 2:
@@ -6868,7 +6809,7 @@ def draw_lengths(cfg: Config, data: Prepared) -> Figure:
 
 
 # ==================================================================================================
-# 10  Talking
+# 10  Chatting
 # ==================================================================================================
 
 SIDES = ("Before: the base model", "After: the tuned model")
@@ -7050,8 +6991,7 @@ def side_by_side(asked: Asked, width: int, coloured: bool) -> str:
 def in_lines(text: str, width: int) -> list[str]:
     lines: list[str] = []
     for line in text.split("\n"):
-        fits = width // 2 if width_of(line) > len(line) else width
-        lines += textwrap.wrap(line, fits) or [""]
+        lines += wrapped(line, width)
     return lines
 
 
@@ -7206,6 +7146,8 @@ def page_of(tuned: Tuned, cfg: Config) -> Any:
 
 def page_answers(tuned: Tuned, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What the two tabs do with a question."""
+    from contextlib import closing
+
     import gradio as gr
 
     one_at_a_time = threading.Lock()  # switching the adapter off would hit the other's answer
@@ -7248,7 +7190,7 @@ def page_controls(tuned: Tuned, cfg: Config) -> list[Any]:
     """What a visitor may choose; in the order of PAGE_SETTINGS."""
     import gradio as gr
 
-    bounds = SMALLEST_AND_LARGEST
+    bounds = LIMITS
     return [
         gr.Slider(*bounds["TEMPERATURE"], cfg.TEMPERATURE, step=0.05, label="Temperature"),
         gr.Slider(*bounds["TOP_P"], cfg.TOP_P, step=0.01, label="Top p"),
@@ -8377,7 +8319,7 @@ def say_preset(cfg: Config) -> None:
     if not cfg.PRESET:
         return
     told = []
-    for name, value in PRESETS[cfg.PRESET].items():
+    for name, value in preset_settings(cfg.PRESET).items():
         own = "" if getattr(cfg, name) == value else f" (yours: {as_text(getattr(cfg, name))})"
         told.append(f"{name} {as_text(value)}{own}")
     say("Preset", f"{cfg.PRESET} sets {', '.join(told) or 'nothing: these are the defaults'}")
@@ -8515,7 +8457,12 @@ def preflight(cfg: Config) -> list[str]:
             f"The folder in which CHECKPOINT_MIRROR {cfg.CHECKPOINT_MIRROR} would lie is not there.\n"
             "Mount the drive first, or make the folder."
         )
-    if complete:
+    if re.match(r"[./~\\]|[a-zA-Z]:", cfg.MODEL_NAME) and not local_base(cfg):
+        problems.append(
+            f"There is no folder {cfg.MODEL_NAME} (MODEL_NAME).\n"
+            "Name a folder that holds a model, or a model of the Hub such as microsoft/phi-2"
+        )
+    elif complete:
         warn_of_pictures()
         problems += model_problems(cfg)
     return problems
@@ -8556,9 +8503,14 @@ def warn_of_pictures() -> None:
 def refuse_foreign_folder(cfg: Config) -> None:
     """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
     final = output_folder(cfg)
+    if Path.cwd().is_relative_to(final):
+        raise UserError(
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} is the folder you are in, or above it, and a run replaces OUTPUT_DIR "
+            "as a whole.\nUse a folder such as ./model"
+        )
     in_the_way = final.is_mount() or (final.exists() and not final.is_dir())
     not_text = str(final) != str(final).encode("utf-8", "replace").decode()  # as libraries need it
-    if in_the_way or not_text or Path.cwd().is_relative_to(final):
+    if in_the_way or not_text:
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
         )
@@ -8739,7 +8691,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
         flags["QUESTION"] = " ".join(words)
     demo_settings = DEMO_SETTINGS if command == "demo" else {}  # which has to learn by heart
     own = (read_settings_file(Path(file)) if file else {}) | flags
-    preset = PRESETS.get(own.get("PRESET", Config.PRESET), {})
+    preset = preset_settings(str(own.get("PRESET", Config.PRESET)))
     cfg = checked(preset | demo_settings | own)
     for name, commands in ONLY_WITH.items():
         if getattr(cfg, name) != getattr(Config, name) and command not in commands:

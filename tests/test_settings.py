@@ -102,7 +102,7 @@ def test_every_value_survives_being_written_as_text_and_being_left_alone(folder:
 # -- Types, ranges and choices
 
 
-@pytest.mark.parametrize("given", [*cases("settings").values(), *later("Data", *cases("settings_to_come").values())])
+@pytest.mark.parametrize("given", cases("settings").values())
 def test_a_setting_gets_its_own_type(given: str, folder: Path) -> None:
     lines = [line.split(" -> ") for line in given.split(" ; ")]
     (folder / "my.yaml").write_text("\n".join(written for written, _ in lines), encoding="utf-8")
@@ -238,7 +238,7 @@ def test_every_step_has_its_figures_and_a_speed_without_measuring_and_saving(log
     assert sum("eval_loss" in line for line in measured) == 2
 
 
-@pytest.mark.parametrize("text", [*[*LOGGED][:-1], *later("Data", "keys for english")])
+@pytest.mark.parametrize("text", LOGGED)
 def test_no_secret_and_nothing_that_steers_a_terminal_is_logged(text: str, logged: Any) -> None:
     for part in LOGGED[text].split("\n"):
         assert any(line.endswith(part) for line in logged[1])
