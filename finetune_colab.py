@@ -664,8 +664,8 @@ LARGEST_FILE_MB = 500
 MOST_FILES = 200  # tables in one folder of a bucket
 LONGEST_DOWNLOAD = 1800  # seconds
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
-# What another try does not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
-FINAL = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
+# What another try would not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
+PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
 LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive has to be shared with everyone who has the link."
 BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and S3_ENDPOINT_URL when the bucket is not Amazon's."
 HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split or hf:owner/name:file.csv. A private data set needs HF_TOKEN, and one behind a licence the licence accepted on its page. HF_HUB_OFFLINE must not be set."
@@ -761,7 +761,7 @@ def persistently(place: str, advice: str, fetch: Callable[[], Any]) -> Any:
         except Exception as error:  # every library has its own for a network that fails
             text = re.sub("https?://[^ ]+", "…", str(error))  # an address may hold a key
             reason = preview(text, 300) or type(error).__name__
-            if isinstance(error, (ValueError, RuntimeError)) or re.search(FINAL, text):
+            if isinstance(error, (ValueError, RuntimeError)) or re.search(PERMANENT, text):
                 break
         if pause:
             say("Download", f"{place}: {reason}. Next try in {pause} s.")
@@ -867,7 +867,7 @@ def fetch_from_bucket(place: str) -> list[Path]:
 
     def fetch() -> list[Path]:
         client = bucket_client(bucket)
-        if key and not place.endswith("/"):
+        if key:
             with suppress(FileNotFoundError):  # perhaps it is a folder
                 return [fetch_object(client, path, key.rpartition("/")[2], seen)]
         inside = fs.FileSelector(path, allow_not_found=True, recursive=True)
@@ -876,9 +876,7 @@ def fetch_from_bucket(place: str) -> list[Path]:
         if not tables:
             raise ValueError("there is no such file, and no folder with tables")
         if len(tables) > MOST_FILES:
-            raise ValueError(
-                f"{len(tables)} tables are too many. Name one, such as s3://{tables[0]}"
-            )
+            raise ValueError(f"{len(tables)} tables are too many. Name one: s3://{tables[0]}, …")
         return [fetch_object(client, one, one.removeprefix(f"{path}/"), seen) for one in tables]
 
     return persistently(place, BUCKET_ADVICE, fetch)
