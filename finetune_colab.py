@@ -742,7 +742,9 @@ def cache_folder(*names: str) -> Path:
 
 def without_secrets(place: str) -> str:
     """An address as it may be shown and written down: keys stand in its query or before an @."""
-    return re.sub(r"(?is)^\s*(https?://|s3://)(?:[^/?#]*@)?([^?#]*).*", r"\1\2", place)
+    host = r"(?:\[[\da-f:]+\])?[^/?#[]*"  # what else begins with a bracket may be anything
+    secret = rf"(?is)^\s*(https?://|s3://)(?:[^/?#]*@)?({host}(?:/[^?#]*)?).*"
+    return re.sub(secret, r"\1\2", place)
 
 
 def refuse_large(place: str, size: int) -> None:
