@@ -1160,7 +1160,7 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
     start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
     kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
     text = decoded(path, content) if kind == "text" else ""
-    try:  # what refuses a file below goes on behind its name
+    try:  # the messages raised below continue the file's name
         if kind == "text":
             tables = json_tables(text, cfg) or [with_header("", grid_of(csv_rows(text)), cfg)]
         else:
@@ -1225,7 +1225,7 @@ def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
         most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells, filled or formatted"
         raise UserError(
             f"unpacks to {unpacked / 1e6:,.0f} MB: it is a zip bomb, or has more than {most}.\n"
-            "Copy the filled rows into a new workbook, or split them"
+            "Copy the filled rows into a new workbook, or split them."
         )
 
 
@@ -1268,7 +1268,7 @@ def sheet_table(name: str, hidden: bool, rows: Iterable[Sequence[Any]], cfg: Con
 
 
 def grid_of(rows: Iterable[list[Any]]) -> list[list[Any]]:
-    """The texts of the cells, up to the last filled row."""
+    """The rows of a sheet as texts, up to the last filled one."""
     grid, filled, characters = [], 0, 0
     for row in rows:
         grid.append([cell_text(cell) for cell in row])
@@ -1346,8 +1346,7 @@ def likely_encoding(head: bytes) -> str:
 
 def is_western(text: str) -> bool:
     """Whether the characters beside ASCII, line by line, are nearly all of one Western language."""
-    signs = [[c for c in line if c not in PUNCTUATION] for line in text.split("\n")]
-    lines = [[c for c in line if not c.isascii()] for line in signs]
+    lines = [re.sub(f"[\0-\x7f{PUNCTUATION}]", "", line) for line in text.split("\n")]
     known = (max(sum(c in one for c in line) for one in WESTERN.split()) for line in lines)
     return sum(known) >= 0.95 * sum(map(len, lines))
 
@@ -1404,7 +1403,7 @@ def json_tables(text: str, cfg: Config) -> list[Table]:
     if 2 * sum(isinstance(value, (dict, list)) for _, value in values) > len(values):
         return [table_of("", values, cfg)]
     if re.search(r'"\s*:|\[\s*\[', text[:65_536]):
-        raise UserError(f"is not valid JSON: {reason}. Have it written anew.")
+        raise UserError(f"is not valid JSON: {reason}. Correct it, or export it again.")
     return []
 
 
