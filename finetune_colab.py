@@ -1476,8 +1476,8 @@ def opened(table: Table) -> Table:
     for i, header in enumerate(table.header):
         top = [from_json(cell) for cell in top_cells(table, i)]
         if top and all(isinstance(one, list) or OPENED & set(one) for one in top):
-            sure = any(name_strength(header, role) > 2 for role in NAMES)
-            if top.count(UNREADABLE) == len(top) and (sure or fold(header) in TALK_WORDS):
+            named = any(name_strength(header, role) > 2 for role in NAMES)
+            if top.count(UNREADABLE) == len(top) and (named or TALK_WORDS & {*words_of(header)}):
                 raise UserError(f'has lists or objects in "{preview(header)}" {PRINTED}')
             for _, row in table.rows:
                 row[i : i + 1] = map(from_json, row[i : i + 1])
