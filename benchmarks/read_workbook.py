@@ -1,8 +1,8 @@
-"""How long a workbook takes from file to pairs, beside the bare engine that reads its cells.
+"""How long a workbook takes from file to pairs, beside openpyxl and pandas reading its cells.
 
     python benchmarks/read_workbook.py [ROWS] [ROUNDS]
 
-Each run is a process of its own, the two take turns, and medians are printed: seconds of processor
+Each run is a process of its own, the three take turns, and medians are printed: seconds of processor
 time and the most memory, both from the process itself and without the import of the libraries.
 """
 
@@ -21,11 +21,12 @@ import openpyxl
 
 ROOT = Path(__file__).resolve().parent.parent
 WORDS = "a model learns the answer to each question from rows which people wrote in their own words".split()
+ROWS = ("bare", "pandas", "script")
 
 MEASURE = """
 import json, resource, sys, time
 sys.path.insert(0, sys.argv[1])
-import openpyxl
+import openpyxl, pandas
 import finetune_colab as ft
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -33,6 +34,10 @@ before, start = peak(), time.process_time()
 if sys.argv[2] == "bare":
     book = openpyxl.load_workbook(sys.argv[3], read_only=True, data_only=True)
     rows = [row for sheet in book.worksheets for row in sheet.values]
+elif sys.argv[2] == "pandas":
+    options = {"sheet_name": None, "header": None, "dtype": object, "na_filter": False}
+    frames = pandas.read_excel(sys.argv[3], engine="openpyxl", **options)
+    rows = [row for frame in frames.values() for row in frame.to_numpy().tolist()]
 else:
     rows = ft.find_pairs(ft.Config(DATASET_PATH=sys.argv[3])).kept
 seconds = time.process_time() - start
@@ -70,17 +75,16 @@ def main() -> None:
         writer.start()  # in a process of its own, whose memory the measured ones do not inherit
         writer.join()
         size = path.stat().st_size / 1e6
-        results = [{how: run(how, path) for how in ("bare", "script")} for _ in range(rounds)]
+        results = [{how: run(how, path) for how in ROWS} for _ in range(rounds)]
     assert all(result["script"]["rows"] == rows for result in results)
     print(f"{rows:,} rows, {size:.1f} MB, medians of {rounds} interleaved rounds")
-    for how in ("bare", "script"):
+    for how in ROWS:
         seconds, memory = (
             statistics.median(result[how][figure] for result in results)
             for figure in ("seconds", "memory_gb")
         )
-        print(f"{how:<7} {seconds:6.2f} s  {memory:5.2f} GB")
-    ratio = statistics.median(r["script"]["seconds"] / r["bare"]["seconds"] for r in results)
-    print(f"ratio   {ratio:6.2f}")
+        ratio = statistics.median(r[how]["seconds"] / r["bare"]["seconds"] for r in results)
+        print(f"{how:<7} {seconds:6.2f} s  {ratio:5.2f}  {memory:5.2f} GB")
 
 
 if __name__ == "__main__":

@@ -135,6 +135,8 @@ WORKBOOKS = {
     "a text beyond any limit": in_xlsx(  # X5
         ending_in(SHARED_TEXT, f"<si><t>{LONGEST}</t></si>".encode()), TWO[:1], dropped=[(3, "1,?000,?000|long")]),
     "Strict": in_xlsx(replaced(xlsx(QA4), *STRICT), FOUR, rows=[2, 3, 4, 5]),  # X3
+    "Strict, a hidden sheet with more": in_xlsx(
+        replaced(xlsx(QA2, HIDDEN, Old=[*QA4, ("Old?", "Old.")]), *STRICT), TWO),
     "Strict, from the third row on": in_xlsx(replaced(xlsx([(), (), *QA2]), *STRICT), TWO, rows=[4, 5]),
     "macros": File("a.xlsm", replaced(xlsx(QA2), MACROS), TWO),
     "drop-down lists": in_xlsx(replaced(xlsx(QA2), ("</worksheet>", LISTS)), TWO),
