@@ -1324,7 +1324,7 @@ def decoded(path: Path, content: bytes) -> str:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     if not is_utf16:
         words = name.replace("cp", "Windows-").replace("_", "-")
-        guess = f"{len(odd):,} lines are not UTF-8; they were read as {words}"
+        guess = f"the lines that are not UTF-8 ({len(odd):,}) were read as {words}"
         say("Note", f"{path.name}: {guess}. Check their characters.")
     others = set(odd)
     parts = (line.decode(name if line in others else "utf-8", "replace") for line in lines)
