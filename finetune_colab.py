@@ -932,6 +932,8 @@ def hub_part(name: str, part: str) -> Path:
 
 FEWEST_PAIRS = 2
 ENOUGH_PAIRS = 50
+BOTH_NAMED = 4  # Columns.named, from which on both columns are known by name
+MOST_UNUSED = 8  # tables that are not used, on the screen
 
 
 class Table(NamedTuple):
@@ -952,7 +954,7 @@ class Pair(NamedTuple):
     """One conversation to learn, and where it stands. The last message is the answer."""
 
     messages: Messages
-    sheet: str
+    sheet: str  # and the file before it, where there are several
     row: int
 
     @property
@@ -978,7 +980,7 @@ class Columns(NamedTuple):
     question: int
     answer: int
     reason: str
-    named: int  # how surely the two were known by name, see name_strength
+    named: int  # how surely the two were known by name, from 0 to 6
     system: int | None = None  # its text is put before the question
     input: int | None = None  # of Alpaca: its text is put after the question
 
@@ -988,123 +990,138 @@ class Columns(NamedTuple):
         return [i for i in (self.question, self.answer, self.system, self.input) if i is not None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Pairs:
-    """What the data came to."""
+    """What the data, or one table of it, came to."""
 
-    name: str  # of the file, for the person
-    table: Table  # of several files, the first's
+    name: str  # of the file, for the person; of one table only where there are several files
+    table: Table  # of several, the first
     shape: str
     columns: Columns | None  # None for conversations
     kept: list[Pair]
     dropped: list[Note]
     rows_read: int
-    other_sheets: list[str] = field(default_factory=list)
+    parts: list[Pairs] = field(default_factory=list)  # the tables that were joined
+    other_tables: list[str] = field(default_factory=list)  # those that are not used
 
     @property
     def used(self) -> list[str]:
         """The names of the columns that are used; none for conversations."""
         return [self.table.header[i] for i in self.columns.used] if self.columns else []
 
+    @property
+    def place(self) -> str:
+        return place_of(self.name, self.table)
+
+    @property
+    def in_words(self) -> str:
+        return f"{len(self.kept)} pairs, {columns_in_words(self)}"
+
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
-    with collector_paused():
-        if source.name.startswith("s3:") and source.paths[1:]:
-            return chosen_from(source, cfg)
-        return joined(source.name, [pairs_of(path, cfg) for path in source.paths])
-
-
-def chosen_from(source: Source, cfg: Config) -> Pairs:
-    """The pairs of the best file: one with Alpaca's columns, or else the surest, or the largest."""
-    readable = []
-    for path in source.paths:
-        try:
-            pairs = pairs_of(path, cfg)
-        except UserError as error:
-            say("Candidate", f"{path.name} cannot be used: {preview(str(error), 150)}")
-        else:
-            say("Candidate", f"{path.name}: {len(pairs.kept)} pairs, {columns_in_words(pairs)}")
-            readable.append(pairs)
-    if not readable:
-        raise UserError(f"None of the {len(source.paths)} tables in {source.name} can be used.")
-    best = max(readable, key=lambda pairs: (is_alpaca(pairs), *certainty(pairs)))
-    surest = "its columns are the surest, or its pairs the most"
-    why = "it has Alpaca's columns" if is_alpaca(best) else surest
-    say("Chosen", f"{best.name}: {why}. Name another file with --dataset-path")
-    return best
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Spare Python's search for cycles, which would go through all rows again and again."""
     was_on = gc.isenabled()
-    gc.disable()
+    gc.disable()  # its search for cycles goes through all rows again and again: a third of the time
     try:
-        yield
+        parts, unusable = read_parts(source, cfg)
     finally:
         if was_on:
             gc.enable()
+    if not parts:
+        reason, *_ = unusable.values()
+        raise UserError(reason + "".join(f"\nNor can {one} be used." for one in [*unusable][1:4]))
+    best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
+    others = {one.place: one.in_words for one in parts if one not in best} | unusable
+    if others:
+        say("Chosen", "; ".join(f"{one.place}: {one.in_words}" for one in best))
+        lines = [f"{place}: {preview(why, 150)}" for place, why in others.items()]
+        for line in shortened(lines, MOST_UNUSED, "tables"):
+            say("Not used", line)
+        say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
+    pairs = joined(best) if len(best) > 1 else best[0]
+    return replace(pairs, name=pairs.name or source.name, parts=best, other_tables=list(others))
 
 
-def pairs_of(path: Path, cfg: Config) -> Pairs:
-    """The pairs of one file: of its surest sheet."""
-    found, failures = [], []
-    for table in read_tables(path, cfg):
+def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]]:
+    """What every table of every file came to, and why others cannot be used."""
+    parts, unusable = [], {}
+    for path in source.paths:
+        file = path.name if len(source.paths) > 1 else ""
         try:
-            shape, columns, rows = conversations_of(table, cfg)
-            kept, dropped = clean(table, rows)
-            refuse_ragged(table, dropped)
+            tables = wanted_tables(path, cfg)
         except UserError as error:
-            failures.append(error)
-        else:
-            size = len(table.rows) + len(table.unread)
-            found.append(Pairs(path.name, table, shape, columns, kept, dropped, size))
+            unusable[file] = str(error)
+            continue
+        for table in tables:
+            try:
+                parts.append(pairs_of(table, file, cfg))
+            except UserError as error:
+                unusable[place_of(file, table)] = f"In {path}: {error}"
+    return parts, unusable
+
+
+def wanted_tables(path: Path, cfg: Config) -> list[Table]:
+    """Every filled sheet of a file, or the one that SHEET names."""
+    tables = read_tables(path, cfg)
+    wanted = getattr(cfg, "SHEET", "")
+    found = [table for table in tables if not wanted or fold(table.sheet) == fold(wanted)]
     if not found:
-        raise UserError(f"In {path}: {failures[0]}")
-    best = max(found, key=certainty)  # the first of equals
-    best.other_sheets = [pairs.table.sheet for pairs in found if pairs is not best]
-    return best
+        sheets = [table.sheet for table in tables if table.sheet]
+        raise UserError(
+            f"{path} has no filled sheet {wanted!r} (--sheet).{did_you_mean(wanted, sheets)}\n"
+            f"Its filled sheets are: {', '.join(map(preview, sheets)) or 'none, it is no workbook'}"
+        )
+    return found
 
 
-def refuse_ragged(table: Table, dropped: list[Note]) -> None:
-    """Refuse a text whose lines only happen to hold commas, such as prose or a program."""
+def place_of(file: str, table: Table) -> str:
+    return ", ".join(filter(None, (file, table.sheet)))
+
+
+def pairs_of(table: Table, file: str, cfg: Config) -> Pairs:
+    """The pairs of one table."""
+    shape, columns, rows = conversations_of(table, cfg)
+    kept, dropped = clean(table._replace(sheet=place_of(file, table)), rows)
     ragged = sum(note.reason == MORE_CELLS for note in dropped)
-    if ragged > max(2, len(table.rows) / 2):
+    if ragged > max(2, len(table.rows) / 2):  # its lines only happen to hold commas
         raise UserError(
             f"{ragged} of {len(table.rows)} rows have more cells than the first. If this is a table, put "
             "texts with the separator in them in quotes."
         )
+    return Pairs(file, table, shape, columns, kept, dropped, len(table.rows) + len(table.unread))
 
 
-def joined(name: str, parts: list[Pairs]) -> Pairs:
-    """The files of one data set as one; what stands in several of them counts once."""
-    if len(parts) == 1:
-        return parts[0]
-    for part in parts:
-        if (part.shape, part.used) != (parts[0].shape, parts[0].used):
-            raise UserError(
-                f"{name} are files of different kinds: {parts[0].name} has {columns_in_words(parts[0])}, "
-                f"{part.name} {columns_in_words(part)}.\nName fewer of them, or the columns with "
-                "--question-column and --answer-column"
-            )
-        sheet = f", {part.table.sheet}" if part.table.sheet else ""
-        part.kept = [pair._replace(sheet=part.name + sheet) for pair in part.kept]
-        part.dropped = [note._replace(sheet=part.name + sheet) for note in part.dropped]
+def is_same(part: Pairs, other: Pairs) -> bool:
+    """Whether two tables belong to one data set: of the same columns, but for some that only one has."""
+    kinds = [
+        (one.table.hidden, one.shape, [fold(name) for name in one.used[:2]])
+        for one in (part, other)
+    ]
+    names, others = (set(map(fold, one.table.header)) for one in (part, other))
+    return kinds[0] == kinds[1] and (names <= others or others <= names)
+
+
+def rank(parts: list[Pairs]) -> tuple[bool, bool, bool, int]:
+    """Visible sheets come first, then two known names, then Alpaca's, then the most pairs."""
+    first, pairs = parts[0], sum(len(part.kept) for part in parts)
+    named = first.columns is None or first.columns.named >= BOTH_NAMED
+    is_alpaca = [fold(name) for name in first.used[:2]] == ["instruction", "output"]
+    return not first.table.hidden, named, is_alpaca, pairs
+
+
+def joined(parts: list[Pairs]) -> Pairs:
+    """The tables of one data set as one; what stands in several of them counts once."""
     kept, copies = without_copies([pair for part in parts for pair in part.kept])
-    dropped = [note for part in parts for note in part.dropped] + copies
-    rows = sum(part.rows_read for part in parts)
-    return replace(parts[0], name=name, kept=kept, dropped=dropped, rows_read=rows)
-
-
-def certainty(pairs: Pairs) -> tuple[bool, int, int]:
-    """How surely a sheet is the one that is meant; then the more pairs the better."""
-    return not pairs.table.hidden, pairs.columns.named if pairs.columns else 6, len(pairs.kept)
-
-
-def is_alpaca(pairs: Pairs) -> bool:
-    return [fold(name) for name in pairs.used[:2]] == ["instruction", "output"]
+    sheets = dict.fromkeys(part.table.sheet for part in parts if part.table.sheet)
+    return replace(
+        parts[0],
+        name="",
+        table=parts[0].table._replace(sheet=", ".join(sheets)),
+        kept=kept,
+        dropped=[note for part in parts for note in part.dropped] + copies,
+        rows_read=sum(part.rows_read for part in parts),
+    )
 
 
 def columns_in_words(pairs: Pairs) -> str:
@@ -1988,75 +2005,64 @@ NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
 NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
 ROLE_NAMES = {
-    "user": "user, human, prompter, customer, instruction, question",
-    "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output",
+    "user": "user, human, prompter, customer, instruction, question, [inst]",
+    "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output, [/inst]",
     "system": "system, developer",
-    "tool": "tool, tools, function, ipython, environment, observation, function response, function_call, "
+    "a tool": "tool, tools, function, ipython, environment, observation, function response, function_call, "
     "function_response, function-call, function-response, tool_call, tool_response",
 }
 ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names.split(", ")}
+SPEAKERS = "Human|User|Instruction|Question|Assistant|Response|Answer|AI|Function response"
+# What stands before each turn of a conversation in one text, and how many characters before the first
+TURN_MARKS = {
+    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>))\s*"
+    r"(\w+)(?:<\|end_header_id\|>|\|>)?": 500,
+    r"(\[/?INST\])": 500,
+    rf"(?i)###[ \t]*({SPEAKERS}|System|Model|Output|Bot|GPT)\s*:": 500,  # as in Alpaca
+    rf"(?im)^[ \t]*({SPEAKERS}|Chatbot)\s*:": 0,
+}
+END_MARKS = r"<<SYS>>\s*|\n<</SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>"
 TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
-SPEAKERS = (
-    r"(Human|User|Instruction|Question|Assistant|Response|Answer|AI|FUNCTION RESPONSE|{})\s*:\s*"
-)
-# "### Human:", wherever it stands; without the signs, only where a line begins
-HASH_MARKS = re.compile(r"###\s*" + SPEAKERS.format("System|Model|Output|Bot|GPT"), re.IGNORECASE)
-LINE_MARKS = re.compile(r"^\s*" + SPEAKERS.format("Chatbot"), re.IGNORECASE | re.MULTILINE)
-MODEL_MARKS = re.compile(
-    r"<\|im_start\|>\s*(\w+)\s*\n|<\|start_header_id\|>(\w+)<\|end_header_id\|>|<start_of_turn>(\w+)\s*\n"
-    r"|<\|(user|assistant|system)\|>|\[/?INST\]"
-)
-END_MARKS = re.compile(r"<<SYS>>\s*|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>")
 # Where a picture or a sound stood, in texts whose files lie apart
 NOT_TEXT = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
 SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
-MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of these
-YES, NO = ("true", "yes", "1"), ("false", "no", "0")
+MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of YES and NO
+YES, NO = {"true", "yes", "1"}, {"false", "no", "0"}
 TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages data".split())
+PREFERRED = ({"messages", "conversation", "conversations"}, {"prompt", "input"}, {"chosen"})
 ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
-LONGEST_PREAMBLE = 500  # letters before the first mark, as in Alpaca's "Below is an instruction"
 LONGEST_PATH = 100  # messages of a tree
 
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
+Message = dict[str, Any]  # of a tree, with its replies
 
 
 def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Rows]:
     """The shape of a table, its two columns where it has them, and a conversation for each row."""
-    names = [fold(name) for name in table.header]
     if not (cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN):
-        if {"message_id", "parent_id", "text", "role"} <= set(names):
-            records = [(n, dict(zip(names, row, strict=False))) for n, row in table.rows]
-            return "message tree", None, tree_conversations(records, cfg)
-        if "prompt" in names:
-            prompt = names.index("prompt")
-            top = top_cells(table, prompt)
-            if top and all(isinstance(cell, dict) for cell in top):
-                return "message tree", None, nested_trees(column_cells(table, prompt), cfg)
-        if (chosen := conversation_column(table)) is not None:
-            return "conversations", None, without_wrong(table, whole_conversations(table, chosen))
+        if trees := trees_in(table):
+            return "message tree", None, tree_conversations(trees, cfg)
+        if (column := conversation_column(table)) is not None:
+            return "conversations", None, without_wrong(table, whole_conversations(table, column))
     columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
     return "question and answer", columns, without_wrong(table, two_columns(table, columns))
 
 
 def without_wrong(table: Table, rows: Rows) -> Rows:
-    """Leave out the answers that a column of yes and no marks as wrong.
-
-    Zeros and ones may tell anything; they do so only where a question stands with both.
-    """
-    marks = [i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING]
-    if not marks:
-        return rows
+    """Leave out what a column of yes and no marks as wrong; of 1 and 0, where a question has both."""
     found = dict(rows)
-    asked = {
-        n: fold(turns[-2]["content"]) for n, turns in found.items() if not isinstance(turns, str)
-    }
-    for i in marks:
-        cells = {n: fold(str(cell)) for n, cell in column_cells(table, i) if cell != ""}
-        right, wrong = ({n for n in asked if cells.get(n) in names} for names in (YES, NO))
-        both = {asked[n] for n in right} & {asked[n] for n in wrong}
-        if set(cells.values()) <= {*YES, *NO} and (both or not {"0", "1"} & set(cells.values())):
+    for i in (i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING):
+        marks = {n: fold(cell) for n, cell in column_cells(table, i) if cell != ""}
+        seen = set(marks.values())
+        asked = {
+            (fold(talk[-2]["content"]), marks.get(n))
+            for n, talk in found.items()
+            if not isinstance(talk, str)
+        }
+        both = any((question, "1") in asked for question, mark in asked if mark == "0")
+        if seen <= YES | NO and (both or seen.isdisjoint({"0", "1"})):
             reason = f'marked as wrong in "{preview(table.header[i])}"'
-            found |= dict.fromkeys(wrong, reason)
+            found |= {n: reason for n in found if marks.get(n) in NO}
     return list(found.items())
 
 
@@ -2064,302 +2070,223 @@ def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
     return [(number, row[column] if column < len(row) else "") for number, row in table.rows]
 
 
-def conversation_column(table: Table) -> int | None:
-    """The column that holds whole conversations; none where two others are called question and answer."""
-    found = []
-    sure: dict[str, list[int]] = {role: [] for role in NAMES}
-    for i, header in enumerate(table.header):
-        top = top_cells(table, i)
-        named = bool(TALK_WORDS & set(words_of(header)))
-        whole = sum(is_whole(cell, named) for cell in top) > len(top) / 2
-        if whole and not ASIDE & set(words_of(header)):
-            found.append(i)
-        for role in NAMES:
-            lists = whole and isinstance(top[0], list)
-            if top and name_strength(header, role) == 3 and not lists:
-                sure[role].append(i)
-    if any(q != a for q in sure["question"] for a in sure["answer"]):
-        return None
-    for preferred in (
-        {"messages", "conversation", "conversations"},
-        {"prompt", "input"},
-        {"chosen"},
-    ):
-        found = [i for i in found if preferred & set(words_of(table.header[i]))] or found
-    if len(found) > 1:
-        names = " and ".join(f'"{preview(table.header[i])}"' for i in found)
-        raise UserError(
-            f"the columns {names} all hold conversations. Keep the one to learn from, called messages."
-        )
-    return found[0] if found else None
-
-
-def is_whole(cell: Any, named: bool = True) -> bool:
-    """Whether a cell is a conversation; texts without roles are one only under a name that says so."""
-    return is_conversation(cell) or is_marked_up(cell) or (named and is_alternating(cell))
-
-
-def whole_conversations(table: Table, column: int) -> Rows:
-    """The conversations of a column, with what stands beside: a system prompt, or the last answer."""
-    names = [" ".join(words_of(name)) for name in table.header]
-    system = next((i for i, name in enumerate(names) if name in SYSTEM_COLUMNS), column)
-    strengths = [
-        name_strength(name, "answer") * (i != column) for i, name in enumerate(table.header)
-    ]
-    answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
-    answer = answers[0] if len(answers) == 1 else None
+def filled_rows(table: Table) -> Iterator[tuple[int, list[Any]]]:
+    """The rows, each with at least as many cells as the header."""
     for number, row in table.rows:
-        cells = row + [""] * (len(table.header) - len(row))
-        turns = cell_turns(cells[column]) if is_whole(cells[column]) else NO_CONVERSATION
-        if isinstance(turns, str):
-            yield number, turns
-            continue
-        if system != column:
-            before = cells[system]
-            before = before.get("parts") if isinstance(before, dict) else before
-            turns.insert(0, ("system", content_text(before) or ""))
-        while turns and not turns[-1][1].strip():
-            turns.pop()
-        if answer is None or not turns:
-            yield number, dialogue(turns)
-        elif turns[-1][0] == "user":
-            yield number, dialogue(turns + last_turns(cells[answer]))
-        elif is_other_truth(table.header[answer], cells[answer], turns[-1][1]):
-            yield number, f'the last answer is not the one in "{preview(table.header[answer])}"'
-        else:
-            yield number, dialogue(turns)
-
-
-def last_turns(cell: Any) -> list[Turn]:
-    """What a column of answers adds to a conversation that ends with a question."""
-    if not is_conversation(cell):
-        return [("assistant", one_text(cell) or "")]
-    turns = cell_turns(cell)
-    return turns if isinstance(turns, list) else []
-
-
-def is_other_truth(header: str, cell: Any, said: str) -> bool:
-    """Whether a column of true answers holds another one than what was said."""
-    right = one_text(cell) or ""
-    is_truth = not TRUE_WORDS.isdisjoint(words_of(header)) and not is_code([right])
-    return is_truth and fold(right) not in fold(said)
+        yield number, row + [""] * (len(table.header) - len(row))
 
 
 def two_columns(table: Table, columns: Columns) -> Rows:
     width, names = len(table.header), [fold(name) for name in table.header]
-    history = names.index("history") if "history" in names else None
-    for number, row in table.rows:
-        cells = row + [""] * (width - len(row))
-        question, answer = (
-            cell if isinstance(cell, str) else one_text(cell)
-            for cell in (cells[columns.question], cells[columns.answer])
+    for number, cells in filled_rows(table):
+        question, answer, system, extra = (
+            "" if i is None else one_text(cells[i])
+            for i in (columns.question, columns.answer, columns.system, columns.input)
         )
-        before, after = (one_text(cells[i]) if i is not None else "" for i in columns[4:])
-        earlier = cells[history] if history is not None else []
-        if not table.sheet and any(row[width:]):
+        if not table.sheet and any(cells[width:]):
             yield number, MORE_CELLS
         elif cells == table.header:
             yield number, "the header once more"
         elif question is None or answer is None:
             role = "question" if question is None else "answer"
             yield number, f"the {role} is a list or an object, not one text"
-        elif not question or not answer:
-            yield number, NO_ANSWER if question else "no question"
         else:
-            turns = [("system", before or "")]
-            for one in earlier if isinstance(earlier, list) else []:  # LLaMA-Factory: earlier pairs
+            turns = [("system", system or "")]
+            for pair in cells[names.index("history")] if question and "history" in names else "":
                 turns += (
-                    zip(("user", "assistant"), one, strict=False) if is_alternating(one) else ()
+                    zip(("user", "assistant"), pair, strict=False) if is_alternating(pair) else []
                 )
-            turns += [("user", question), ("user", after or ""), ("assistant", answer)]
+            turns += [("user", question), ("user", extra or ""), ("assistant", answer)]
             yield number, dialogue(turns)
 
 
-def dialogue(turns: Iterable[Turn]) -> Messages | str:
+def conversation_column(table: Table) -> int | None:
+    """The column of whole conversations; none where two others are called question and answer."""
+    found, sure = [], set()
+    words = [set(words_of(name)) for name in table.header]
+    for i, header in enumerate(table.header):
+        top, named = top_cells(table, i), bool(TALK_WORDS & words[i])
+        if top and not is_conversation(top[0]):
+            sure |= {role for role in NAMES if name_strength(header, role) > 2}
+        whole = sum(bool(turns_of(cell)) and (named or not is_alternating(cell)) for cell in top)
+        if whole > len(top) / 2 and not ASIDE & words[i]:
+            found.append(i)
+    for preferred in PREFERRED:
+        found = [i for i in found if preferred & words[i]] or found
+    if len(found) > 1 and len(sure) < 2:
+        names = " and ".join(f'"{preview(table.header[i])}"' for i in found)
+        raise UserError(
+            f"the columns {names} all hold conversations. Keep the one to learn from, called messages."
+        )
+    return found[0] if found and len(sure) < 2 else None
+
+
+def whole_conversations(table: Table, column: int) -> Rows:
+    """The conversations of a column, with what stands beside: a system prompt, or the last answer."""
+    names = [" ".join(words_of(name)) for name in table.header]
+    system = next((i for i, name in enumerate(names) if name in SYSTEM_COLUMNS), None)
+    strengths = [name_strength(h, "answer") * (i != column) for i, h in enumerate(table.header)]
+    answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
+    answer = answers[0] if len(answers) == 1 else None
+    header = "" if answer is None else table.header[answer]
+    is_truth = not TRUE_WORDS.isdisjoint(words_of(header))
+    for number, cells in filled_rows(table):
+        turns = turns_of(cells[column])
+        said = [turn for turn in turns if turn[1].strip()]
+        beside = "" if answer is None else cells[answer]
+        text = one_text(beside) or ""
+        if said and said[-1][0] == "user":
+            turns += turns_of(beside) if is_conversation(beside) else [("assistant", text)]
+        elif said and is_truth and not is_code([text]) and fold(text) not in fold(said[-1][1]):
+            yield number, f'the last answer is not the one in "{preview(header)}"'
+            continue
+        before = "" if system is None else one_text(cells[system]) or ""
+        yield number, dialogue([("system", before), *turns]) if turns else NO_CONVERSATION
+
+
+def dialogue(turns: list[Turn]) -> Messages | str:
     """Turns in one form: the user first, the roles in alternation, an answer last; or why not.
 
     A system turn has no place of its own, so it goes before the first question. From the first turn
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
-    messages: Messages = []
-    system, why_not = "", NO_ANSWER
-    for role, content in turns:
-        text = content.strip()
-        if role not in ("user", "assistant", "system"):
-            who = "a tool" if role == "tool" else f"the role {preview(role, 30)!r}"
-            why_not = f"{who} is used before anything is answered"
-            break
-        if role == "system":
-            system += f"{text}\n\n".lstrip()
-        elif not text or (role == "assistant" and not messages):
-            why_not = "no question" if text else why_not  # a greeting before any question
-        elif messages and messages[-1]["role"] == role:
-            messages[-1]["content"] += "\n\n" + text
-        else:
-            messages.append({"role": role, "content": text})
-            why_not = NO_ANSWER if len(messages) == 1 and why_not == "no question" else why_not
-    if messages and messages[-1]["role"] == "user":
-        messages.pop()
-    if not messages:
-        return why_not
-    messages[0]["content"] = system + messages[0]["content"]
-    return messages
+    known = list(
+        itertools.takewhile(lambda turn: turn[0] in ("user", "assistant", "system"), turns)
+    )
+    said = [(role, text.strip()) for role, text in known if text.strip()]
+    system = [text for role, text in said if role == "system"]
+    spoken = (turn for turn in said if turn[0] != "system")
+    from_user = itertools.dropwhile(lambda turn: turn[0] != "user", spoken)  # after any greeting
+    messages = [
+        {"role": role, "content": "\n\n".join(text for _, text in group)}
+        for role, group in itertools.groupby(from_user, key=lambda turn: turn[0])
+    ]
+    if len(messages) > 1:
+        messages[0]["content"] = "\n\n".join([*system, messages[0]["content"]])
+        return messages[: len(messages) // 2 * 2]
+    if len(known) < len(turns):
+        return f"{turns[len(known)][0]} comes before the first answer"
+    return NO_ANSWER if messages else "no question"
 
 
 def is_conversation(cell: Any) -> bool:
-    return (
-        isinstance(cell, list)
-        and bool(cell)
-        and all(isinstance(turn, dict) and role_and_content(turn) for turn in cell)
-    )
+    turns = cell if isinstance(cell, list) else []
+    return bool(turns) and all(isinstance(one, dict) and role_and_content(one) for one in turns)
 
 
 def is_alternating(cell: Any) -> bool:
     return isinstance(cell, list) and len(cell) > 1 and all(isinstance(turn, str) for turn in cell)
 
 
-def is_marked_up(cell: Any) -> bool:
-    """Whether a text is a whole conversation, as in "### Human: Why? ### Assistant: So."."""
-    if not isinstance(cell, str):
-        return False
-    text = plain_marks(cell)
-    if not (HASH_MARKS is marks_in(text) or LINE_MARKS.match(text)):
-        return False
-    roles = [known_role(mark) for mark in marks_in(text).findall(text)]
-    return [role for role in roles if role != "system"][:2] == ["user", "assistant"]
-
-
 def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
-    for role, content in itertools.product(
-        ("role", "from", "sender"), ("content", "value", "text", "parts", "message")
-    ):
-        if role in turn and (content in turn or "tool_calls" in turn):
-            return known_role(turn[role]), turn.get(content)
-    return None
+    roles = [turn[key] for key in ("role", "from", "sender") if key in turn]
+    contents = [
+        turn[key] for key in ("content", "value", "text", "parts", "message") if key in turn
+    ]
+    contents += [""] if "tool_calls" in turn else []
+    return (known_role(roles[0]), contents[0]) if roles and contents else None
 
 
 def known_role(name: object) -> str:
-    role = str(name).casefold()
-    return ROLES.get(role, role)
+    return ROLES.get(str(name).casefold()) or f"the role {preview(str(name), 30)!r}"
 
 
-def cell_turns(cell: Any) -> list[Turn] | str:
-    """A whole conversation as its turns, or why it cannot be learnt."""
+def turns_of(cell: Any) -> list[Turn]:
+    """The turns of a whole conversation, or nothing. One that cannot be learnt gets the reason as its role."""
     if isinstance(cell, str):
-        whole = END_MARKS.sub("", plain_marks(cell))
-        pieces = marks_in(whole).split(whole)
-        return [
-            ("tool" if TOOL_CALL.search(text) else known_role(mark), text)
-            for mark, text in zip(pieces[1::2], pieces[2::2], strict=True)
-        ]
+        return turns_in_text(cell)
     if is_alternating(cell):
         return list(zip(itertools.cycle(("user", "assistant")), cell, strict=False))
-    turns: list[Turn] = []
-    for turn in cell:
-        role, content = role_and_content(turn) or ("", None)
-        said = content_text(content)
-        if turn.get("tool_calls") or turn.get("function_call") or TOOL_CALL.search(said or ""):
-            role = "tool"
-        if role == "assistant" and turn.get("weight") == 0:
-            return "an answer is marked as not to be learnt (weight 0)"
-        if role != "tool" and (said is None or NOT_TEXT.search(said.strip())):
-            return "a turn holds something that is not text"
-        turns.append((role, said or ""))
+    turns = []
+    for turn in cell if is_conversation(cell) else []:
+        role, content = role_and_content(turn) or ("", "")
+        text = content_text(content)
+        if turn.get("tool_calls") or turn.get("function_call") or TOOL_CALL.search(text or ""):
+            role = "a tool"
+        elif role == "assistant" and turn.get("weight") == 0:
+            role = "an answer that is not to be learnt (weight 0)"
+        elif text is None or NOT_TEXT.search(text.strip()):
+            role = "something that is not text"
+        turns.append((role, text or ""))
     return turns
+
+
+def turns_in_text(text: str) -> list[Turn]:
+    """The turns of a text such as "### Human: Why? ### Assistant: So."; nothing for any other."""
+    for mark, longest_preamble in TURN_MARKS.items():
+        preamble, *pieces = re.split(mark, re.sub(END_MARKS, "", text))
+        roles = [known_role(role) for role in pieces[::2]]
+        begin = [role for role in roles if role != "system"][:2]
+        if begin == ["user", "assistant"] and len(preamble.strip()) <= longest_preamble:
+            turns = zip(roles, pieces[1::2], strict=True)
+            return [("a tool" if TOOL_CALL.search(said) else role, said) for role, said in turns]
+    return []
 
 
 def content_text(content: Any) -> str | None:
     """The text of a turn; parts of text are joined, anything else is no text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    parts = content if isinstance(content, list) else [None]
-    texts: list[str] = [
-        part["text"]
-        for part in parts
-        if isinstance(part, dict)
-        and part.get("type", "text") == "text"
-        and isinstance(part.get("text"), str)
+    if not isinstance(content, list):
+        return content or "" if content is None or isinstance(content, str) else None
+    parts = [
+        part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"
     ]
-    return "".join(texts) if len(texts) == len(parts) else None
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    return "".join(texts) if len(texts) == len(content) else None
 
 
-def marks_in(text: str) -> re.Pattern[str]:
-    return HASH_MARKS if HASH_MARKS.search(text[:LONGEST_PREAMBLE]) else LINE_MARKS
+def trees_in(table: Table) -> list[tuple[int, Message]]:
+    """The first messages of trees, each with its row and its replies in it."""
+    names = [fold(name) for name in table.header]
+    if not {"message_id", "parent_id", "text", "role"} <= set(names):
+        prompts = column_cells(table, names.index("prompt")) if "prompt" in names else []
+        trees = [(number, cell) for number, cell in prompts if isinstance(cell, dict)]
+        return trees if len(trees) > len(prompts) / 2 else []
+    messages = [
+        (number, dict(zip(names, cells, strict=False)) | {"replies": []})
+        for number, cells in filled_rows(table)
+    ]
+    replies = {str(one["message_id"]): one["replies"] for _, one in messages if one["message_id"]}
+    for _, message in messages:
+        replies.get(str(message["parent_id"]), []).append(message)
+    return [(number, one) for number, one in messages if str(one["parent_id"]) not in replies]
 
 
-def plain_marks(text: str) -> str:
-    """A conversation in the forms that models are fed with, in the form of "### User: Why?"."""
-    if not MODEL_MARKS.search(text):
-        return text
-    text = re.sub(r"\s*<</SYS>>\s*", "\n\n", text)
-    text = text.replace("[INST]", "\n### User: ").replace("[/INST]", "\n### Assistant: ")
-    return MODEL_MARKS.sub(lambda mark: f"\n### {next(filter(None, mark.groups()), '')}: ", text)
-
-
-def nested_trees(prompts: Iterable[tuple[int, Any]], cfg: Config) -> Rows:
-    """Message trees written one in another, as rows that name their parents."""
-    records: list[tuple[int, dict[str, Any]]] = []
-
-    def open_up(number: int, message: dict[str, Any], parent: str) -> None:
-        name = f"{number}/{len(records)}"
-        records.append((number, {**message, "message_id": name, "parent_id": parent}))
-        for reply in objects_in(message, "replies"):
-            open_up(number, reply, name)
-
-    for number, prompt in prompts:
-        if isinstance(prompt, dict):
-            open_up(number, prompt, "")
-    return tree_conversations(records, cfg)
-
-
-Message = tuple[int, dict[str, Any]]  # of a tree, with its row
-
-
-def tree_conversations(records: list[Message], cfg: Config) -> Rows:
+def tree_conversations(trees: list[tuple[int, Message]], cfg: Config) -> Rows:
     """From every first message down to an answer: along the best replies, or along all of them."""
-    replies: dict[str, list[Message]] = {}
-    there = {"", *(str(message.get("message_id")) for _, message in records)}
-    for number, message in records:
-        parent = str(message.get("parent_id") or "")
-        if parent not in there:
+    for number, root in trees:
+        language = str(root.get("lang") or cfg.LANGUAGE)
+        if root.get("parent_id"):
             yield number, "the message that it answers is not in the file"
-        elif str(message.get("deleted", "")).casefold() != "true":
-            replies.setdefault(parent, []).append((number, message))
-    for number, root in replies.get("", []):
-        if cfg.LANGUAGE and str(root.get("lang") or cfg.LANGUAGE).split("-")[0] != cfg.LANGUAGE:
-            yield number, f"the language is {root['lang']}, not {cfg.LANGUAGE}"
-            continue
-        for path in tree_paths((number, root), replies, len(records), cfg):
-            turns = (
-                (known_role(message.get("role")), content_text(message.get("text")) or "")
-                for _, message in path
-            )
-            yield number, dialogue(turns)
+        elif cfg.LANGUAGE not in ("", language.partition("-")[0]):
+            yield number, f"the language is {language}, not {cfg.LANGUAGE}"
+        elif not is_deleted(root):
+            for path in tree_paths(root, cfg.CONVERSATION_PATHS == "all"):
+                roles = [known_role(message.get("role")) for message in path]
+                texts = [content_text(message.get("text")) or "" for message in path]
+                yield number, dialogue(list(zip(roles, texts, strict=True)))
 
 
-def tree_paths(
-    root: Message, replies: dict[str, list[Message]], messages: int, cfg: Config
-) -> Iterator[list[Message]]:
-    def rank(reply: Message) -> float:
-        try:
-            return float(reply[1].get("rank", ""))
-        except (TypeError, ValueError):
-            return math.inf  # nobody ranked it
-
+def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
     paths = [[root]]
-    for _ in range(messages):  # in a tree, every message is come to once at most
+    while paths:
         path = paths.pop()
-        following = sorted(replies.get(str(path[-1][1].get("message_id")), []), key=rank)
-        if following and len(path) < LONGEST_PATH:
-            chosen = following if cfg.CONVERSATION_PATHS == "all" else following[:1]
-            paths += [[*path, reply] for reply in reversed(chosen)]
+        replies = [one for one in objects_in(path[-1], "replies") if not is_deleted(one)]
+        replies.sort(key=rank_of)
+        if replies and len(path) < LONGEST_PATH:
+            paths += ([*path, one] for one in reversed(replies if every else replies[:1]))
         else:
             yield path
-        if not paths:
-            return
-    raise UserError("its messages form no trees: some name each other as parents.")
+
+
+def is_deleted(message: Message) -> bool:
+    return str(message.get("deleted", "")).casefold() == "true"
+
+
+def rank_of(reply: Message) -> float:
+    try:
+        return float(reply.get("rank", ""))
+    except (TypeError, ValueError):
+        return math.inf  # nobody ranked it
 
 
 # -- Cleaning
@@ -7025,13 +6952,18 @@ def questions_in_table(path: Path, cfg: Config) -> list[Talk]:
             if column is not None:
                 return open_questions(table, column, {number for number, _ in table.rows})
         raise
-    talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs.kept]
-    if pairs.columns:
-        open_rows = {note.row for note in pairs.dropped if note.reason == NO_ANSWER}
-        talks += open_questions(pairs.table, pairs.columns.question, open_rows)
+    talks = []
+    for part in pairs.parts:
+        found = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in part.kept]
+        if part.columns:
+            open_rows = {note.row for note in part.dropped if note.reason == NO_ANSWER}
+            found += open_questions(part.table, part.columns.question, open_rows)
+        found.sort(key=lambda talk: int(talk.place))
+        where = f" of {part.place}" if pairs.parts[1:] else ""
+        talks += [talk._replace(place=talk.place + where) for talk in found]
     if others := [note for note in pairs.dropped if note.reason not in (NO_ANSWER, "blank")]:
         say("Left out", "; ".join(grouped(others)))
-    return sorted(talks, key=lambda talk: int(talk.place))
+    return talks
 
 
 def question_column(table: Table, cfg: Config) -> int | None:
@@ -8174,6 +8106,7 @@ def check_record(
         "pairs_kept": kept,
         "pairs_unique": kept,  # exact copies are never kept
         "pairs_held_out": len(data.held_out_pairs) if data else 0,
+        "other_tables": pairs.other_tables if pairs else [],
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
         "quality": record["score"],
         "quality_parts": record["parts"],

@@ -323,7 +323,6 @@ def test_a_sheet_of_something_else_is_no_hindrance(sheets: Sequence[Any], sheet:
     assert texts(read(path, QUESTION_COLUMN="question", ANSWER_COLUMN="answer")) == TWO
 
 
-@later
 def test_sheets_of_questions_and_answers_add_up(sheet: Sheet) -> None:
     parts = {"Sheet": (0, 5), "Orders": (100, 40), "Returns": (200, 12), "Other": (300, 9)}
     rows = {name: [HEADER, *numbered(*part)] for name, part in parts.items()}
@@ -337,7 +336,6 @@ def test_sheets_of_questions_and_answers_add_up(sheet: Sheet) -> None:
 EXAMPLE = {"Example": [HEADER, *numbered(0, 2)], "Tickets": [("Customer question", "Reply text"), *numbered(100, 50)]}
 
 
-@later
 def test_a_large_sheet_is_not_passed_over_for_an_example(sheet: Sheet) -> None:
     path = sheet(**EXAMPLE)
     try:
