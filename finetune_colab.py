@@ -994,53 +994,56 @@ class Columns(NamedTuple):
 class Pairs:
     """What the data, or one table of it, came to."""
 
-    name: str  # of the file, for the person; of one table only where there are several files
+    name: str  # of the file, for the person
+    place: str  # of one table: its file where there are several, and its sheet
     table: Table  # of several, the first
     shape: str
     columns: Columns | None  # None for conversations
     kept: list[Pair]
     dropped: list[Note]
     rows_read: int
-    parts: list[Pairs] = field(default_factory=list)  # the tables that were joined
-    other_tables: list[str] = field(default_factory=list)  # those that are not used
+    parts: list[Pairs] = field(default_factory=list)  # the tables that are used
+    other_tables: list[str] = field(default_factory=list)  # those that are not
 
     @property
     def used(self) -> list[str]:
         """The names of the columns that are used; none for conversations."""
         return [self.table.header[i] for i in self.columns.used] if self.columns else []
 
-    @property
-    def place(self) -> str:
-        return place_of(self.name, self.table)
-
-    @property
-    def in_words(self) -> str:
-        return f"{len(self.kept)} pairs, {columns_in_words(self)}"
-
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
-    was_on = gc.isenabled()
-    gc.disable()  # its search for cycles goes through all rows again and again: a third of the time
-    try:
+    with collector_paused():
         parts, unusable = read_parts(source, cfg)
+    if not parts:
+        reason, *others = unusable.values()
+        raise UserError("\n".join([reason, *map(preview, others)]))
+    best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
+    words = {one.place: f"{len(one.kept)} pairs, {columns_in_words(one)}" for one in parts}
+    unused = {one.place: words[one.place] for one in parts if one not in best} | unusable
+    if unused:
+        say("Chosen", "; ".join(f"{one.place}: {words[one.place]}" for one in best))
+        for place, why in list(unused.items())[:MOST_UNUSED]:
+            say("Not used", f"{place}: {preview(why, 150)}")
+        more = f"and {len(unused) - MOST_UNUSED} more. " if len(unused) > MOST_UNUSED else ""
+        say(
+            "", f"{more}To use another, name its sheet with --sheet or its file with --dataset-path"
+        )
+    pairs = joined(source.name, best) if len(best) > 1 else best[0]
+    return replace(pairs, parts=best, other_tables=list(unused))
+
+
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Spare Python's search for cycles, which goes through all rows again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
     finally:
         if was_on:
             gc.enable()
-    if not parts:
-        reason, *_ = unusable.values()
-        raise UserError(reason + "".join(f"\nNor can {one} be used." for one in [*unusable][1:4]))
-    best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
-    others = {one.place: one.in_words for one in parts if one not in best} | unusable
-    if others:
-        say("Chosen", "; ".join(f"{one.place}: {one.in_words}" for one in best))
-        lines = [f"{place}: {preview(why, 150)}" for place, why in others.items()]
-        for line in shortened(lines, MOST_UNUSED, "tables"):
-            say("Not used", line)
-        say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
-    pairs = joined(best) if len(best) > 1 else best[0]
-    return replace(pairs, name=pairs.name or source.name, parts=best, other_tables=list(others))
 
 
 def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]]:
@@ -1049,47 +1052,33 @@ def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]
     for path in source.paths:
         file = path.name if len(source.paths) > 1 else ""
         try:
-            tables = wanted_tables(path, cfg)
+            tables = read_tables(path, cfg)
         except UserError as error:
             unusable[file] = str(error)
             continue
         for table in tables:
+            place = ", ".join(filter(None, (file, table.sheet)))
             try:
-                parts.append(pairs_of(table, file, cfg))
+                parts.append(pairs_of(table, path.name, place, cfg))
             except UserError as error:
-                unusable[place_of(file, table)] = f"In {path}: {error}"
+                unusable[place] = f"In {path}: {error}"
     return parts, unusable
 
 
-def wanted_tables(path: Path, cfg: Config) -> list[Table]:
-    """Every filled sheet of a file, or the one that SHEET names."""
-    tables = read_tables(path, cfg)
-    wanted = getattr(cfg, "SHEET", "")
-    found = [table for table in tables if not wanted or fold(table.sheet) == fold(wanted)]
-    if not found:
-        sheets = [table.sheet for table in tables if table.sheet]
-        raise UserError(
-            f"{path} has no filled sheet {wanted!r} (--sheet).{did_you_mean(wanted, sheets)}\n"
-            f"Its filled sheets are: {', '.join(map(preview, sheets)) or 'none, it is no workbook'}"
-        )
-    return found
-
-
-def place_of(file: str, table: Table) -> str:
-    return ", ".join(filter(None, (file, table.sheet)))
-
-
-def pairs_of(table: Table, file: str, cfg: Config) -> Pairs:
-    """The pairs of one table."""
+def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
+    sheet = getattr(cfg, "SHEET", "") or table.sheet
+    if fold(sheet) != fold(table.sheet):
+        raise UserError(f'"{preview(table.sheet or name)}" is not the sheet {sheet!r} (--sheet).')
     shape, columns, rows = conversations_of(table, cfg)
-    kept, dropped = clean(table._replace(sheet=place_of(file, table)), rows)
+    kept, dropped = clean(table._replace(sheet=place), rows)
     ragged = sum(note.reason == MORE_CELLS for note in dropped)
     if ragged > max(2, len(table.rows) / 2):  # its lines only happen to hold commas
         raise UserError(
             f"{ragged} of {len(table.rows)} rows have more cells than the first. If this is a table, put "
             "texts with the separator in them in quotes."
         )
-    return Pairs(file, table, shape, columns, kept, dropped, len(table.rows) + len(table.unread))
+    size = len(table.rows) + len(table.unread)
+    return Pairs(name, place, table, shape, columns, kept, dropped, size)
 
 
 def is_same(part: Pairs, other: Pairs) -> bool:
@@ -1110,13 +1099,13 @@ def rank(parts: list[Pairs]) -> tuple[bool, bool, bool, int]:
     return not first.table.hidden, named, is_alpaca, pairs
 
 
-def joined(parts: list[Pairs]) -> Pairs:
+def joined(name: str, parts: list[Pairs]) -> Pairs:
     """The tables of one data set as one; what stands in several of them counts once."""
     kept, copies = without_copies([pair for part in parts for pair in part.kept])
     sheets = dict.fromkeys(part.table.sheet for part in parts if part.table.sheet)
     return replace(
         parts[0],
-        name="",
+        name=name,
         table=parts[0].table._replace(sheet=", ".join(sheets)),
         kept=kept,
         dropped=[note for part in parts for note in part.dropped] + copies,
@@ -2003,7 +1992,6 @@ def columns_unclear(
 
 NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
-NO_CONVERSATION = "not a conversation: turns, each with a role and a text"
 ROLE_NAMES = {
     "user": "user, human, prompter, customer, instruction, question, [inst]",
     "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output, [/inst]",
@@ -2032,6 +2020,9 @@ TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages da
 PREFERRED = ({"messages", "conversation", "conversations"}, {"prompt", "input"}, {"chosen"})
 ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
 LONGEST_PATH = 100  # messages of a tree
+SPOKEN = ("user", "assistant", "system")
+ROLE_KEYS = ("role", "from", "sender")
+CONTENT_KEYS = ("content", "value", "text", "parts", "message", "tool_calls")
 
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
 Message = dict[str, Any]  # of a tree, with its replies
@@ -2053,14 +2044,14 @@ def without_wrong(table: Table, rows: Rows) -> Rows:
     found = dict(rows)
     for i in (i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING):
         marks = {n: fold(cell) for n, cell in column_cells(table, i) if cell != ""}
-        seen = set(marks.values())
-        asked = {
-            (fold(talk[-2]["content"]), marks.get(n))
-            for n, talk in found.items()
-            if not isinstance(talk, str)
-        }
-        both = any((question, "1") in asked for question, mark in asked if mark == "0")
-        if seen <= YES | NO and (both or seen.isdisjoint({"0", "1"})):
+        talks = [(n, talk) for n, talk in found.items() if isinstance(talk, list)]
+        right, wrong = (
+            {fold(talk[-2]["content"]) for n, talk in talks if marks.get(n) in names}
+            for names in (YES, NO)
+        )
+        if set(marks.values()) <= YES | NO and (
+            right & wrong or not {"0", "1"} & {*marks.values()}
+        ):
             reason = f'marked as wrong in "{preview(table.header[i])}"'
             found |= {n: reason for n in found if marks.get(n) in NO}
     return list(found.items())
@@ -2076,27 +2067,24 @@ def filled_rows(table: Table) -> Iterator[tuple[int, list[Any]]]:
         yield number, row + [""] * (len(table.header) - len(row))
 
 
+def turn_of(role: str, cell: Any) -> Turn:
+    text = one_text(cell)
+    return ("a list or an object that is not one text", "") if text is None else (role, text)
+
+
 def two_columns(table: Table, columns: Columns) -> Rows:
-    width, names = len(table.header), [fold(name) for name in table.header]
+    roles = {columns.question: "user", columns.input: "user", columns.answer: "assistant"}
+    roles = {columns.system: "system"} | roles
+    names = [fold(name) for name in table.header]
     for number, cells in filled_rows(table):
-        question, answer, system, extra = (
-            "" if i is None else one_text(cells[i])
-            for i in (columns.question, columns.answer, columns.system, columns.input)
-        )
-        if not table.sheet and any(cells[width:]):
+        if not table.sheet and any(cells[len(names) :]):
             yield number, MORE_CELLS
         elif cells == table.header:
             yield number, "the header once more"
-        elif question is None or answer is None:
-            role = "question" if question is None else "answer"
-            yield number, f"the {role} is a list or an object, not one text"
         else:
-            turns = [("system", system or "")]
-            for pair in cells[names.index("history")] if question and "history" in names else "":
-                turns += (
-                    zip(("user", "assistant"), pair, strict=False) if is_alternating(pair) else []
-                )
-            turns += [("user", question), ("user", extra or ""), ("assistant", answer)]
+            history = cells[names.index("history")] if "history" in names else []
+            turns = [turn for pair in history if is_alternating(pair) for turn in turns_of(pair)]
+            turns += [turn_of(role, cells[i]) for i, role in roles.items() if i is not None]
             yield number, dialogue(turns)
 
 
@@ -2124,24 +2112,27 @@ def conversation_column(table: Table) -> int | None:
 def whole_conversations(table: Table, column: int) -> Rows:
     """The conversations of a column, with what stands beside: a system prompt, or the last answer."""
     names = [" ".join(words_of(name)) for name in table.header]
-    system = next((i for i, name in enumerate(names) if name in SYSTEM_COLUMNS), None)
+    systems = [i for i, name in enumerate(names) if name in SYSTEM_COLUMNS]
     strengths = [name_strength(h, "answer") * (i != column) for i, h in enumerate(table.header)]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
-    answer = answers[0] if len(answers) == 1 else None
-    header = "" if answer is None else table.header[answer]
-    is_truth = not TRUE_WORDS.isdisjoint(words_of(header))
     for number, cells in filled_rows(table):
-        turns = turns_of(cells[column])
-        said = [turn for turn in turns if turn[1].strip()]
-        beside = "" if answer is None else cells[answer]
-        text = one_text(beside) or ""
-        if said and said[-1][0] == "user":
-            turns += turns_of(beside) if is_conversation(beside) else [("assistant", text)]
-        elif said and is_truth and not is_code([text]) and fold(text) not in fold(said[-1][1]):
-            yield number, f'the last answer is not the one in "{preview(header)}"'
-            continue
-        before = "" if system is None else one_text(cells[system]) or ""
-        yield number, dialogue([("system", before), *turns]) if turns else NO_CONVERSATION
+        turns = turns_of(cells[column]) or [
+            ("something other than turns with a role and a text", "")
+        ]
+        if len(answers) == 1:
+            turns = with_answer(turns, table.header[answers[0]], cells[answers[0]])
+        yield number, dialogue([*(turn_of("system", cells[i]) for i in systems), *turns])
+
+
+def with_answer(turns: list[Turn], header: str, cell: Any) -> list[Turn]:
+    """A conversation that ends with a question, with the answer that a column beside it holds."""
+    role, said = next((turn for turn in reversed(turns) if turn[1].strip()), ("", ""))
+    if role == "user":
+        return turns + (turns_of(cell) if is_conversation(cell) else [turn_of("assistant", cell)])
+    truth = "" if TRUE_WORDS.isdisjoint(words_of(header)) else one_text(cell) or ""
+    if role == "assistant" and fold(truth) not in fold(said) and not is_code([truth]):
+        return [(f'an answer that is not the one in "{preview(header)}"', "")]
+    return turns
 
 
 def dialogue(turns: list[Turn]) -> Messages | str:
@@ -2150,9 +2141,7 @@ def dialogue(turns: list[Turn]) -> Messages | str:
     A system turn has no place of its own, so it goes before the first question. From the first turn
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
-    known = list(
-        itertools.takewhile(lambda turn: turn[0] in ("user", "assistant", "system"), turns)
-    )
+    known = list(itertools.takewhile(lambda turn: turn[0] in SPOKEN, turns))
     said = [(role, text.strip()) for role, text in known if text.strip()]
     system = [text for role, text in said if role == "system"]
     spoken = (turn for turn in said if turn[0] != "system")
@@ -2165,7 +2154,7 @@ def dialogue(turns: list[Turn]) -> Messages | str:
         messages[0]["content"] = "\n\n".join([*system, messages[0]["content"]])
         return messages[: len(messages) // 2 * 2]
     if len(known) < len(turns):
-        return f"{turns[len(known)][0]} comes before the first answer"
+        return f"{turns[len(known)][0]} in place of the first question or answer"
     return NO_ANSWER if messages else "no question"
 
 
@@ -2179,12 +2168,10 @@ def is_alternating(cell: Any) -> bool:
 
 
 def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
-    roles = [turn[key] for key in ("role", "from", "sender") if key in turn]
-    contents = [
-        turn[key] for key in ("content", "value", "text", "parts", "message") if key in turn
-    ]
-    contents += [""] if "tool_calls" in turn else []
-    return (known_role(roles[0]), contents[0]) if roles and contents else None
+    for role, content in itertools.product(ROLE_KEYS, CONTENT_KEYS):
+        if role in turn and content in turn:
+            return known_role(turn[role]), turn[content]
+    return None
 
 
 def known_role(name: object) -> str:
@@ -2225,13 +2212,14 @@ def turns_in_text(text: str) -> list[Turn]:
 
 def content_text(content: Any) -> str | None:
     """The text of a turn; parts of text are joined, anything else is no text."""
-    if not isinstance(content, list):
-        return content or "" if content is None or isinstance(content, str) else None
-    parts = [
-        part for part in content if isinstance(part, dict) and part.get("type", "text") == "text"
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    texts: list[Any] = [
+        part.get("text") if part.get("type", "text") == "text" else None
+        for part in parts
+        if isinstance(part, dict)
     ]
-    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
-    return "".join(texts) if len(texts) == len(content) else None
+    are_texts = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
+    return "".join(texts) if are_texts else None
 
 
 def trees_in(table: Table) -> list[tuple[int, Message]]:
@@ -2271,22 +2259,19 @@ def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
     while paths:
         path = paths.pop()
         replies = [one for one in objects_in(path[-1], "replies") if not is_deleted(one)]
-        replies.sort(key=rank_of)
+        replies.sort(key=lambda one: float(one["rank"]) if is_ranked(one) else math.inf)
         if replies and len(path) < LONGEST_PATH:
             paths += ([*path, one] for one in reversed(replies if every else replies[:1]))
         else:
             yield path
 
 
+def is_ranked(reply: Message) -> bool:
+    return bool(re.fullmatch(r"-?\d+(\.\d+)?", str(reply.get("rank"))))
+
+
 def is_deleted(message: Message) -> bool:
     return str(message.get("deleted", "")).casefold() == "true"
-
-
-def rank_of(reply: Message) -> float:
-    try:
-        return float(reply.get("rank", ""))
-    except (TypeError, ValueError):
-        return math.inf  # nobody ranked it
 
 
 # -- Cleaning
