@@ -252,12 +252,14 @@ def test_a_comparison_of_many_loads_the_base_once(finished: Path, run: Run, patc
     loads, real = [], PreTrainedModel.from_pretrained.__func__
     spy = classmethod(lambda cls, *a, **k: loads.append(cls) or real(cls, *a, **k))
     patched.setattr(PreTrainedModel, "from_pretrained", spy)
-    write_workbook(finished / "asked.xlsx", [("question", "answer"), *PAIRS[:3]])
+    more = [("question", "answer"), PAIRS[3], ("Open?", "")]
+    write_workbook(finished / "asked.xlsx", [("question", "answer"), *PAIRS[:3]], More=more)
     assert run("compare", "--questions", "asked.xlsx", "--max-tokens", 5)[0] == 0
     assert len(loads) == 1
     sheet = openpyxl.load_workbook("compare.xlsx")["Answers"]
     assert {"question", "before", "after"} <= {cell.value for cell in sheet[1]}
-    assert [sheet["A2"].value, sheet["B2"].value, sheet.freeze_panes] == ["2", PAIRS[0][0], "A2"]
+    assert [sheet["A2"].value, sheet["B2"].value, sheet.freeze_panes] == ["2 of Sheet", PAIRS[0][0], "A2"]
+    assert [cell.value for cell in sheet[6][:2]] == ["3 of More", "Open?"]
     assert sheet["B2"].alignment.wrap_text and len(sheet.conditional_formatting) == 2
     assert all(question in Path("compare.md").read_text() for question, _ in PAIRS[:3])
 

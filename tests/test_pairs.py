@@ -326,9 +326,11 @@ def test_a_sheet_of_something_else_is_no_hindrance(sheets: Sequence[Any], sheet:
 def test_sheets_of_questions_and_answers_add_up(sheet: Sheet) -> None:
     parts = {"Sheet": (0, 5), "Orders": (100, 40), "Returns": (200, 12), "Other": (300, 9)}
     rows = {name: [HEADER, *numbered(*part)] for name, part in parts.items()}
-    pairs = read(sheet(*rows.pop("Sheet"), **rows))
-    assert len(pairs.kept) == 66
-    for name, (start, count) in parts.items():
+    rows["Returns"] = [("Note", "ANSWER", " Question"), *(("new", *row[::-1]) for row in numbered(200, 12))]
+    odd = {"Old": [("Question", "Answer", "By"), *numbered(400, 3)], "Log": [("Tell", "Told"), *numbered(500, 99)]}
+    pairs = read(sheet(*rows.pop("Sheet"), **rows, **odd))
+    assert len(pairs.kept) == 69
+    for name, (start, count) in (parts | {"Old": (400, 3)}).items():
         found = [(pair.row, pair.question) for pair in pairs.kept if name in pair.sheet]
         assert found == [(i + 2, f"Tell me of {start + i}") for i in range(count)]
 
@@ -352,6 +354,7 @@ def test_the_person_can_choose_the_sheet(sheet: Sheet, run: Run, small_phi: Path
         assert code == 0
         assert json.loads(said.splitlines()[0])["pairs_kept"] == count
         assert len(read("dataset.xlsx", SHEET=name).kept) == count
+    assert re.search("Example.*Tickets", refusal("dataset.xlsx", SHEET="Ticket"))
 
 
 @pytest.fixture
