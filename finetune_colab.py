@@ -934,6 +934,7 @@ FEWEST_PAIRS = 2
 ENOUGH_PAIRS = 50
 BOTH_NAMED = 4  # Columns.named, from which on both columns are known by name
 MOST_UNUSED = 8  # tables that are not used, on the screen
+TO_TEST = re.compile(r"(?i)(test|val|valid|validation|dev|eval)(-\d+-of-\d+)?(\.\w+)?")
 
 
 class Table(NamedTuple):
@@ -1017,21 +1018,28 @@ def find_pairs(cfg: Config) -> Pairs:
     with collector_paused():
         parts, unusable = read_parts(source, cfg)
     if not parts:
-        reason, *others = unusable.values()
-        raise UserError("\n".join([reason, *map(preview, others)]))
+        first, *others = unusable.values()
+        raise UserError("\n".join([first, *map(preview, others)]))
     best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
-    words = {one.place: f"{len(one.kept)} pairs, {columns_in_words(one)}" for one in parts}
-    unused = {one.place: words[one.place] for one in parts if one not in best} | unusable
+    unused = {
+        one.place: f"{len(one.kept)} pairs, {columns_in_words(one)}"
+        for one in parts
+        if one not in best
+    }
+    unused |= {place: reason.partition(". ")[0] for place, reason in unusable.items()}
     if unused:
-        say("Chosen", "; ".join(f"{one.place}: {words[one.place]}" for one in best))
-        for place, why in list(unused.items())[:MOST_UNUSED]:
-            say("Not used", f"{place}: {preview(why, 150)}")
-        more = f"and {len(unused) - MOST_UNUSED} more. " if len(unused) > MOST_UNUSED else ""
-        say(
-            "", f"{more}To use another, name its sheet with --sheet or its file with --dataset-path"
-        )
+        say_choice(best, unused)
     pairs = joined(source.name, best) if len(best) > 1 else best[0]
     return replace(pairs, parts=best, other_tables=list(unused))
+
+
+def say_choice(best: list[Pairs], unused: dict[str, str]) -> None:
+    say("Chosen", f"{', '.join(one.place for one in best)}: {columns_in_words(best[0])}")
+    for place, reason in list(unused.items())[:MOST_UNUSED]:
+        say("Not used", f"{place}: {preview(reason, 150)}")
+    if len(unused) > MOST_UNUSED:
+        say("", f"and {len(unused) - MOST_UNUSED} more")
+    say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
 
 
 @contextmanager
@@ -1081,13 +1089,15 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
     return Pairs(name, place, table, shape, columns, kept, dropped, size)
 
 
+def is_aside(part: Pairs) -> bool:
+    """Whether a table is kept from sight, or was kept to test with."""
+    return part.table.hidden or any(map(TO_TEST.fullmatch, (part.name, part.table.sheet)))
+
+
 def is_same(part: Pairs, other: Pairs) -> bool:
-    """Whether two tables belong to one data set: of the same columns, but for some that only one has."""
-    kinds = [
-        (one.table.hidden, one.shape, [fold(name) for name in one.used[:2]])
-        for one in (part, other)
-    ]
-    names, others = (set(map(fold, one.table.header)) for one in (part, other))
+    """Whether two tables belong to one data set: of the same header, or one with further columns."""
+    kinds = [(is_aside(one), one.shape, [*map(fold, one.used[:2])]) for one in (part, other)]
+    names, others = ({fold(name) for name in one.table.header if name} for one in (part, other))
     return kinds[0] == kinds[1] and (names <= others or others <= names)
 
 
@@ -1095,8 +1105,8 @@ def rank(parts: list[Pairs]) -> tuple[bool, bool, bool, int]:
     """Visible sheets come first, then two known names, then Alpaca's, then the most pairs."""
     first, pairs = parts[0], sum(len(part.kept) for part in parts)
     named = first.columns is None or first.columns.named >= BOTH_NAMED
-    is_alpaca = [fold(name) for name in first.used[:2]] == ["instruction", "output"]
-    return not first.table.hidden, named, is_alpaca, pairs
+    is_alpaca = [*map(fold, first.used[:2])] == ["instruction", "output"]
+    return not is_aside(first), named, is_alpaca, pairs
 
 
 def joined(name: str, parts: list[Pairs]) -> Pairs:
@@ -2130,7 +2140,7 @@ def with_answer(turns: list[Turn], header: str, cell: Any) -> list[Turn]:
     if role == "user":
         return turns + (turns_of(cell) if is_conversation(cell) else [turn_of("assistant", cell)])
     truth = "" if TRUE_WORDS.isdisjoint(words_of(header)) else one_text(cell) or ""
-    if role == "assistant" and fold(truth) not in fold(said) and not is_code([truth]):
+    if role == "assistant" and fold(truth) not in fold(said):
         return [(f'an answer that is not the one in "{preview(header)}"', "")]
     return turns
 

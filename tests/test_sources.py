@@ -163,7 +163,7 @@ PLACES: list[Any] = [  # files; the place; its pairs, or words of the refusal
     *((LOCKS, "*", r"\*"), (LOCKS | {"dataset_report_2025.csv": ONE}, "*", WHY)),
     ({"a.csv": CSV, "b.csv": b"soru,cevap\nNeden?,Nasil.\n"}, "*.csv", PAIRS),  # the others are named
     *((SHARDS | {"notes.txt": b"none"}, place, PAIRS) for place in (".", "*.csv")),
-    (SHARDS, "s3://data/", PAIRS),
+    *(({"train-0.csv": ONE, "test.csv": CSV}, "*.csv", WHY), (SHARDS, "s3://data/", PAIRS)),
     ({"qa/my pairs.csv": CSV}, "s3://data/qa/my pairs.csv", PAIRS),
     ({"a.csv": THIRTY, "b.csv": CSV}, "s3://data/", PAIRS),  # the surest is taken
     ({f"{i:03}.csv": b"id%d\n1\n" % i for i in range(201)}, "s3://data/", r"201.*\b000\.csv"),
