@@ -27,7 +27,7 @@ from conftest import PAIRS, Patch, Run, in_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seams import ROOT, Config, UserError, find_pairs
-from tables import HEADER, cases, csv_file, jsonl, later, parquet, records, texts
+from tables import HEADER, cases, csv_file, jsonl, parquet, records, texts
 
 CSV, ONE = csv_file([HEADER, *PAIRS]), b"question,answer\nWhy?,So.\n"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-secret-access-key"}
