@@ -2394,36 +2394,35 @@ ADVICE = {  # where the finding does not say it all
     "an answer of one letter": "write the answer out: what option B says",
     "an answer of one digit": "write the answer out, if the number stands for an option",
     "very unequal lengths": "see whether text slipped into the wrong cell",
-    "nearly a copy of another row": "keep one of them",
     "another answer to the question of another row": "keep the right one, or join them",
 }
+NOTHING = ("null", "none", "na", "nan", "nil", "#n/a")
 UNCOUNTED = re.compile("blank$|the language is ")  # reasons that say nothing of the quality
-TAG = (
-    "a|b|i|u|p|br|hr|div|span|em|strong|small|sub|sup|center|font|pre|code|ul|ol|li|table|thead"
-    "|tbody|tr|td|th|img|h[1-6]|blockquote|script|style|html|head|body"
-)
 HTML = re.compile(
-    rf"</?(?:{TAG})(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|&(?:[a-z]{{2,6}}|#x?[\da-f]{{2,6}});", re.I
+    r"</?(?:a|b|i|u|p|br|hr|div|span|em|strong|small|su[bp]|center|font|pre|code|[uo]l|li|table|thead"
+    r"|tbody|t[rdh]|img|h[1-6]|blockquote|script|style|html|head|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+    r"|&(?:[a-z]{2,6}|#x?[\da-f]{2,6});",
+    re.IGNORECASE,
 )
-ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.I)
+ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-CONTROL = re.compile(
+CONTROL = re.compile(  # also those of the prompt's own form
     r"<\|\w{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<</?SYS>>|\[/?INST\]"
-    r"|^(?:Instruct|Output):",  # the prompt's own
+    r"|^(?:Instruct|Output):",
     re.MULTILINE,
 )
-# The bytes 80 to BF of UTF-8, read as Windows-1252, without what may follow a letter: “Ã”, «é»
+# UTF-8's bytes 80 to BF, read as Windows-1252, but for punctuation that may follow any letter
 TAIL = "€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ¡-ª¬-º¼-¿"
 BROKEN = re.compile(
-    rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—]|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…]|ï»¿"
+    rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—]"
+    rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…]|ï»¿"
 )
 PLACEHOLDER = re.compile(  # not "Todo", which is Spanish for everything
     r"(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?.]{2,}|…+|[-_]{2,}|test(?:ing)?"
     r"|placeholder|lorem\s+ipsum.*|(?:(?:your|the|an?)\s+)?(?:question|answer|text|response)\s+"
     r"(?:goes\s+)?here|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
-    re.DOTALL | re.I,
+    re.DOTALL | re.IGNORECASE,
 )
-EMPTY = ("null", "none", "na", "nan", "nil", "#n/a")  # one may be an answer, many are none
 CJK = "぀-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff"  # a single character may be a word
 SAYS = re.compile(rf"[{CJK}]|(?:[\w\u0900-\u0e4f+*/=^×÷<>%-].*?){{3}}", re.DOTALL)
 ONE_LETTER = re.compile(rf"\W{{,9}}[^\W\d_{CJK}]\W{{,9}}")
@@ -2451,16 +2450,16 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     odd, copies = odd_answers(kept), near_copies(kept)
     asked: dict[str, list[int]] = {}
     for i, pair in enumerate(kept):
-        if pair.answer.casefold() in odd:
-            findings[i].append(odd[pair.answer.casefold()])
+        findings[i] += odd.get(pair.answer.casefold(), [])
         if i in copies:
             findings[i].append(f"nearly a copy of {place_of(kept[copies[i]], pair)}")
         elif len(pair.messages) == 2:
             asked.setdefault(" ".join(words_in(pair.messages[:1])), []).append(i)
-    for same in filter(lambda same: len(same) > 1, asked.values()):
+    for same in asked.values():
         for i, other in zip(same, same[1:] + same[:1], strict=True):
-            place = place_of(kept[other], kept[i])
-            findings[i].append(f"another answer to the question of {place}")
+            if other != i:
+                place = place_of(kept[other], kept[i])
+                findings[i].append(f"another answer to the question of {place}")
     flagged = [
         Note(*pair[1:], what) for pair, found in zip(kept, findings, strict=True) for what in found
     ]
@@ -2476,6 +2475,7 @@ def flaws_of(pair: Pair) -> list[str]:
     whole, prose = "\n".join(texts), "\n".join(CODE.sub("", text) for text in texts)
     cores = [text[:100].strip("[](){}<>*\"'!: ") for text in texts]
     sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
+    folded = list(map(fold, texts))
     found = {
         "left-over HTML": HTML.search(prose) and not ABOUT_HTML.search(whole),
         "control marks of a model": CONTROL.search(prose),
@@ -2483,21 +2483,19 @@ def flaws_of(pair: Pair) -> list[str]:
         "placeholder text": any(map(PLACEHOLDER.fullmatch, cores)),
         "a question without a word": not SAYS.search(texts[0]),
         "an answer of one letter": len(texts) == 2 and ONE_LETTER.fullmatch(texts[1]),
-        "an answer that repeats its question": any(
-            fold(q) == fold(a) for q, a in zip(texts[::2], texts[1::2], strict=True)
-        ),
+        "an answer that repeats its question": any(map(str.__eq__, folded[::2], folded[1::2])),
         "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
     }
-    return [kind for kind, shows in found.items() if shows]
+    return [kind for kind, is_there in found.items() if is_there]
 
 
-def odd_answers(pairs: Sequence[Pair]) -> dict[str, str]:
-    """Answers whose number shows that they stand for something else."""
+def odd_answers(pairs: Sequence[Pair]) -> dict[str, list[str]]:
+    """Answers whose number shows that they stand for something else: one NULL may be an answer."""
     counts = Counter(pair.answer[:6].casefold() for pair in pairs)
-    many = max(3, len(pairs) / 20)
     if len(counts) <= len(pairs) / 4 and all(re.fullmatch(r"\d", text) for text in counts):
-        return dict.fromkeys(counts, "an answer of one digit")
-    return {text: "placeholder text" for text in EMPTY if counts[text] >= many}
+        return {text: ["an answer of one digit"] for text in counts}
+    often = [text for text, count in counts.items() if count >= max(3, len(pairs) / 20)]
+    return {text: [f'"{text.upper()}" instead of an answer'] for text in often if text in NOTHING}
 
 
 def words_in(messages: Messages) -> list[str]:
@@ -2520,8 +2518,10 @@ def near_copies(pairs: Sequence[Pair]) -> dict[int, int]:
             first, later = sorted(neighbours, key=letters.__getitem__)
             a, b = letters[first], letters[later]
             third = min(len(a), len(b)) // 3
-            alike = a.startswith(b[:third]) or a.endswith(b[-third:])
-            if a and alike and (a == b or are_alike(pairs[first], pairs[later])):
+            if a == b != "" or (
+                (a.startswith(b[:third]) or a.endswith(b[-third:]))
+                and are_alike(pairs[first], pairs[later])
+            ):
                 found.setdefault(later, first)
     return found
 
@@ -2529,11 +2529,10 @@ def near_copies(pairs: Sequence[Pair]) -> dict[int, int]:
 def are_alike(one: Pair, other: Pair) -> bool:
     """Whether 90 % of the words are common, and no number is among the others: 2023 is not 2024."""
     a, b = (set(words_in(pair.messages)) for pair in (one, other))
-    return len(a & b) >= 0.9 * len(a | b) and not re.search(r"\d", "".join(a ^ b))
+    return len(a & b) >= 0.9 * len(a | b) > 0 and not re.search(r"\d", "".join(a ^ b))
 
 
 def say_quality(quality: Quality, minimum: float) -> None:
-    """What share of the rows is fit to learn from, what looks wrong with the others, and what to do."""
     if quality.counted:
         share = f"{quality.good} of {quality.counted} rows with content are taught and look right"
         say("Quality", f"{quality}: {share}")

@@ -42,7 +42,7 @@ FILES: dict[str, Any] = {
         "no answer": [*range(4, 10)], "no question": [*range(10, 16)], "blank": [16]}),
     "trees.jsonl": (jsonl(*TREES), 1, 2, {"the language is de, not en": [3]}),
     "nulls.csv": (csv_file([HEADER, *((f"What is {i}?", f"It is {i}." if i % 4 else "NULL") for i in range(12))]), 0.75,
-        12, {"placeholder text": [2, 6, 10]}),
+        12, {'"NULL" instead of an answer': [2, 6, 10]}),
     "numbers.jsonl": (jsonl(*({"question": f"Is it {i}?", "answer": i % 2} for i in range(9))), 0, 9, {
         "an answer of one digit": [*range(1, 10)]}),
     "talks.xlsx": (xlsx([("messages",), (TALK,), ("",), (TALK.replace("Why", "How"),)]), 1, 2, {"blank": [3]}),
