@@ -2371,8 +2371,9 @@ def grouped(notes: Sequence[Note]) -> list[str]:
     lines = []
     for kind, found in by_kind(notes).items():
         rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
-        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
-        lines.append(f"{kind}: {len(rows)} row{'s' * (len(rows) > 1)} ({places})")
+        count = f"{len(rows)} rows, " if len(rows) > 1 else "row "
+        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
+        lines.append(f"{kind}: {count}{', '.join(rows[:8])}{more}")
     return lines
 
 

@@ -185,7 +185,7 @@ def test_a_question_is_on_one_side(folder: Path, run: Run, different: int, fract
     rows = [(question, f"answer {i}") for i, question in enumerate(asked)]
     write_workbook(folder / "dataset.xlsx", [("question", "answer"), *rows])
     for seed in (42, 42, 2):
-        assert run("check", "--validation-fraction", fraction, "--seed", seed)[0] == 0
+        assert run("check", "--yes", "--validation-fraction", fraction, "--seed", seed)[0] == 0
         head, *kept = load_workbook("dataset_report.xlsx")["Kept"].iter_rows(values_only=True)
         away.append([row[head.index("held out")] == "yes" for row in kept])
         for report in folder.glob("dataset_report*"):
