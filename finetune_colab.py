@@ -2412,14 +2412,14 @@ CONTROL = re.compile(  # also those of the prompt's own form
     r"|^(?:Instruct|Output):",
     re.MULTILINE,
 )
-# UTF-8's bytes 80 to BF, read as Windows-1252, but for punctuation that may follow any letter
-TAIL = "€‚ƒ„†‡ˆ‰Š‹ŒŽ•˜™š›œžŸ¡-ª¬-º¼-¿"
+# How Windows-1252 shows the bytes 80 to BF of UTF-8, but for what may follow a letter: VÝŠKA, «é»
+TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 BROKEN = re.compile(
-    rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—]"
-    rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…]|ï»¿"
+    rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]"
+    rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]|ï»¿"
 )
 PLACEHOLDER = re.compile(  # not "Todo", which is Spanish for everything
-    r"(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?.]{2,}|…+|[-_]{2,}|test(?:ing)?"
+    r"(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?？.]{2,}|…+|[-_]{2,}|test(?:ing)?"
     r"|placeholder|lorem\s+ipsum.*|(?:(?:your|the|an?)\s+)?(?:question|answer|text|response)\s+"
     r"(?:goes\s+)?here|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
     re.DOTALL | re.IGNORECASE,
@@ -2447,20 +2447,10 @@ class Quality(NamedTuple):
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others."""
-    findings = list(map(flaws_of, kept))
-    odd, copies = odd_answers(kept), near_copies(kept)
-    asked: dict[str, list[int]] = {}
-    for i, pair in enumerate(kept):
-        findings[i] += odd.get(pair.answer.casefold(), [])
-        if i in copies:
-            findings[i].append(f"nearly a copy of {place_of(kept[copies[i]], pair)}")
-        elif len(pair.messages) == 2:
-            asked.setdefault(" ".join(words_in(pair.messages[:1])), []).append(i)
-    for same in asked.values():
-        for i, other in zip(same, same[1:] + same[:1], strict=True):
-            if other != i:
-                place = place_of(kept[other], kept[i])
-                findings[i].append(f"another answer to the question of {place}")
+    odd = odd_answers(kept)
+    findings = [flaws_of(pair) + odd.get(pair.answer.casefold(), []) for pair in kept]
+    for i, other, what in answered_again(kept):
+        findings[i].append(f"{what} {place_of(kept[other], kept[i])}")
     flagged = [
         Note(*pair[1:], what) for pair, found in zip(kept, findings, strict=True) for what in found
     ]
@@ -2499,38 +2489,33 @@ def odd_answers(pairs: Sequence[Pair]) -> dict[str, list[str]]:
     return {text: [f'"{text.upper()}" instead of an answer'] for text in often if text in NOTHING}
 
 
-def words_in(messages: Messages) -> list[str]:
-    text = " ".join(message["content"] for message in messages)
+def answered_again(pairs: Sequence[Pair]) -> Iterator[tuple[int, int, str]]:
+    """Of the pairs with the same question, those that nearly copy another one, or contradict it."""
+    asked: dict[str, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        question = "\n".join(message["content"] for message in pair.messages[:-1])
+        asked.setdefault("".join(words_in(question)) or question, []).append(i)
+    for same in (rows for rows in asked.values() if len(rows) > 1):
+        same.sort(key=lambda i: words_in(pairs[i].answer))  # the order of the rows decides nothing
+        different = same[:1]
+        for i in same[1:]:
+            if are_alike(pairs[different[-1]].answer, pairs[i].answer):
+                yield i, different[-1], "nearly a copy of"
+            else:
+                different.append(i)
+        for i, other in zip(different, different[1:] + different[:1], strict=True):
+            if i != other:
+                yield i, other, "another answer to the question of"
+
+
+def words_in(text: str) -> list[str]:
     return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
 
 
-def near_copies(pairs: Sequence[Pair]) -> dict[int, int]:
-    """Pairs that say nearly the same as another one, and which one.
-
-    Neighbours alone are compared, in the order of their letters and of these read backwards, since
-    such pairs begin or end alike: the time grows with the rows, not with their square.
-    """
-    letters = ["".join(words_in(pair.messages)) for pair in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: str(pairs[i].messages))
-    found: dict[int, int] = {}
-    for step in (1, -1):
-        order.sort(key=lambda i: letters[i][::step])
-        for neighbours in itertools.pairwise(order):
-            first, later = sorted(neighbours, key=letters.__getitem__)
-            a, b = letters[first], letters[later]
-            third = min(len(a), len(b)) // 3
-            if a == b != "" or (
-                (a.startswith(b[:third]) or a.endswith(b[-third:]))
-                and are_alike(pairs[first], pairs[later])
-            ):
-                found.setdefault(later, first)
-    return found
-
-
-def are_alike(one: Pair, other: Pair) -> bool:
+def are_alike(one: str, other: str) -> bool:
     """Whether 90 % of the words are common, and no number is among the others: 2023 is not 2024."""
-    a, b = (set(words_in(pair.messages)) for pair in (one, other))
-    return len(a & b) >= 0.9 * len(a | b) > 0 and not re.search(r"\d", "".join(a ^ b))
+    a, b = set(words_in(one)), set(words_in(other))
+    return len(a & b) >= 0.9 * len(a | b) and not re.search(r"\d", "".join(a ^ b))
 
 
 def say_quality(quality: Quality, minimum: float) -> None:
