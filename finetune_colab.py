@@ -1539,181 +1539,146 @@ def one_text(cell: Any) -> str | None:
 # What people call the two columns: names that are sure, likely, and mere hints.
 NAMES: dict[str, tuple[str, str, str]] = {
     "question": (
-        "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, "
-        "user prompt, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, "
-        "domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, "
-        "küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, "
-        "въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, kérdés, kérdések, "
-        "întrebare, întrebări, pyetje, pyetja, ερώτηση, ερωτήσεις, soru, sorular, sual, savol, сұрақ, "
-        "суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
-        "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, "
-        "soalan, tanong, swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, "
-        "提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, "
-        "vrae, fraach, fro, froen, פֿראַגע, פֿראַגעס, spørsmålet, spørsmåla, spørgsmålet, "
-        "spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, "
-        "vprašanja, питања, прашања, въпроси, пытанні, întrebarea, pyetjet, preguntes, questões, "
-        "galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, "
-        "goulennoù, demandoj, suallar, sorag, soraglar, savollar, савол, сұрақтар, суроолор, сорау, "
-        "сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, "
-        "pirs, pirsên, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्नों, प्रश्‍न, प्रश्नहरू, "
-        "প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, "
-        "ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, คำถามที่พบบ่อย, မေးခွန်းများ, དྲི་བ, "
-        "འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, "
-        "ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, "
-        "mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
+        "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, frage, fragen, "
+        "pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, "
+        "spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, "
+        "otázka, otázky, vprašanje, pitanje, pitanja, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, "
+        "питање, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, ερώτηση, ερωτήσεις, soru, sorular, sual, "
+        "savol, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
+        "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, soalan, tanong, "
+        "swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, 提问, 提問, 题目, 題目, 指令, "
+        "问, 問, 質問, 問い合わせ, 질문, 문의, vrae, fraach, fro, froen, פֿראַגע, פֿראַגעס, spørsmålet, spørsmåla, "
+        "spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, "
+        "vprašanja, питања, прашања, въпроси, пытанні, întrebarea, pyetjet, preguntes, questões, galderak, "
+        "mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, "
+        "sorag, soraglar, savollar, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, "
+        "კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, pirs, pirsên, پرسیار, پرسیارەکان, سوئال, سوئاللار, "
+        "प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, "
+        "ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, "
+        "pātai, ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, "
+        "mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
         "input, input text, user, human, term, problem, user message, customer message, human message, inputs, "
         "inputs pretokenized",
         "title, text",
     ),
     "answer": (
-        "answer, answers, a, response, responses, output, outputs, completion, completions, reply, "
-        "replies, target, ground truth, ground truths, groundtruth, gold, gold answer, reference answer, expected, reference, antwort, "
-        "antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, "
-        "réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, "
-        "odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, ответ, ответы, відповідь, "
-        "відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, απαντήσεις, cevap, "
-        "cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, "
-        "جواب, إجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, "
-        "คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, "
-        "majibu, amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, "
-        "答, 답변, 답, 정답, 응답, "
-        "antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, "
-        "svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, одговори, отговори, "
-        "адказы, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, "
-        "tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, "
-        "respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, жавоб, жауаптар, жооптор, "
-        "җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, "
-        "bersiv, bersivên, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तरों, उत्तरहरू, উত্তরসমূহ, "
-        "উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, "
-        "ഉത്തരങ്ങൾ, පිළිතුර, အဖြေများ, ལན, đáp, wangsulan, waleran, tubag, valiny, whakautu, መልሶች, "
-        "መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, "
-        "iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
-        "solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, "
-        "targets pretokenized",
+        "answer, answers, a, response, responses, output, outputs, completion, completions, reply, replies, target, "
+        "ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, "
+        "respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, "
+        "atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, "
+        "ответ, ответы, відповідь, відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, "
+        "απαντήσεις, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, "
+        "תשובות, جواب, إجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, "
+        "ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, "
+        "amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, "
+        "정답, 응답, antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, svara, "
+        "svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, одговори, отговори, адказы, răspunsul, "
+        "përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, "
+        "freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, "
+        "жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, "
+        "ځوابونه, bersiv, bersivên, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, "
+        "উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, đáp, wangsulan, "
+        "waleran, tubag, valiny, whakautu, መልሶች, መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, "
+        "azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
+        "solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, "
+        "ai response, ai message, agent message, targets pretokenized",
         "body, text, definition",
     ),
 }
-# A header with one of these words tells something about a question or an answer, and is neither.
+# A header with one of these words tells something about a question or an answer, and is neither; or it
+# is what somebody or something said that is not to be learnt.
 OTHER_WORDS = set(
-    "uuid key counts number num no nr index idx start end offset url link date time score rating type "
-    "category topic tag tags label intent length len normalized lang language source file filename path "
-    "votes author name option options choice choices hint context contexts passage document story "
-    "explanation rationale reason reasoning rubric rag bot from by owner status von av par por autor "
-    "auteur numero dato data datum stato estado etat statut zeitstempel timestamp "
-    "errata errada errado incorrecta incorrecte incorreta typ kategorie thema tipo categoria tema fecha "
-    "categorie kategori konu".split()
+    "id ids uuid key count counts number num no nr index idx start end offset url link date time score rating type "
+    "category topic tag tags label intent length len normalized lang language source file filename path votes author "
+    "name option options choice choices hint context contexts passage document story explanation rationale reason "
+    "reasoning rubric owner status dato data datum stato estado etat statut autor auteur numero zeitstempel timestamp "
+    "typ kategorie thema tipo categoria tema fecha categorie kategori konu wrong incorrect false falsche errata errada "
+    "errado incorrecta incorrecte incorreta distractor rejected negative worst model llama claude gemini mistral mixtral "
+    "gemma qwen deepseek bard palm copilot rag baseline predicted prediction predict pred generated gerada hallucinated "
+    "aluno alumno eleve ogrenci".split()
 )
-# The same, and however long its texts are: what somebody or something said that was not to be learnt.
-SYSTEM_WORDS = set(
-    "wrong incorrect false falsche distractor rejected negative worst model llama claude gemini mistral "
-    "mixtral gemma qwen deepseek bard palm copilot baseline predicted prediction predict pred generated "
-    "gerada hallucinated student aluno alumno eleve ogrenci id ids count".split()
+OTHER_SIGNS = re.compile(
+    "^__|人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种别|種別|カテゴリ|유형|번호|분류"
 )
 # These mark the true answers, beside which a plain "answer" may be what some system said.
 TRUE_WORDS = set(
-    "reference gold golden expected target targets correct ideal desired best official true truth gercek "
-    "dogru richtige korrekte correcte exacte correta correto correcta corretta esatta juiste rätt "
-    "правильный верный poprawna prawidlowa spravna benar đung".split()
-)
-OTHER_SIGNS = re.compile(
-    "人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种别|種別"
-    "|カテゴリ|유형|번호|분류"
+    "reference gold golden expected target correct ideal desired best official true truth gercek dogru richtige korrekte "
+    "correcte exacte correta correto correcta corretta esatta juiste правильный верный poprawna spravna benar đung".split()
 )
 UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, Japanese, Chinese, Korean
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 )
-FIGURES = re.compile(r"[\d\s.,:/%+-]*\d[\d\s.,:/%+-]*(?:[AaPp]\.?[Mm]\.?)?|\S+@\S+")
-NO_WORDS = re.compile(
-    r"https?://\S+|[0-9a-f-]{16,}|\S+\.(json|jsonl|csv|pdf|txt|md|html?|png|jpe?g|mp[34])|\S+@\S+",
-    re.IGNORECASE,
-)
-SQL = re.compile(
-    r"\s*(select\b.*\bfrom|with\b.*\bas\s*\(|insert into|update\b.*\bset|delete from)\b",
-    re.IGNORECASE | re.DOTALL,
-)
+QUESTION_MARKS = ("?", "？", "؟", "՞")
 ASKING = re.compile(  # what asks without a question mark
-    r"^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write"
-    r"|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute"
-    r"|convert|classify|identify|provide|rewrite|suggest)\b"
-    r"|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร"
-    r"|[α-ωά-ώ];$",
+    "^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write|explain"
+    "|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute|convert|classify"
+    r"|identify|provide|rewrite|suggest)\b|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些"
+    "|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร|[α-ωά-ώ];$",
     re.IGNORECASE,
 )
-OPTION_WORDS = set(
-    "option options choice choices opt opts answer answers distractors opcoes opciones alternativas".split()
+KEY = re.compile(  # a link, a file, an address, a hash, a label such as Q1
+    r"https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?", re.IGNORECASE
 )
+OPTION = re.compile(
+    "opt|choice|answer|distractor|opcion|opcoes|alternativ"
+)  # how such a word begins
 INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
-MOST_HEADER_WORDS = 4  # a cell of more words, or of more characters, is no header
-LONGEST_HEADER = 60
+LONGEST_HEADER = 60  # characters
 HEADER_ROWS = 20  # a header stands within so many filled rows
 MOST_COLUMNS = 50  # that are weighed against each other
 MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 SENTENCE = 4  # words, on average, from which on cells may be answers whatever their header says
 PHRASE = 1.9  # strength of a name that has a sure one in it
-CLEAR_LEAD = 0.25  # of the best two columns over any other two, see fit
+ASKING_WEIGHT = 0.7  # of a column where every cell asks, beside 1 between a sure and a likely name
+CLEAR_LEAD = 0.25  # of the best two columns over any other two
 CLEARLY_ASKING = 0.3  # where no header says which column asks, how many more cells of one must ask
 NONE_FOUND = "no column of questions with a column of answers was found."
-SEVERAL_FOUND = "more than one column may hold the questions or the answers."
-LISTS = "the column that is named like the questions or the answers holds lists."
-ONLY_OPTION = (
-    '"{}" only says which of the options is right. Make a column with the text of the right one.'
-)
-NONE_ASKS = "neither the headers nor the cells say which column asks."
-
-Fits = dict[tuple[int, int], float]  # of a column of questions and one of answers
+Fits = dict[
+    tuple[int, int], float
+]  # a column of questions and one of answers; the best comes first
 
 
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
-    """Find the row of headers: the first that holds what the person named, or that names both columns.
+    """Find the row of headers: what the person named, or names of both columns, or the first below a title.
 
-    Otherwise it is the first row below a title; where that looks like a pair itself there is none, and
-    the columns are called by their letters.
+    Where that looks like a pair itself there is none, and the columns are called by their letters.
     """
     rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
-    top = [cells for _, cells in rows[:HEADER_ROWS]]
-    named = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
-    found = [i for i, cells in enumerate(top) if named and named <= set(map(fold, cells))]
+    top = [cells for _, cells in rows[:HEADER_ROWS]] or [[]]
+    wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
+    found = [i for i, cells in enumerate(top) if wanted and wanted <= set(map(fold, cells))]
     found += [i for i, cells in enumerate(top) if names_both(cells)]
-    first = next((i for i, cells in enumerate(top) if any(cells[1:]) or is_name(cells[0])), 0)
-    if not found and is_data(top[first:]):
-        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(top[first]))], rows)
-    header = found[0] if found else first
-    below = header + 1
-    while below in found:  # the same header in another language
-        below += 1
-    return Table(sheet, top[header] if top else [], rows[below:])
+    wide = (i for i, cells in enumerate(top) if any(cells[1:]) or is_name("".join(cells)))
+    header = found[0] if found else next(wide, 0)
+    if not found and is_data(top[header:]):
+        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(top[header]))], rows)
+    below = next(i for i in itertools.count(header + 1) if i not in found)  # the same once more
+    return Table(sheet, top[header], rows[below:])
 
 
 def is_name(cell: str) -> bool:
-    return max(name_strength(cell, role) for role in NAMES) >= 2
+    return any(name_strength(cell, role) > 1 for role in NAMES)
 
 
 def names_both(row: list[str]) -> bool:
     """Whether two cells of a row name questions and answers, at least one of them so surely."""
-    questions, answers = (
-        [name_strength(cell, role) for cell in row[:MOST_COLUMNS]] for role in NAMES
-    )
-    return any(
-        min(q, a) >= PHRASE and q + a > 4.5
-        for i, q in enumerate(questions)
-        for j, a in enumerate(answers)
-        if i != j
-    )
+    named = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
+    both = [(q, a) for (q, _), (_, a) in itertools.permutations(named, 2)]
+    return any(min(pair) > 1 and sum(pair) > 2 * PHRASE + 0.5 for pair in both)
 
 
 def is_data(rows: list[list[str]]) -> bool:
-    """Whether the first row holds texts to learn, and none of its cells heads a column of figures."""
+    """Whether the first row is one to learn, rather than what a form asked above its dates and answers."""
     for cell, *below in itertools.zip_longest(*rows, fillvalue=""):
-        figures = [bool(FIGURES.fullmatch(other)) for other in below if other]
-        if cell and len(figures) > 2 and all(figures) and not FIGURES.fullmatch(cell):
-            return False  # a form on the web may ask in its header
-    return any(map(is_sentence, rows[0] if rows else []))
-
-
-def is_sentence(cell: str) -> bool:
-    ends = cell.endswith((".", "。")) and not cell.endswith("..")
-    is_long = len(cell) > LONGEST_HEADER or (word_count(cell) >= SENTENCE and (ends or asks(cell)))
-    return is_long or looks_like_question(cell)
+        filled = [one for one in below if one]
+        if cell[:1].isalpha() and len(filled) > 2 and all(one[0].isdigit() for one in filled):
+            return False
+    return any(
+        cell.endswith(QUESTION_MARKS)
+        or len(cell) > LONGEST_HEADER
+        or (word_count(cell) >= SENTENCE and (asks(cell) or cell.endswith((".", "。"))))
+        for cell in rows[0]
+    )
 
 
 def word_count(text: str) -> float:
@@ -1724,23 +1689,17 @@ def column_letter(index: int) -> str:
     return (column_letter(index // 26 - 1) if index >= 26 else "") + chr(ord("A") + index % 26)
 
 
-def looks_like_question(text: str) -> bool:
-    return text.endswith(("?", "？", "؟", "՞"))
-
-
 def asks(text: str) -> bool:
-    return looks_like_question(text) or bool(ASKING.search(text[:200]))
+    return text.endswith(QUESTION_MARKS) or bool(ASKING.search(text[:200]))
 
 
 def words_of(header: str) -> list[str]:
     """The words of a header in plain letters: AnswerCount is answer and count, Réponse_2 reponse."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d]{2})\d+|_\d+", " ", header[:200])
     plain = unicodedata.normalize("NFKD", spaced).casefold().replace("ı", "i")
-    letters = (c for c in plain if unicodedata.category(c) != "Mn")
-    words = "".join(
-        c if c.isalnum() or unicodedata.category(c) == "Mc" else " " for c in letters
-    ).split()
-    return [re.sub("^ال(?=..)", "", unicodedata.normalize("NFC", word)) for word in words]
+    bare = "".join(c for c in plain if unicodedata.category(c)[0] != "M")
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", bare))
+    return [re.sub("^ال(?=..)", "", word) for word in words]
 
 
 @functools.cache
@@ -1750,213 +1709,153 @@ def known_names(role: str) -> list[set[str]]:
 
 @functools.cache
 def name_strength(header: str, role: str) -> float:
-    """How well a header says what is in its column: 3 sure, 2 likely, 1 a mere hint, below 0 something else."""
+    """How well a header says what is in its column: 3 sure, 2 likely, 1 a mere hint, -1 something else."""
     words = words_of(header)
     name = " ".join(words)
-    for strength, names in zip((3, 2, 1), known_names(role), strict=True):
-        if name in names and not header.startswith("__"):  # a tool's own
-            return strength
-    if (SYSTEM_WORDS & set(words) or "gpt" in name) and (role, words[0]) != ("question", "student"):
-        return -2
-    if OTHER_WORDS & set(words) or OTHER_SIGNS.search(header):
+    students = "student" in words and role == "answer"
+    if OTHER_WORDS & set(words) or OTHER_SIGNS.search(header) or "gpt" in name or students:
         return -1
-    if len(words) > MOST_HEADER_WORDS or len(header) > LONGEST_HEADER or header.startswith("__"):
-        return 0
+    for strength, names in zip((3, 2, 1), known_names(role), strict=True):
+        if name in names:
+            return strength
     space = "" if UNSPACED.search(name) else " "
-    for one in known_names(role)[0] - TRUE_WORDS:
-        if len(one) > 1 and space + one + space in space + name + space:
-            return PHRASE + (not TRUE_WORDS.isdisjoint(words))
+    if len(words) <= 4 and len(header) <= LONGEST_HEADER:
+        for one in known_names(role)[0] - TRUE_WORDS:
+            if len(one) > 1 and space + one + space in space + name + space:
+                return PHRASE + (not TRUE_WORDS.isdisjoint(words))
     return 0
 
 
-@dataclass
 class Column:
     """What is known of a column before two of them are chosen."""
 
-    header: str
-    cells: list[str]  # the filled ones, as texts
-    lists: bool  # most of them are lists or objects without one text
-    fits: dict[
+    strength: dict[
         str, float
-    ]  # for each role, how well the header says it, then how well all goes with it
+    ]  # for each role: 3 for a sure name to 0 for any text, -inf for not at all
 
-    @property
-    def filled(self) -> bool:
-        return bool(self.cells) or self.lists
-
-    @functools.cached_property
-    def asking(self) -> float:
-        """The share of the cells that ask something."""
-        return sum(map(asks, self.cells)) / max(1, len(self.cells))
-
-    @functools.cached_property
-    def words(self) -> float:
-        """Words in a cell, on average."""
-        return sum(map(word_count, self.cells)) / max(1, len(self.cells))
-
-    @functools.cached_property
-    def is_text(self) -> bool:
-        """Whether it may hold questions or answers, rather than labels, figures, keys or links."""
-        wordy = sum(any(map(str.isalpha, cell)) for cell in self.cells) > len(self.cells) / 2
-        return wordy and len(set(self.cells)) > 0.3 * len(self.cells) and not is_code(self.cells)
+    def __init__(self, title: str, header: str, raw: list[Any]) -> None:
+        self.title, self.header, self.named = title, header, words_of(header)
+        self.cells = [text for cell in raw if (text := one_text(cell))]
+        self.lists = len(self.cells) < len(raw) / 2  # or objects, without one text
+        self.distinct, most = len(set(self.cells)), max(1, len(self.cells))
+        self.asking = sum(map(asks, self.cells)) / most
+        self.words = sum(map(word_count, self.cells)) / most
+        wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c) for c in self.cells)
+        self.is_text = wordy > most / 2 and self.distinct > 0.3 * most  # not labels, figures, keys
 
 
 def described(table: Table) -> list[Column]:
+    """The columns, and how well each goes with each role by its name and its cells."""
     columns = []
-    headers = {fold(header) for header in table.header}
-    letters = {h for h in headers if len(h) == 1 and not UNSPACED.match(h)}
+    letters = {fold(h) for h in table.header if len(h) == 1 and not UNSPACED.match(h)}
     for i, header in enumerate(table.header):
-        raw = top_cells(table, i, MOST_WEIGHED)
-        cells = [text for cell in raw if (text := one_text(cell))]
-        fits = {role: name_strength(header, role) for role in NAMES}
-        if letters - {"q", "a"} and len(header) == 1:
-            fits = dict.fromkeys(NAMES, 0)  # A beside B, C and D is not the answer
-        elif fold(header) == "input" and "instruction" in headers:
-            fits["question"] = 0  # it joins the instruction
-        elif sum(bool(SQL.match(cell)) for cell in cells) > len(cells) / 2:
-            fits = {"question": 0, "answer": 2}
-        columns.append(Column(header, cells, len(cells) < len(raw) / 2, fits))
-    unnamed = [one.words for one in columns if max(one.fits.values()) <= 0 and one.is_text]
-    alone = sum(one.filled for one in columns) < 3
-    for one in columns:
-        one.fits = {role: strength(one, role, alone, max(unnamed, default=0)) for role in NAMES}
+        title = preview(header) or column_letter(i)
+        column = Column(title, header, top_cells(table, i, MOST_WEIGHED))
+        column.strength = {role: name_strength(header, role) for role in NAMES}
+        if len(header) == 1 and letters - {"q", "a"}:
+            column.strength = dict.fromkeys(NAMES, 0)  # A beside B, C and D is not the answer
+        elif all(cell[:7].casefold() == "select " for cell in column.cells or [""]):
+            column.strength = {"question": 0, "answer": 2}
+        columns.append(column)
+    others = [c.words for c in columns if max(c.strength.values()) < PHRASE and c.is_text]
+    longest = max(others, default=0)
+    alone = sum(bool(column.cells) or column.lists for column in columns) < 3
+    for column in columns:
+        column.strength = {role: strength(column, role, longest, alone) for role in NAMES}
     return columns
 
 
-def strength(column: Column, role: str, alone: bool, longest: float) -> float:
-    """How well a column goes with a role, by its name in the light of its cells; -inf for not at all."""
-    named, other = column.fits[role], max(column.fits[r] for r in NAMES if r != role)
-    is_prose = column.is_text and column.words >= SENTENCE
-    if named == PHRASE and column.words < min(SENTENCE, longest / 1.5):
-        named = -1  # who answered
-    elif named == -1 and is_prose and known_names(role)[0] & set(words_of(column.header)):
-        named = 1  # what somebody answered
-    named -= column.lists
-    if not column.filled or other > max(1, named):
+def strength(column: Column, role: str, longest: float, alone: bool) -> float:
+    """How well a name goes with a role in the light of the cells; -inf where they rule it out."""
+    named, other = column.strength[role], max(column.strength[r] for r in NAMES if r != role)
+    person = named == PHRASE and column.words < min(SENTENCE, longest / 1.5)  # who answered
+    if person or other > max(1, named) or not (column.cells or column.lists):
         return -math.inf
-    if role == "question":  # of an unknown name, or of two columns what the other is not
-        may_be = column.is_text and (named == 0 or alone)
-    else:
-        may_be = named == 0 and (is_prose or (column.is_text and alone))
-    return named if named > 0 else 0 if may_be else -math.inf
+    if named > 0:
+        return named - column.lists
+    if role == "question":  # of two columns it is what the other is not
+        return 0 if column.is_text and (named == 0 or alone) else -math.inf
+    prose = column.is_text and (column.words >= SENTENCE or alone)
+    return 0 if prose and named == 0 else -math.inf
 
 
 def find_columns(table: Table, question: str, answer: str) -> Columns:
-    """The columns of questions and answers: as the person said, or else by name and content."""
+    """The columns of questions and answers: as the person said, or else the two that fit best."""
     columns = described(table)
     names = dict(zip(NAMES, (question, answer), strict=True))
-    for role, place in (
-        (role, column_named(table, role, name)) for role, name in names.items() if name
-    ):
-        for i, one in enumerate(columns):
-            one.fits[role] = 3 if i == place else -math.inf
-    likeliest = [
-        sorted(range(len(columns)), key=lambda i: -columns[i].fits[role])[:MOST_COLUMNS]
+    wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
+    for (role, place), (i, column) in itertools.product(wanted.items(), enumerate(columns)):
+        column.strength[role] = 3 if i == place else -math.inf
+    likely = [
+        sorted(range(len(columns)), key=lambda i: -columns[i].strength[role])[:MOST_COLUMNS]
         for role in NAMES
     ]
-    fits = {
-        (q, a): fit(columns[q], columns[a])
-        for q, a in itertools.product(*likeliest)
-        if q != a and fit(columns[q], columns[a]) > -math.inf
-    }
-    best = max(fits, key=lambda pair: fits[pair], default=(0, 0))
-    if not (question and answer) and (found := doubt(columns, fits, best)):
-        raise columns_unclear(table, columns, found, best)
-    named = round(columns[best[0]].fits["question"] + columns[best[1]].fits["answer"])
-    reason = why(table, columns, fits, best, names)
-    return Columns(*best, reason, named, *columns_beside(table, best))
+    scores = {(q, a): fit(columns[q], columns[a]) for q, a in itertools.product(*likely) if q != a}
+    ranked = sorted(scores, key=lambda pair: -scores[pair])
+    fits = {pair: scores[pair] for pair in ranked if scores[pair] > -math.inf}
+    found = NONE_FOUND if not fits else why_unclear(columns, fits) if len(wanted) < 2 else ""
+    if found:
+        raise columns_unclear(columns, found, next(iter(fits), ()))
+    best = next(iter(fits))
+    named = round(sum(columns[i].strength[role] for i, role in zip(best, NAMES, strict=True)))
+    return Columns(*best, why(columns, fits, wanted), named, *columns_beside(table, best))
 
 
 def fit(question: Column, answer: Column) -> float:
-    """How well two columns go together: three for a sure name, one for asking in every cell."""
-    if holds_answers(question.cells, answer.cells):
-        return -math.inf
-    return question.fits["question"] + answer.fits["answer"] + question.asking - answer.asking
+    """How well two columns go together: by their names, and by how many more of the questions ask."""
+    names = question.strength["question"] + answer.strength["answer"]
+    top = list(zip(question.cells[:LIKELY], answer.cells, strict=False))
+    template = sum(len(q) > len(a) > 20 and q.endswith(a) for q, a in top) > len(top) / 2
+    return names + ASKING_WEIGHT * (question.asking - answer.asking) - template
 
 
-def doubt(columns: list[Column], fits: Fits, best: tuple[int, int]) -> str:
-    """Why two columns may only seem to hold questions and their answers; empty when all is well."""
-    if not fits:
-        return NONE_FOUND
+def why_unclear(columns: list[Column], fits: Fits) -> str:
+    """Why the two that fit best may only seem to be questions and answers; empty when all is well."""
+    best = next(iter(fits))
     question, answer = (columns[i] for i in best)
+    named, called = question.strength["question"], answer.strength["answer"]
+    beside = [c.named for i, c in enumerate(columns) if i not in best and (c.cells or c.lists)]
+    indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(answer.cells)
     if question.lists or answer.lists:
-        return LISTS
-    known, likely = question.fits["question"], answer.fits["answer"]
-    beside = [words_of(one.header) for i, one in enumerate(columns) if one.filled and i not in best]
-    options = any(OPTION_WORDS & set(words) for words in beside)
-    if options and sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(
-        answer.cells
-    ):
-        return ONLY_OPTION.format(preview(answer.header))
-    if any(
-        fits[best] - fits[pair] - is_kin(columns, pair) < CLEAR_LEAD
-        for pair in fits
-        if pair != best
-    ):
-        return SEVERAL_FOUND
-    is_long = question.words > answer.words and not question.header.startswith("column ")
-    if max(known, likely) < PHRASE and (
-        question.asking - answer.asking < CLEARLY_ASKING or is_long
-    ):
-        return NONE_ASKS
-    repeated = (
-        len(set(question.cells)) < len(question.cells) / 2
-    )  # a topic, beside what is said on it
+        return "the column that is named like the questions or the answers holds lists."
+    if indices and any(map(OPTION.match, itertools.chain(*beside))):
+        return f'"{answer.title}" only says which of the options is right. Make a column with the text of the right one.'
+    for q, a in list(fits)[1:]:
+        phrases = columns[q].strength["question"] == columns[a].strength["answer"] == PHRASE
+        kin = phrases and columns[q].named[0] == columns[a].named[0]  # first_question, first_answer
+        if fits[best] - fits[q, a] - kin < CLEAR_LEAD:
+            return "more than one column may hold the questions or the answers."
+    long = question.words > answer.words and not question.header.startswith("column ")
+    if max(named, called) < PHRASE and (question.asking - answer.asking < CLEARLY_ASKING or long):
+        return "neither the headers nor the cells say which column asks."
     few = any(
-        value < 3 and len(set(one.cells)) < min(3, len(one.cells) - 1)
-        for one, value in ((question, known), (answer, likely))
+        strength < 3 and column.distinct < min(3, len(column.cells) - 1)
+        for column, strength in ((question, named), (answer, called))
     )
-    return NONE_FOUND if few or (likely <= 0 and repeated) else ""
+    topic = called <= 0 and question.distinct < len(question.cells) / 2  # beside what is said on it
+    elsewhere = called <= 1 and any({"answer", "id"} <= set(words) for words in beside)
+    return NONE_FOUND if few or topic or elsewhere else ""
 
 
-def is_kin(columns: list[Column], pair: tuple[int, int]) -> bool:
-    """Whether the headers of two columns begin with the same word: first_question, first_answer."""
-    question, answer = (words_of(columns[i].header) for i in pair)
-    return min(len(question), len(answer)) > 1 and question[0] == answer[0]
-
-
-def why(
-    table: Table, columns: list[Column], fits: Fits, best: tuple[int, int], names: dict[str, str]
-) -> str:
+def why(columns: list[Column], fits: Fits, wanted: dict[str, int]) -> str:
     """Why each of the two columns was taken, and which came second."""
     said = []
-    for side, (role, place) in enumerate(zip(NAMES, best, strict=True)):
-        how = "its name" if columns[place].fits[role] > 0 else "its content"
-        how = "as you specified" if names[role] else f"by {how}"
-        others = [pair for pair in fits if pair[side] != place]
-        if others and not names[role]:
-            second = max(others, key=lambda pair: fits[pair])[side]
-            how += f'; next: "{title_of(table, second)}"'
-        said.append(f'{role}s in "{title_of(table, place)}" ({how})')
+    for side, (role, place) in enumerate(zip(NAMES, next(iter(fits)), strict=True)):
+        how = "by its name" if columns[place].strength[role] > 0 else "by its content"
+        if role in wanted:
+            how = "as you specified"
+        elif second := next((pair for pair in fits if pair[side] != place), None):
+            how += f'; next: "{columns[second[side]].title}"'
+        said.append(f'{role}s in "{columns[place].title}" ({how})')
     return ", ".join(said)
-
-
-def title_of(table: Table, column: int) -> str:
-    return preview(table.header[column]) or column_letter(column)
-
-
-def holds_answers(questions: list[str], answers: list[str]) -> bool:
-    """Whether questions end with their answers, as a filled template does that is learnt as a whole."""
-    top = list(zip(questions[:LIKELY], answers, strict=False))
-    return sum(len(q) > len(a) > 20 and q.endswith(a) for q, a in top) > len(top) / 2
-
-
-def is_code(cells: list[str]) -> bool:
-    """Whether cells are links, names of files, dates or keys rather than words."""
-    return sum(bool(NO_WORDS.fullmatch(cell)) for cell in cells) > len(cells) / 2
 
 
 def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int | None]:
     """The columns whose text joins the question: a system prompt before it; after an instruction, its input."""
-    names = [fold(header) for header in table.header]
-
-    def position(*wanted: str) -> int | None:
-        return next(
-            (names.index(n) for n in wanted if n in names and names.index(n) not in used), None
-        )
-
-    system = position("system", "system_prompt", "system prompt")
-    return system, position("input", "context") if names[used[0]] == "instruction" else None
+    free = {fold(h): i for i, h in reversed([*enumerate(table.header)]) if i not in used}
+    system = free.get("system", free.get("system_prompt", free.get("system prompt")))
+    instructed = fold(table.header[used[0]]) == "instruction"
+    return system, free.get("input", free.get("context")) if instructed else None
 
 
 def column_named(table: Table, role: str, name: str) -> int:
@@ -1973,29 +1872,22 @@ def column_named(table: Table, role: str, name: str) -> int:
     )
 
 
-def columns_unclear(
-    table: Table, columns: list[Column], found: str, best: tuple[int, int]
-) -> UserError:
-    """Show the columns, and how to say which to use: for example the two that go together best."""
-
-    def first(i: int) -> str:
-        cell = next(iter(top_cells(table, i, 1)), "(empty)")
-        return "(a list)" if isinstance(cell, (list, dict)) else preview(cell)
-
-    def flagged(i: int) -> str:
-        header = table.header[i]
-        plain = 0 < len(header) <= LONGEST_HEADER and not re.search(
-            r'["$`\\!\s]', header.replace(" ", "")
-        )
-        return f'"{header}"' if plain else column_letter(i)
-
-    seen = [f"  {title_of(table, i)}: {first(i)}" for i in range(len(table.header[:12]))]
-    pair: Sequence[int] = best
-    if best[0] == best[1]:  # none go together
-        pair = sorted(sorted(range(len(columns)), key=lambda i: -columns[i].words)[:2])
-    names = [flagged(i) for i in pair] if len(pair) == 2 else ["NAME", "NAME"]
-    advice = "Say which to use, for example: --question-column {} --answer-column {}".format(*names)
-    return UserError("\n".join([found + " The columns, each with its first cell:", *seen, advice]))
+def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> UserError:
+    """Show the columns, and how to name two: those that fit best, or else those of the most words."""
+    longest = sorted(range(len(columns)), key=lambda i: -columns[i].words)
+    named = ["NAME", "NAME"]
+    for side, i in enumerate(best or sorted(longest[:2])):
+        header = columns[i].header
+        plain = header and header.isprintable() and not set(header) & set('"$`\\!')
+        named[side] = f'"{header}"' if plain else column_letter(i)
+    seen = [
+        f"  {one.title}: {preview(one.cells[0]) if one.cells else '(a list)' if one.lists else '(empty)'}"
+        for one in columns[:12]
+    ]
+    advice = (
+        f"Say which to use, for example: --question-column {named[0]} --answer-column {named[1]}"
+    )
+    return UserError("\n".join([f"{found} The columns, each with its first cell:", *seen, advice]))
 
 
 # -- Shapes: what the rows of a table are
