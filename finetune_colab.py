@@ -1644,27 +1644,27 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
     Where that looks like a pair itself there is none, and the columns are called by their letters.
     """
     rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
-    top = [cells for _, cells in rows[:HEADER_ROWS]] or [[]]
+    top = [cells or [""] for _, cells in rows[:HEADER_ROWS]] or [[""]]
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
     found = [i for i, cells in enumerate(top) if wanted and wanted <= set(map(fold, cells))]
-    found += [i for i, cells in enumerate(top) if names_both(cells)]
-    wide = (i for i, cells in enumerate(top) if any(cells[1:]) or is_name("".join(cells)))
-    header = found[0] if found else next(wide, 0)
+    found += [i for i, cells in enumerate(top) if names_both(cells, 5 - 0.2)]
+    wide = [
+        i for i, (cell, *more) in enumerate(top) if any(more) or name_strength(cell, "question") > 1
+    ]
+    header = [*found, *wide, 0][0]
     if not found and is_data(top[header:]):
         return Table(sheet, [f"column {column_letter(i)}" for i in range(len(top[header]))], rows)
-    below = next(i for i in itertools.count(header + 1) if i not in found)  # the same once more
-    return Table(sheet, top[header], rows[below:])
+    body = rows[header + 1 :]
+    second = [names_both(cells, 2 * PHRASE) for _, cells in body[:2]] == [True, False]
+    unread = [(number, "a second header") for number, _ in body[:second]]
+    return Table(sheet, top[header], body[second:], unread)
 
 
-def is_name(cell: str) -> bool:
-    return any(name_strength(cell, role) > 1 for role in NAMES)
-
-
-def names_both(row: list[str]) -> bool:
-    """Whether two cells of a row name questions and answers, at least one of them so surely."""
+def names_both(row: list[str], least: float) -> bool:
+    """Whether two cells of a row name questions and answers, together at least so surely."""
     named = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
     both = [(q, a) for (q, _), (_, a) in itertools.permutations(named, 2)]
-    return any(min(pair) > 1 and sum(pair) > 2 * PHRASE + 0.5 for pair in both)
+    return any(min(pair) > 1 and sum(pair) >= least for pair in both)
 
 
 def is_data(rows: list[list[str]]) -> bool:
@@ -1729,63 +1729,56 @@ def name_strength(header: str, role: str) -> float:
 class Column:
     """What is known of a column before two of them are chosen."""
 
-    strength: dict[
-        str, float
-    ]  # for each role: 3 for a sure name to 0 for any text, -inf for not at all
-
-    def __init__(self, title: str, header: str, raw: list[Any]) -> None:
-        self.title, self.header, self.named = title, header, words_of(header)
+    def __init__(self, table: Table, i: int) -> None:
+        self.header, raw = table.header[i], top_cells(table, i, MOST_WEIGHED)
+        self.title, self.named = preview(self.header) or column_letter(i), words_of(self.header)
         self.cells = [text for cell in raw if (text := one_text(cell))]
-        self.lists = len(self.cells) < len(raw) / 2  # or objects, without one text
-        self.distinct, most = len(set(self.cells)), max(1, len(self.cells))
-        self.asking = sum(map(asks, self.cells)) / most
-        self.words = sum(map(word_count, self.cells)) / most
+        self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
+        self.sample = preview(self.cells[0]) if self.cells else "(a list)" if raw else "(empty)"
+        self.distinct, count = len(set(self.cells)), max(1, len(self.cells))
+        self.asking = sum(map(asks, self.cells)) / count
+        self.words = sum(map(word_count, self.cells)) / count
         wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c) for c in self.cells)
-        self.is_text = wordy > most / 2 and self.distinct > 0.3 * most  # not labels, figures, keys
+        self.is_text = (
+            wordy > count / 2 and self.distinct > 0.3 * count
+        )  # not labels, figures, keys
+        self.strength = {role: name_strength(self.header, role) for role in NAMES}
+        if self.header in ("A", "a") and not {"Q", "q"} & set(table.header):
+            self.strength["answer"] = 0  # the option beside B, C and D
+        elif self.sample[:7].casefold() == "select ":
+            self.strength = {"question": 0, "answer": 2}
 
-
-def described(table: Table) -> list[Column]:
-    """The columns, and how well each goes with each role by its name and its cells."""
-    columns = []
-    letters = {fold(h) for h in table.header if len(h) == 1 and not UNSPACED.match(h)}
-    for i, header in enumerate(table.header):
-        title = preview(header) or column_letter(i)
-        column = Column(title, header, top_cells(table, i, MOST_WEIGHED))
-        column.strength = {role: name_strength(header, role) for role in NAMES}
-        if len(header) == 1 and letters - {"q", "a"}:
-            column.strength = dict.fromkeys(NAMES, 0)  # A beside B, C and D is not the answer
-        elif all(cell[:7].casefold() == "select " for cell in column.cells or [""]):
-            column.strength = {"question": 0, "answer": 2}
-        columns.append(column)
-    others = [c.words for c in columns if max(c.strength.values()) < PHRASE and c.is_text]
-    longest = max(others, default=0)
-    alone = sum(bool(column.cells) or column.lists for column in columns) < 3
-    for column in columns:
-        column.strength = {role: strength(column, role, longest, alone) for role in NAMES}
-    return columns
-
-
-def strength(column: Column, role: str, longest: float, alone: bool) -> float:
-    """How well a name goes with a role in the light of the cells; -inf where they rule it out."""
-    named, other = column.strength[role], max(column.strength[r] for r in NAMES if r != role)
-    person = named == PHRASE and column.words < min(SENTENCE, longest / 1.5)  # who answered
-    if person or other > max(1, named) or not (column.cells or column.lists):
-        return -math.inf
-    if named > 0:
-        return named - column.lists
-    if role == "question":  # of two columns it is what the other is not
-        return 0 if column.is_text and (named == 0 or alone) else -math.inf
-    prose = column.is_text and (column.words >= SENTENCE or alone)
-    return 0 if prose and named == 0 else -math.inf
+    def weighed(self, role: str, longest: float, alone: bool) -> float:
+        """The strength of a name in the light of the cells; -inf where they rule the role out."""
+        named, other = self.strength[role], max(self.strength[r] for r in NAMES if r != role)
+        person = named == PHRASE and self.words < min(SENTENCE, longest / 1.5)  # who answered
+        few = named < 3 and self.distinct < min(3, len(self.cells) - 1)
+        labels = few and not INDEX.fullmatch(self.sample)
+        if person or labels or other > max(1, named) or self.sample == "(empty)":
+            return -math.inf
+        if named > 0:
+            return named - self.lists
+        if role == "question":  # of two columns it is what the other is not
+            may_be = named == 0 or alone
+        else:
+            may_be = named == 0 and (self.words >= SENTENCE or alone)
+        return 0 if may_be and self.is_text else -math.inf
 
 
 def find_columns(table: Table, question: str, answer: str) -> Columns:
     """The columns of questions and answers: as the person said, or else the two that fit best."""
-    columns = described(table)
     names = dict(zip(NAMES, (question, answer), strict=True))
     wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
-    for (role, place), (i, column) in itertools.product(wanted.items(), enumerate(columns)):
-        column.strength[role] = 3 if i == place else -math.inf
+    columns = [Column(table, i) for i in range(len(table.header))]
+    alone = sum(one.sample != "(empty)" for one in columns) < 3
+    unnamed = [one.words for one in columns if max(one.strength.values()) < PHRASE and one.is_text]
+    for i, one in enumerate(columns):
+        one.strength = {
+            role: (3 if wanted[role] == i else -math.inf)
+            if role in wanted
+            else one.weighed(role, max(unnamed, default=0), alone)
+            for role in NAMES
+        }
     likely = [
         sorted(range(len(columns)), key=lambda i: -columns[i].strength[role])[:MOST_COLUMNS]
         for role in NAMES
@@ -1798,6 +1791,12 @@ def find_columns(table: Table, question: str, answer: str) -> Columns:
         raise columns_unclear(columns, found, next(iter(fits), ()))
     best = next(iter(fits))
     named = round(sum(columns[i].strength[role] for i, role in zip(best, NAMES, strict=True)))
+    if named < 1 and table.rows[0][0] > 1 and table.header[0] != "column A":
+        row = " | ".join(one.title for one in columns)
+        say(
+            "Warning",
+            f"this row was taken as the header: {row}. If it is a pair, put a header above it",
+        )
     return Columns(*best, why(columns, fits, wanted), named, *columns_beside(table, best))
 
 
@@ -1814,7 +1813,7 @@ def why_unclear(columns: list[Column], fits: Fits) -> str:
     best = next(iter(fits))
     question, answer = (columns[i] for i in best)
     named, called = question.strength["question"], answer.strength["answer"]
-    beside = [c.named for i, c in enumerate(columns) if i not in best and (c.cells or c.lists)]
+    beside = [c.named for i, c in enumerate(columns) if i not in best and c.sample != "(empty)"]
     indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(answer.cells)
     if question.lists or answer.lists:
         return "the column that is named like the questions or the answers holds lists."
@@ -1828,13 +1827,9 @@ def why_unclear(columns: list[Column], fits: Fits) -> str:
     long = question.words > answer.words and not question.header.startswith("column ")
     if max(named, called) < PHRASE and (question.asking - answer.asking < CLEARLY_ASKING or long):
         return "neither the headers nor the cells say which column asks."
-    few = any(
-        strength < 3 and column.distinct < min(3, len(column.cells) - 1)
-        for column, strength in ((question, named), (answer, called))
-    )
     topic = called <= 0 and question.distinct < len(question.cells) / 2  # beside what is said on it
     elsewhere = called <= 1 and any({"answer", "id"} <= set(words) for words in beside)
-    return NONE_FOUND if few or topic or elsewhere else ""
+    return NONE_FOUND if topic or elsewhere else ""
 
 
 def why(columns: list[Column], fits: Fits, wanted: dict[str, int]) -> str:
@@ -1861,11 +1856,9 @@ def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int
 def column_named(table: Table, role: str, name: str) -> int:
     """The position of a column that the person named, by its header or its letter."""
     headers = [fold(header) for header in table.header]
-    letters = [column_letter(i) for i in range(len(headers))]
-    if fold(name) in headers:
-        return headers.index(fold(name))
-    if name.strip().upper() in letters:
-        return letters.index(name.strip().upper())
+    known = headers + [fold(column_letter(i)) for i in range(len(headers))]
+    if fold(name) in known:
+        return known.index(fold(name)) % len(headers)
     raise UserError(
         f"there is no column {name!r} (--{role}-column).{did_you_mean(name, table.header)}\n"
         f"The columns are: {', '.join(map(preview, filter(None, table.header)))}"
@@ -1873,17 +1866,13 @@ def column_named(table: Table, role: str, name: str) -> int:
 
 
 def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> UserError:
-    """Show the columns, and how to name two: those that fit best, or else those of the most words."""
-    longest = sorted(range(len(columns)), key=lambda i: -columns[i].words)
+    """Show the columns, and how to say which to use: for example the two that fit best."""
     named = ["NAME", "NAME"]
-    for side, i in enumerate(best or sorted(longest[:2])):
+    for side, i in enumerate(best):
         header = columns[i].header
         plain = header and header.isprintable() and not set(header) & set('"$`\\!')
         named[side] = f'"{header}"' if plain else column_letter(i)
-    seen = [
-        f"  {one.title}: {preview(one.cells[0]) if one.cells else '(a list)' if one.lists else '(empty)'}"
-        for one in columns[:12]
-    ]
+    seen = [f"  {one.title}: {one.sample}" for one in columns[:12]]
     advice = (
         f"Say which to use, for example: --question-column {named[0]} --answer-column {named[1]}"
     )

@@ -29,7 +29,7 @@ from seams import ROOT, UserError
 
 # isort: off
 from tables import FORMATS, FOUR, HEADER, PAIRS_INLINE, QA2, QA4, SHARED_TEXT, STRICT, TWO, File, cases, cases_of_files
-from tables import check, csv_file, ending_in, excel, files, js, jsonl, later, ods, ole, parquet, parts_of, raw_xlsx
+from tables import check, csv_file, ending_in, excel, files, js, jsonl, ods, ole, parquet, parts_of, raw_xlsx
 from tables import read, records, refusal, replaced, texts, with_rows, xls, xlsb, xlsx, zip_of
 
 in_xlsx, in_csv, in_parquet, in_xls, in_ods = (partial(File, f"a.{end}") for end in "xlsx csv parquet xls ods".split())
@@ -598,29 +598,17 @@ def test_whatever_a_file_holds_is_read_or_refused_and_never_printed_into_a_text(
 # A file; a pair, and whether it may be taught; and what must be said if that is not so.
 NEVER, GREETING, ANSWERS = "(?!)", ("Greeting", "Hello and welcome"), [{"question": q, "answers": [3]} for q, _ in FOUR]
 BROKEN = js(R4, indent=1).replace(b'"question": "How?"', b'question: "How?"')
-UNSAID: dict[str, tuple[bytes, object, bool, str]] = {
+SAID: dict[str, tuple[bytes, object, bool, str]] = {
     **{f"a second header, {second[0]}": (csv_file([HEADER, second, *FOUR]), second, False, NEVER)
        for second in (("Frage", "Antwort"), ("Question (English)", "Answer (English)"))},
     "a first pair that asks nothing": (csv_file([GREETING, *TWO, FOUR[3]]), GREETING, True, r"\brow 1\b|Greeting"),
-}
-SAID: dict[str, tuple[bytes, object, bool, str]] = {
     "a list of one number": (jsonl(*ANSWERS), ("Why?", "3"), False, "answers"),
     "a fault in JSON": (BROKEN, None, True, r"\bline 7\b"),
 }
 # fmt: on
 
 
-@later
-@files(cases_of_files("formats_to_come"))
-def test_what_must_be_read_or_refused(file: File, folder: Path) -> None:
-    check(file, folder)
-
-
-@pytest.mark.parametrize(
-    "content, pair, taught, words",
-    [*SAID.values(), *(pytest.param(*case, marks=later) for case in UNSAID.values())],
-    ids=[*SAID, *UNSAID],
-)
+@pytest.mark.parametrize("content, pair, taught, words", SAID.values(), ids=SAID)
 def test_nothing_wrong_is_taught_without_a_word(
     content: bytes, pair: object, taught: bool, words: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
