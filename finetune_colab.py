@@ -1600,10 +1600,10 @@ OTHER_WORDS = set(
 OTHER_SIGNS = re.compile(
     "^__|人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种别|種別|カテゴリ|유형|번호|분류"
 )
-# These mark the true answers, beside which a plain "answer" may be what some system said.
+# These, written as words_of gives them, mark true answers, beside which others are what some system said.
 TRUE_WORDS = set(
     "reference gold golden expected target correct ideal desired best official true truth gercek dogru richtige korrekte "
-    "correcte exacte correta correto correcta corretta esatta juiste правильный верный poprawna spravna benar đung".split()
+    "correcte exacte correta correto correcta corretta esatta juiste правильныи верныи poprawna spravna benar đung".split()
 )
 UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, Japanese, Chinese, Korean
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
@@ -1619,9 +1619,7 @@ ASKING = re.compile(  # what asks without a question mark
 KEY = re.compile(  # a link, a file, an address, a hash, a label such as Q1
     r"https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?", re.IGNORECASE
 )
-OPTION = re.compile(
-    "opt|choice|answer|distractor|opcion|opcoes|alternativ"
-)  # how such a word begins
+OPTION = re.compile("opt|choice|answer|distractor|opcion|opcoes|alternativ")  # begins a word
 INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
 LONGEST_HEADER = 60  # characters
 HEADER_ROWS = 20  # a header stands within so many filled rows
@@ -1631,11 +1629,8 @@ SENTENCE = 4  # words, on average, from which on cells may be answers whatever t
 PHRASE = 1.9  # strength of a name that has a sure one in it
 ASKING_WEIGHT = 0.7  # of a column where every cell asks, beside 1 between a sure and a likely name
 CLEAR_LEAD = 0.25  # of the best two columns over any other two
-CLEARLY_ASKING = 0.3  # where no header says which column asks, how many more cells of one must ask
 NONE_FOUND = "no column of questions with a column of answers was found."
-Fits = dict[
-    tuple[int, int], float
-]  # a column of questions and one of answers; the best comes first
+Fits = dict[tuple[int, int], float]  # of a question's and an answer's column; the best first
 
 
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
@@ -1739,9 +1734,7 @@ class Column:
         self.asking = sum(map(asks, self.cells)) / count
         self.words = sum(map(word_count, self.cells)) / count
         wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c) for c in self.cells)
-        self.is_text = (
-            wordy > count / 2 and self.distinct > 0.3 * count
-        )  # not labels, figures, keys
+        self.is_text = wordy > count / 2 and self.distinct > 0.3 * count  # not labels or figures
         self.strength = {role: name_strength(self.header, role) for role in NAMES}
         if self.header in ("A", "a") and not {"Q", "q"} & set(table.header):
             self.strength["answer"] = 0  # the option beside B, C and D
@@ -1758,11 +1751,9 @@ class Column:
             return -math.inf
         if named > 0:
             return named - self.lists
-        if role == "question":  # of two columns it is what the other is not
-            may_be = named == 0 or alone
-        else:
-            may_be = named == 0 and (self.words >= SENTENCE or alone)
-        return 0 if may_be and self.is_text else -math.inf
+        unknown = named == 0 or (alone and role == "question")  # of two, what the other is not
+        prose = self.words >= SENTENCE or alone or role == "question"
+        return 0 if self.is_text and unknown and prose else -math.inf
 
 
 def find_columns(table: Table, question: str, answer: str) -> Columns:
@@ -1772,18 +1763,14 @@ def find_columns(table: Table, question: str, answer: str) -> Columns:
     columns = [Column(table, i) for i in range(len(table.header))]
     alone = sum(one.sample != "(empty)" for one in columns) < 3
     unnamed = [one.words for one in columns if max(one.strength.values()) < PHRASE and one.is_text]
-    for i, one in enumerate(columns):
-        one.strength = {
-            role: (3 if wanted[role] == i else -math.inf)
-            if role in wanted
-            else one.weighed(role, max(unnamed, default=0), alone)
-            for role in NAMES
-        }
-    likely = [
-        sorted(range(len(columns)), key=lambda i: -columns[i].strength[role])[:MOST_COLUMNS]
-        for role in NAMES
-    ]
-    scores = {(q, a): fit(columns[q], columns[a]) for q, a in itertools.product(*likely) if q != a}
+    for one in columns:
+        longest = max(unnamed, default=0)
+        one.strength = {role: one.weighed(role, longest, alone) for role in NAMES}
+    for (role, place), (i, one) in itertools.product(wanted.items(), enumerate(columns)):
+        one.strength[role] = 3 if i == place else -math.inf
+    usable = sorted(range(len(columns)), key=lambda i: -max(columns[i].strength.values()))
+    pairs = itertools.permutations(usable[:MOST_COLUMNS], 2)
+    scores = {(q, a): fit(columns[q], columns[a]) for q, a in pairs}
     ranked = sorted(scores, key=lambda pair: -scores[pair])
     fits = {pair: scores[pair] for pair in ranked if scores[pair] > -math.inf}
     found = NONE_FOUND if not fits else why_unclear(columns, fits) if len(wanted) < 2 else ""
@@ -1793,10 +1780,7 @@ def find_columns(table: Table, question: str, answer: str) -> Columns:
     named = round(sum(columns[i].strength[role] for i, role in zip(best, NAMES, strict=True)))
     if named < 1 and table.rows[0][0] > 1 and table.header[0] != "column A":
         row = " | ".join(one.title for one in columns)
-        say(
-            "Warning",
-            f"this row was taken as the header: {row}. If it is a pair, put a header above it",
-        )
+        say("Warning", f"{row} was taken as the header; if it is a pair, put a header above it")
     return Columns(*best, why(columns, fits, wanted), named, *columns_beside(table, best))
 
 
@@ -1824,12 +1808,12 @@ def why_unclear(columns: list[Column], fits: Fits) -> str:
         kin = phrases and columns[q].named[0] == columns[a].named[0]  # first_question, first_answer
         if fits[best] - fits[q, a] - kin < CLEAR_LEAD:
             return "more than one column may hold the questions or the answers."
+    asking = ASKING_WEIGHT * (question.asking - answer.asking)
     long = question.words > answer.words and not question.header.startswith("column ")
-    if max(named, called) < PHRASE and (question.asking - answer.asking < CLEARLY_ASKING or long):
+    if max(named, called) < PHRASE and (asking < CLEAR_LEAD or long):
         return "neither the headers nor the cells say which column asks."
     topic = called <= 0 and question.distinct < len(question.cells) / 2  # beside what is said on it
-    elsewhere = called <= 1 and any({"answer", "id"} <= set(words) for words in beside)
-    return NONE_FOUND if topic or elsewhere else ""
+    return NONE_FOUND if topic else ""
 
 
 def why(columns: list[Column], fits: Fits, wanted: dict[str, int]) -> str:
