@@ -1617,7 +1617,7 @@ ASKING = re.compile(  # what asks without a question mark
     re.IGNORECASE,
 )
 KEY = re.compile(  # a link, a file, an address, a hash, a label such as Q1
-    r"https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?", re.IGNORECASE
+    r"https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?|\w", re.IGNORECASE
 )
 OPTION = re.compile("opt|choice|answer|distractor|opcion|opcoes|alternativ")  # begins a word
 INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
@@ -1761,7 +1761,7 @@ def find_columns(table: Table, question: str, answer: str) -> Columns:
     names = dict(zip(NAMES, (question, answer), strict=True))
     wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
     columns = [Column(table, i) for i in range(len(table.header))]
-    alone = sum(one.sample != "(empty)" for one in columns) < 3
+    alone = sum(one.is_text or one.lists for one in columns) < 3
     unnamed = [one.words for one in columns if max(one.strength.values()) < PHRASE and one.is_text]
     for one in columns:
         longest = max(unnamed, default=0)
@@ -1780,7 +1780,7 @@ def find_columns(table: Table, question: str, answer: str) -> Columns:
     named = round(sum(columns[i].strength[role] for i, role in zip(best, NAMES, strict=True)))
     if named < 1 and table.rows[0][0] > 1 and table.header[0] != "column A":
         row = " | ".join(one.title for one in columns)
-        say("Warning", f"{row} was taken as the header; if it is a pair, put a header above it")
+        say("Header", f"{row}. If this is a pair itself, put a header above it.")
     return Columns(*best, why(columns, fits, wanted), named, *columns_beside(table, best))
 
 
@@ -1852,7 +1852,8 @@ def column_named(table: Table, role: str, name: str) -> int:
 def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> UserError:
     """Show the columns, and how to say which to use: for example the two that fit best."""
     named = ["NAME", "NAME"]
-    for side, i in enumerate(best):
+    longest = sorted(range(len(columns)), key=lambda i: -columns[i].words)
+    for side, i in enumerate(best or sorted(longest[:2])):
         header = columns[i].header
         plain = header and header.isprintable() and not set(header) & set('"$`\\!')
         named[side] = f'"{header}"' if plain else column_letter(i)
