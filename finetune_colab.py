@@ -1642,9 +1642,11 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
     top = [cells or [""] for _, cells in rows[:HEADER_ROWS]] or [[""]]
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
     found = [i for i, cells in enumerate(top) if wanted and wanted <= set(map(fold, cells))]
-    found += [i for i, cells in enumerate(top) if names_both(cells, 5 - 0.2)]
+    found += [i for i, cells in enumerate(top) if names_both(cells, 3 + PHRASE)]
     wide = [
-        i for i, (cell, *more) in enumerate(top) if any(more) or name_strength(cell, "question") > 1
+        i
+        for i, cells in enumerate(top)
+        if any(cells[1:]) or name_strength(cells[0], "question") > 1
     ]
     header = [*found, *wide, 0][0]
     if not found and is_data(top[header:]):
@@ -1677,6 +1679,7 @@ def is_data(rows: list[list[str]]) -> bool:
 
 
 def word_count(text: str) -> float:
+    text = text[:1000]
     return len(text) / 2 if UNSPACED.search(text) else len(text.split())
 
 
@@ -1708,7 +1711,7 @@ def name_strength(header: str, role: str) -> float:
     words = words_of(header)
     name = " ".join(words)
     students = "student" in words and role == "answer"
-    if OTHER_WORDS & set(words) or OTHER_SIGNS.search(header) or "gpt" in name or students:
+    if OTHER_WORDS & set(words) or OTHER_SIGNS.search(header[:200]) or "gpt" in name or students:
         return -1
     for strength, names in zip((3, 2, 1), known_names(role), strict=True):
         if name in names:
@@ -1733,13 +1736,13 @@ class Column:
         self.distinct, count = len(set(self.cells)), max(1, len(self.cells))
         self.asking = sum(map(asks, self.cells)) / count
         self.words = sum(map(word_count, self.cells)) / count
-        wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c) for c in self.cells)
+        wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c[:200]) for c in self.cells)
         self.is_text = wordy > count / 2 and self.distinct > 0.3 * count  # not labels or figures
         self.strength = {role: name_strength(self.header, role) for role in NAMES}
         if self.header in ("A", "a") and not {"Q", "q"} & set(table.header):
             self.strength["answer"] = 0  # the option beside B, C and D
         elif self.sample[:7].casefold() == "select ":
-            self.strength = {"question": 0, "answer": 2}
+            self.strength = {"question": 0, "answer": 2}  # a query in SQL
 
     def weighed(self, role: str, longest: float, alone: bool) -> float:
         """The strength of a name in the light of the cells; -inf where they rule the role out."""
@@ -1747,7 +1750,7 @@ class Column:
         person = named == PHRASE and self.words < min(SENTENCE, longest / 1.5)  # who answered
         few = named < 3 and self.distinct < min(3, len(self.cells) - 1)
         labels = few and not INDEX.fullmatch(self.sample)
-        if person or labels or other > max(1, named) or self.sample == "(empty)":
+        if person or labels or other > max(1, named) or not (self.cells or self.lists):
             return -math.inf
         if named > 0:
             return named - self.lists
@@ -1797,7 +1800,7 @@ def why_unclear(columns: list[Column], fits: Fits) -> str:
     best = next(iter(fits))
     question, answer = (columns[i] for i in best)
     named, called = question.strength["question"], answer.strength["answer"]
-    beside = [c.named for i, c in enumerate(columns) if i not in best and c.sample != "(empty)"]
+    beside = [c.named for i, c in enumerate(columns) if i not in best and (c.cells or c.lists)]
     indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(answer.cells)
     if question.lists or answer.lists:
         return "the column that is named like the questions or the answers holds lists."
