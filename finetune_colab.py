@@ -1660,8 +1660,8 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
 def names_both(row: list[str], least: float) -> bool:
     """Whether two cells of a row name questions and answers, together at least so surely."""
     named = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
-    both = [(q, a) for (q, _), (_, a) in itertools.permutations(named, 2)]
-    return any(min(pair) > 1 and sum(pair) >= least for pair in both)
+    both = itertools.permutations(named, 2)
+    return any(min(q, a) > 1 and q + a >= least for (q, _), (_, a) in both)
 
 
 def is_data(rows: list[list[str]]) -> bool:
