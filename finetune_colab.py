@@ -2211,7 +2211,7 @@ def say_pairs(pairs: Pairs) -> None:
     for what, names in {
         "joined to the question": pairs.used[2:],
         "columns not used": list(filter(None, unused)),
-        "not used": pairs.other_sheets,
+        "not used": pairs.other_tables,
     }.items():
         if names:
             say("", f"{what}: " + ", ".join(f'"{preview(name)}"' for name in names[:8]))
