@@ -1754,7 +1754,7 @@ class Column:
             return -math.inf
         if named > 0:
             return named - self.lists
-        unknown = named == 0 or (alone and role == "question")  # of two, what the other is not
+        unknown = named == 0 or (alone and role == "question")
         prose = self.words >= SENTENCE or alone or role == "question"
         return 0 if self.is_text and unknown and prose else -math.inf
 
@@ -1764,7 +1764,7 @@ def find_columns(table: Table, question: str, answer: str) -> Columns:
     names = dict(zip(NAMES, (question, answer), strict=True))
     wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
     columns = [Column(table, i) for i in range(len(table.header))]
-    alone = sum(one.is_text or one.lists for one in columns) < 3
+    alone = sum(one.is_text or one.lists for one in columns) < 3  # what one is not, the other is
     unnamed = [one.words for one in columns if max(one.strength.values()) < PHRASE and one.is_text]
     for one in columns:
         longest = max(unnamed, default=0)
@@ -1799,7 +1799,6 @@ def why_unclear(columns: list[Column], fits: Fits) -> str:
     """Why the two that fit best may only seem to be questions and answers; empty when all is well."""
     best = next(iter(fits))
     question, answer = (columns[i] for i in best)
-    named, called = question.strength["question"], answer.strength["answer"]
     beside = [c.named for i, c in enumerate(columns) if i not in best and (c.cells or c.lists)]
     indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(answer.cells)
     if question.lists or answer.lists:
@@ -1808,15 +1807,16 @@ def why_unclear(columns: list[Column], fits: Fits) -> str:
         return f'"{answer.title}" only says which of the options is right. Make a column with the text of the right one.'
     for q, a in list(fits)[1:]:
         phrases = columns[q].strength["question"] == columns[a].strength["answer"] == PHRASE
-        kin = phrases and columns[q].named[0] == columns[a].named[0]  # first_question, first_answer
-        if fits[best] - fits[q, a] - kin < CLEAR_LEAD:
+        related = phrases and columns[q].named[0] == columns[a].named[0]  # my_question, my_answer
+        if fits[best] - fits[q, a] - related < CLEAR_LEAD:
             return "more than one column may hold the questions or the answers."
     asking = ASKING_WEIGHT * (question.asking - answer.asking)
-    long = question.words > answer.words and not question.header.startswith("column ")
-    if max(named, called) < PHRASE and (asking < CLEAR_LEAD or long):
+    longer = question.words > answer.words and not question.header.startswith("column ")
+    unnamed = max(question.strength["question"], answer.strength["answer"]) < PHRASE
+    if unnamed and (asking < CLEAR_LEAD or longer):  # then an agent who asks back
         return "neither the headers nor the cells say which column asks."
-    topic = called <= 0 and question.distinct < len(question.cells) / 2  # beside what is said on it
-    return NONE_FOUND if topic else ""
+    topic = question.distinct < len(question.cells) / 2  # beside what people said on it
+    return NONE_FOUND if topic and answer.strength["answer"] <= 0 else ""
 
 
 def why(columns: list[Column], fits: Fits, wanted: dict[str, int]) -> str:
