@@ -1015,8 +1015,13 @@ class Pairs:
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
-    with collector_paused():
+    was_on = gc.isenabled()
+    gc.disable()  # it would search all rows for cycles again and again, a third of the time
+    try:
         parts, unusable = read_parts(source, cfg)
+    finally:
+        if was_on:
+            gc.enable()
     if not parts:
         first, *others = unusable.values()
         raise UserError("\n".join([first, *map(preview, others)]))
@@ -1040,18 +1045,6 @@ def say_choice(best: list[Pairs], unused: dict[str, str]) -> None:
     if len(unused) > MOST_UNUSED:
         say("", f"and {len(unused) - MOST_UNUSED} more")
     say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Spare Python's search for cycles, which goes through all rows again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
 
 
 def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]]:
@@ -2092,13 +2085,14 @@ def turns_in_text(text: str) -> list[Turn]:
 def content_text(content: Any) -> str | None:
     """The text of a turn; parts of text are joined, anything else is no text."""
     parts = content if isinstance(content, list) else [{"text": content or ""}]
-    texts: list[Any] = [
-        part.get("text") if part.get("type", "text") == "text" else None
+    texts = [
+        part["text"]
         for part in parts
         if isinstance(part, dict)
+        and part.get("type", "text") == "text"
+        and isinstance(part.get("text"), str)
     ]
-    are_texts = len(texts) == len(parts) and all(isinstance(text, str) for text in texts)
-    return "".join(texts) if are_texts else None
+    return "".join(texts) if len(texts) == len(parts) else None
 
 
 def trees_in(table: Table) -> list[tuple[int, Message]]:
@@ -2126,31 +2120,30 @@ def tree_conversations(trees: list[tuple[int, Message]], cfg: Config) -> Rows:
             yield number, "the message that it answers is not in the file"
         elif cfg.LANGUAGE not in ("", language.partition("-")[0]):
             yield number, f"the language is {language}, not {cfg.LANGUAGE}"
-        elif not is_deleted(root):
+        elif fold(root.get("deleted", "")) != "true":
             for path in tree_paths(root, cfg.CONVERSATION_PATHS == "all"):
                 roles = [known_role(message.get("role")) for message in path]
                 texts = [content_text(message.get("text")) or "" for message in path]
                 yield number, dialogue(list(zip(roles, texts, strict=True)))
 
 
+def rank_of(reply: Message) -> float:
+    rank = str(reply.get("rank"))
+    return float(rank) if re.fullmatch(r"-?\d+(\.\d+)?", rank) else math.inf  # nobody ranked it
+
+
 def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
     paths = [[root]]
     while paths:
         path = paths.pop()
-        replies = [one for one in objects_in(path[-1], "replies") if not is_deleted(one)]
-        replies.sort(key=lambda one: float(one["rank"]) if is_ranked(one) else math.inf)
+        replies = [
+            one for one in objects_in(path[-1], "replies") if fold(one.get("deleted", "")) != "true"
+        ]
+        replies.sort(key=rank_of)
         if replies and len(path) < LONGEST_PATH:
             paths += ([*path, one] for one in reversed(replies if every else replies[:1]))
         else:
             yield path
-
-
-def is_ranked(reply: Message) -> bool:
-    return bool(re.fullmatch(r"-?\d+(\.\d+)?", str(reply.get("rank"))))
-
-
-def is_deleted(message: Message) -> bool:
-    return str(message.get("deleted", "")).casefold() == "true"
 
 
 # -- Cleaning
