@@ -1023,25 +1023,23 @@ def find_pairs(cfg: Config) -> Pairs:
         if was_on:
             gc.enable()
     if not parts:
-        first, *others = unusable.values()
-        raise UserError("\n".join([first, *map(preview, others)]))
+        first, *more = unusable.values()
+        raise UserError("\n".join([first, *(preview(one, 150) for one in more[:MOST_UNUSED])]))
     best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
+    others = [one for one in parts if one not in best]
     unused = {
-        one.place: f"{len(one.kept)} pairs, {columns_in_words(one)}"
-        for one in parts
-        if one not in best
-    }
-    unused |= {place: reason.partition(". ")[0] for place, reason in unusable.items()}
-    if unused:
-        say_choice(best, unused)
+        one.place: f"{one.place}: {len(one.kept)} pairs, {columns_in_words(one)}" for one in others
+    } | unusable
+    if unused and not getattr(cfg, "SHEET", ""):
+        say_choice(best, list(unused.values()))
     pairs = joined(source.name, best) if len(best) > 1 else best[0]
     return replace(pairs, parts=best, other_tables=list(unused))
 
 
-def say_choice(best: list[Pairs], unused: dict[str, str]) -> None:
+def say_choice(best: list[Pairs], unused: list[str]) -> None:
     say("Chosen", f"{', '.join(one.place for one in best)}: {columns_in_words(best[0])}")
-    for place, reason in list(unused.items())[:MOST_UNUSED]:
-        say("Not used", f"{place}: {preview(reason, 150)}")
+    for reason in unused[:MOST_UNUSED]:
+        say("Not used", preview(reason.partition(". ")[0], 150))
     if len(unused) > MOST_UNUSED:
         say("", f"and {len(unused) - MOST_UNUSED} more")
     say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
@@ -1062,14 +1060,15 @@ def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]
             try:
                 parts.append(pairs_of(table, path.name, place, cfg))
             except UserError as error:
-                unusable[place] = f"In {path}: {error}"
+                sheet = f', sheet "{preview(table.sheet)}"' if table.sheet else ""
+                unusable[place] = f"In {path.name}{sheet}: {error}"
     return parts, unusable
 
 
 def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
     sheet = getattr(cfg, "SHEET", "") or table.sheet
     if fold(sheet) != fold(table.sheet):
-        raise UserError(f'"{preview(table.sheet or name)}" is not the sheet {sheet!r} (--sheet).')
+        raise UserError(f"this is not the sheet {sheet!r} (--sheet).")
     shape, columns, rows = conversations_of(table, cfg)
     kept, dropped = clean(table._replace(sheet=place), rows)
     ragged = sum(note.reason == MORE_CELLS for note in dropped)
@@ -1864,6 +1863,7 @@ def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> U
 
 NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
+NO_TURNS = [("something other than turns with a role and a text", "")]
 ROLE_NAMES = {
     "user": "user, human, prompter, customer, instruction, question, [inst]",
     "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output, [/inst]",
@@ -1914,7 +1914,8 @@ def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Ro
 def without_wrong(table: Table, rows: Rows) -> Rows:
     """Leave out what a column of yes and no marks as wrong; of 1 and 0, where a question has both."""
     found = dict(rows)
-    for i in (i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING):
+    marking = [i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING]
+    for i in marking:
         marks = {n: fold(cell) for n, cell in column_cells(table, i) if cell != ""}
         talks = [(n, talk) for n, talk in found.items() if isinstance(talk, list)]
         right, wrong = (
@@ -1988,9 +1989,7 @@ def whole_conversations(table: Table, column: int) -> Rows:
     strengths = [name_strength(h, "answer") * (i != column) for i, h in enumerate(table.header)]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
     for number, cells in filled_rows(table):
-        turns = turns_of(cells[column]) or [
-            ("something other than turns with a role and a text", "")
-        ]
+        turns = turns_of(cells[column]) or NO_TURNS
         if len(answers) == 1:
             turns = with_answer(turns, table.header[answers[0]], cells[answers[0]])
         yield number, dialogue([*(turn_of("system", cells[i]) for i in systems), *turns])
@@ -2084,15 +2083,12 @@ def turns_in_text(text: str) -> list[Turn]:
 
 def content_text(content: Any) -> str | None:
     """The text of a turn; parts of text are joined, anything else is no text."""
-    parts = content if isinstance(content, list) else [{"text": content or ""}]
-    texts = [
-        part["text"]
-        for part in parts
-        if isinstance(part, dict)
-        and part.get("type", "text") == "text"
-        and isinstance(part.get("text"), str)
-    ]
-    return "".join(texts) if len(texts) == len(parts) else None
+    if not isinstance(content, list):
+        return content if isinstance(content, str) else None if content else ""
+    parts = [part for part in content if isinstance(part, dict)]
+    texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
+    known = [text for text in texts if isinstance(text, str)]
+    return "".join(known) if len(known) == len(content) else None
 
 
 def trees_in(table: Table) -> list[tuple[int, Message]]:
