@@ -2229,9 +2229,10 @@ def grouped(notes: Sequence[Note]) -> list[str]:
     lines = []
     for kind, found in by_kind(notes).items():
         rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
-        count = f"{len(rows)} rows, " if len(rows) > 1 else "row "
-        more = f" and {len(rows) - 8} more" if len(rows) > 8 else ""
-        lines.append(f"{kind}: {count}{', '.join(rows[:8])}{more}")
+        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        lines.append(
+            f"{kind}: " + (f"{len(rows)} rows ({places})" if rows[1:] else f"row {places}")
+        )
     return lines
 
 
