@@ -2261,17 +2261,18 @@ UNCOUNTED = re.compile("blank$|the language is ")  # reasons that say nothing of
 HTML = re.compile(
     r"</?(?:a|b|i|u|p|br|hr|div|span|em|strong|small|su[bp]|center|font|pre|code|[uo]l|li|table|thead"
     r"|tbody|t[rdh]|img|h[1-6]|blockquote|script|style|html|head|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-    r"|&(?:[a-z]{2,6}|#x?[\da-f]{2,6});",
+    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});",
     re.IGNORECASE,
 )
 ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-CONTROL = re.compile(  # also those of the prompt's own form
+CONTROL = re.compile(  # last, those of phi-2's prompt
     r"<\|\w{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<</?SYS>>|\[/?INST\]"
     r"|^(?:Instruct|Output):",
     re.MULTILINE,
 )
-# How Windows-1252 shows the bytes 80 to BF of UTF-8, but for what may follow a letter: VÝŠKA, «é»
+# UTF-8 read as Windows-1252: a letter with an accent, and TAIL for its bytes 80 to BF. What may follow
+# such a letter in good text, as in VÝŠKA or «é», counts only behind the most frequent ones.
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 BROKEN = re.compile(
     rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]"
@@ -2305,7 +2306,7 @@ class Quality(NamedTuple):
 
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
-    """What looks wrong in each pair, by itself and beside the others."""
+    """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
     odd = odd_answers(kept)
     findings = [flaws_of(pair) + odd.get(pair.answer.casefold(), []) for pair in kept]
     for i, other, what in answered_again(kept):
@@ -2340,7 +2341,7 @@ def flaws_of(pair: Pair) -> list[str]:
 
 
 def odd_answers(pairs: Sequence[Pair]) -> dict[str, list[str]]:
-    """Answers whose number shows that they stand for something else: one NULL may be an answer."""
+    """Answers that are too frequent to be meant: one NULL may be an answer, every tenth is none."""
     counts = Counter(pair.answer[:6].casefold() for pair in pairs)
     if len(counts) <= len(pairs) / 4 and all(re.fullmatch(r"\d", text) for text in counts):
         return {text: ["an answer of one digit"] for text in counts}
