@@ -7852,7 +7852,7 @@ def held_out_answers(
 
 
 def ask_about_quality(cfg: Config, quality: Quality) -> None:
-    """Doubtful data is trained on when the person wants it; where nobody can answer, the warning is enough."""
+    """Doubtful data is trained on if the person wants it; where nobody can answer, with a warning."""
     asking = sys.stdin is not None and sys.stdin.isatty()
     if cfg.YES or quality.score >= cfg.MIN_QUALITY or not asking:
         return
