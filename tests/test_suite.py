@@ -1,6 +1,8 @@
 """What holds of the tests themselves: they know little of the script, and miss no fault."""
 
 import re
+import runpy
+import statistics
 from pathlib import Path
 
 from seams import ROOT
@@ -9,6 +11,7 @@ TESTS = Path(__file__).parent
 SOURCES = {path.name: path.read_text(encoding="utf-8") for path in TESTS.glob("*.py")}
 MOST_NAMES = 40
 NUMBERED = {"C": 23, "S": 9, "D": 11, "M": 10, "X": 16, "V": 10, "O": 4}  # faults of each kind
+MOST_LINES = {0: 80, 1: 350, 2: 200, 3: 850}  # of the sections of the script, by number
 FAULTS = {f"{kind}{n}" for kind, count in NUMBERED.items() for n in range(1, count + 1)}
 
 
@@ -36,3 +39,13 @@ def test_every_fault_is_shown_by_a_test() -> None:
     promised = set(re.findall(r"\b[CSDMXVO]\d{1,2}\b", table))
     assert len(promised) > 30
     assert promised <= FAULTS
+
+
+def test_the_sections_of_the_script_and_their_functions_are_short() -> None:
+    sections = runpy.run_path(str(ROOT / "benchmarks/shape.py"))["sections"]
+    found = sections((ROOT / "finetune_colab.py").read_text(encoding="utf-8"))[: len(MOST_LINES)]
+    assert {one.title: one.lines for one in found if one.lines > MOST_LINES[one.number]} == {}
+    lengths = {name: lines for one in found for name, lines in one.functions.items()}
+    assert statistics.median(lengths.values()) <= 10
+    assert sum(lines < 30 for lines in lengths.values()) >= 0.9 * len(lengths)
+    assert [name for name, lines in lengths.items() if lines > 60] == []
