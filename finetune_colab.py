@@ -4340,7 +4340,9 @@ def refuse_unfit(cfg: Config, data: Prepared) -> None:
         )
     if count < ENOUGH_PAIRS:
         say("Warning", f"{pairs} are few; with {ENOUGH_PAIRS} or more, answers become reliable.")
-    if data.quality.score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
+    copies = sum(note.reason.startswith("a copy") for note in data.pairs.dropped)
+    score = data.quality.good / max(1, data.quality.counted - copies)  # which harm nobody
+    if score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
         raise UserError(
             f"The quality of {data.pairs.name} is {data.quality}: most rows are left out or look wrong.\n"
             "Fix the rows named above (the command check lists them all), or add --yes to train anyway."

@@ -30,7 +30,6 @@ HEADER = ("question", "answer")
 TWO = [("Why?", "So."), ("How?", "Thus.")]
 FOUR = [*TWO, ("Tell me where.", "Over there."), ("Who is it?", "It is me.")]
 QA2, QA4 = [HEADER, *TWO], [HEADER, *FOUR]
-later = pytest.mark.xfail(strict=True, reason="Data")  # the issue of this name mends it
 GIVEN: dict[str, Texts] = {"TWO": TWO, "THREE": [*TWO, FOUR[3]], "BUT ONE": [FOUR[0], *FOUR[2:]], "FOUR": FOUR}
 
 

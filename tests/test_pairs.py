@@ -14,7 +14,7 @@ from seams import UserError
 
 # isort: off
 from tables import ASKED, FORMATS, HEADER, QA2, TWO, File, assert_nothing_taught, cases, cases_of_files, check
-from tables import csv_file, files, js, jsonl, later, read, refusal, texts
+from tables import csv_file, files, js, jsonl, read, refusal, texts
 
 Sheet = Callable[..., Path]
 Checked = Callable[..., tuple[int, str]]
@@ -346,7 +346,6 @@ def test_a_large_sheet_is_not_passed_over_for_an_example(sheet: Sheet) -> None:
         assert all(name in str(error) for name in ("Example", "Tickets", "--sheet"))
 
 
-@later
 def test_the_person_can_choose_the_sheet(sheet: Sheet, run: Run, small_phi: Path) -> None:
     sheet(**EXAMPLE)
     for name, count in (("Example", 2), ("Tickets", 50)):
