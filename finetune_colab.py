@@ -31,7 +31,6 @@ from __future__ import annotations
 import argparse
 import base64
 import csv
-import ctypes
 import datetime
 import difflib
 import errno
@@ -39,10 +38,8 @@ import functools
 import gc
 import glob
 import hashlib
-import heapq
 import html
 import importlib.util
-import inspect
 import io
 import itertools
 import json
@@ -51,15 +48,12 @@ import logging.handlers
 import math
 import os
 import platform
-import queue
 import random
 import re
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
-import tarfile
 import tempfile
 import threading
 import time
@@ -69,7 +63,6 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,13 +88,11 @@ class Config:
 
     # -- Preset
     PRESET: str = ""  # a set of settings at once, in place of those below; flags still win
-
     # -- Model
     MODEL_NAME: str = "microsoft/phi-2"  # a model on the Hub, a folder with one, or "demo"
     MODEL_REVISION: str = ""  # a commit of that model; empty = the pinned one, or else the newest
     LOAD_IN_4BIT: bool | None = None  # weights in 4 bits; None = yes on an NVIDIA GPU, else no
     PROMPT_TEMPLATE: str = ""  # how to ask, around {question}; empty = in the model's own way
-
     # -- Data
     DATASET_PATH: str = "dataset.xlsx"  # a workbook, .csv, .jsonl, ...; also a link, s3:// or hf:
     SHEET: str = ""  # the sheet of a workbook to read; empty = those that fit together best
@@ -112,14 +103,12 @@ class Config:
     CONVERSATION_PATHS: str = "best"  # of message trees: the best-ranked replies, or all
     VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
     MIN_QUALITY: float = 0.85  # warn when a smaller share of the rows is fit to learn from
-
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
     CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
     CHECKPOINT_MIRROR: str = ""  # a folder for copies of these, such as one on a mounted Drive
     ARCHIVE_CHECKPOINTS: bool = False  # also zip each of these, to download it by hand
     LOG_DIR: str = "./logs"  # what each training said and measured, a file for each
-
     # -- LoRA
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
     LORA_ALPHA: int = 32  # strength of the adapter; twice the rank is usual
@@ -129,7 +118,6 @@ class Config:
     USE_RSLORA: bool = False  # strength alpha/sqrt(rank), not alpha/rank: for ranks of 64 and more
     USE_DORA: bool = False  # learn length and direction apart: a little better, much slower
     LORA_INIT: str = "default"  # how the adapter begins
-
     # -- Training
     LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
     BATCH_SIZE: int = 4  # times the next number: the pairs that decide each step, here 16
@@ -148,7 +136,6 @@ class Config:
     NEFTUNE_ALPHA: float = 0.0  # noise on the words while training; 5 is usual; 0 = none
     FAST_ADAPTER: bool = True  # a layer and its adapter as one operation; False = as peft does it
     SEED: int = 42  # decides the held-out pairs, the order of the rows and the dropout
-
     # -- Measuring and saving
     EVAL_STEPS: int = 0  # measure the validation loss every so many steps; 0 = after every epoch
     LOGGING_STEPS: int = 1  # write down the training loss every so many steps
@@ -159,7 +146,6 @@ class Config:
     KEEP_BEST: bool = True  # keep the adapter with the lowest validation loss, not the last one
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
     REPORT_TO: str = "none"  # where else the curves are sent
-
     # -- Answering
     EVAL_ANSWERS: int = 20  # held-out questions asked before and after the training; 0 = none
     MAX_TOKENS: int = 256  # of an answer, at most
@@ -173,7 +159,6 @@ class Config:
     WEB: bool = False  # chat: a page in the browser
     SHARE: bool = False  # chat --web: also under a public link, which Colab needs
     PORT: int = 0  # chat --web: the page is at this port; 0 = the first free one from 7860
-
     # -- Export
     TO: str = ""  # export: what to make: merged, gguf, space or hub
     QUANTIZE: str = "q8_0"  # export --to gguf, --to space: how exact its numbers stay
@@ -181,7 +166,6 @@ class Config:
     EXPORT_DIR: str = ""  # export: where to write; empty = beside OUTPUT_DIR, as ./model-gguf
     HUB_REPO: str = ""  # export --to hub: the repository, as name or owner/name
     HUB_PRIVATE: bool = True  # export --to hub: only you can see it
-
     # -- Talking
     YES: bool = False  # train without asking, whatever the quality of the data
     JSON: bool = False  # check: the findings as one JSON object, for programs
@@ -290,16 +274,19 @@ def changed(cfg: Config, **settings: Any) -> Config:
 @functools.cache
 def setting_notes() -> dict[str, tuple[str, str]]:
     """Group and comment of every setting, read from the lines of Config itself."""
+    import inspect
+
     try:
         source = inspect.getsource(Config)
     except (OSError, TypeError):  # pasted into a notebook cell: the flags have no help texts then
         return {}
-    notes, group = {}, ""
-    for line in source.splitlines():
-        if heading := re.fullmatch(r"    # -- (.+)", line):
-            group = heading[1]
-        elif setting := re.match(r"    ([A-Z0-9_]+): .*?  # (.+)", line):
-            notes[setting[1]] = (group, setting[2])
+    notes: dict[str, tuple[str, str]] = {}
+    group = ""
+    lines = r"^    # -- (.+)|^    ([A-Z0-9_]+): .*?  # (.+)"
+    for heading, name, note in re.findall(lines, source, re.MULTILINE):
+        group = heading or group
+        if name:
+            notes[name] = (group, note)
     return notes
 
 
@@ -4355,6 +4342,8 @@ def pairs_to_ask(data: Prepared) -> list[Pair]:
 
 def dealt(examples: Sequence[Example], count: int) -> list[list[Example]]:
     """The same examples in so many rows, all about as long."""
+    import heapq
+
     rows: list[list[Example]] = [[] for _ in range(count)]
     shortest = [(0, number) for number in range(count)]  # a heap of tokens and rows
     for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
@@ -5689,6 +5678,8 @@ def growing_answer(
     tuned: Tuned, messages: Sequence[dict[str, str]], cfg: Config
 ) -> Generator[Answer]:
     """An answer again and again while it grows, then as it is. Closing this ends it."""
+    import queue
+
     prompt = prompt_of(tuned, messages, cfg)
     grown: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
     unwanted = threading.Event()
@@ -6140,6 +6131,8 @@ def files_for_others(folder: Path) -> list[Path]:
 
 def write_zip(folder: Path) -> Path:
     """What others may have of the folder, in one zip beside it, read back before it gets its name."""
+    import zlib
+
     target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
     for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
         cut_off.unlink()
@@ -7181,6 +7174,8 @@ def least_lossy_merge(
 
 def hand_back_memory() -> None:
     """Let glibc hand large pieces back as soon as they are free; it would keep 5 GB of phi-2's."""
+    import ctypes
+
     with suppress(OSError, AttributeError):  # other systems
         ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
@@ -7264,6 +7259,8 @@ def merged_folder(cfg: Config, beside: Path) -> Path:
 
 def converters() -> Path:
     """The folder with llama.cpp's converters: fetched once, and the bytes that are known here."""
+    import tarfile
+
     folder = cache_folder(f"converters-{CONVERTERS_SHA256[:12]}")
     if is_folder(folder):
         return folder
@@ -7289,6 +7286,8 @@ def converters() -> Path:
 
 def convert(script: str, *options: object, vocabulary: Path | str = "") -> None:
     """Run a converter in a process of its own; the tokenizer may lie in another folder."""
+    import subprocess
+
     command = [sys.executable, "-c", CONVERT, converters(), vocabulary, script, *options]
     done = subprocess.run(
         [str(part) for part in command], capture_output=True, text=True, check=False
