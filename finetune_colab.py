@@ -358,7 +358,7 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:  # the plain loader would take no for False, and 0123456 for a number
-        content = yaml.load(path.read_text(encoding="utf-8-sig"), yaml.BaseLoader) or {}
+        content = yaml.BaseLoader(path.read_text(encoding="utf-8-sig")).get_single_data() or {}
     except (OSError, UnicodeError) as error:
         raise UserError(f"Cannot read the settings file {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -3127,12 +3127,13 @@ def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
 
 def is_within_reach(cfg: Config, file: str) -> bool:
     """Whether this file of the model is here, or else the Hub answers."""
+    name, revision = cfg.MODEL_NAME, model_revision(cfg)
+    if name == DEMO_MODEL or is_there(local_path(name)):
+        return True
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
-    name, revision = cfg.MODEL_NAME, model_revision(cfg)
     try:
-        local = name == DEMO_MODEL or local_path(name).exists()
-        if not local and not try_to_load_from_cache(name, file, revision=revision):
+        if not try_to_load_from_cache(name, file, revision=revision):
             HfApi().model_info(name, timeout=10)
     except (errors.HfHubHTTPError, ValueError):
         pass  # the Hub has answered, or the name is none: what is wrong is said by load_tokenizer
@@ -4265,12 +4266,11 @@ class Prepared:
     held_out: list[Example]
 
 
-def prepare(cfg: Config, offline: bool = False) -> Prepared:
-    """From the data file to tokens, saying what was found. The same for `check` and for training.
+def prepare(cfg: Config, pairs: Pairs, offline: bool = False) -> Prepared:
+    """From pairs to tokens, saying what was found. The same for `check` and for training.
 
     When the Hub cannot be reached, `check` does without the tokenizer, and nothing is tokenized.
     """
-    pairs = find_pairs(cfg)
     known = not offline or is_within_reach(cfg, TOKENIZER_FILE)
     tokenizer = load_tokenizer(cfg) if known else None
     form = form_of(cfg, tokenizer)
@@ -6750,9 +6750,12 @@ def side_by_side(asked: Asked, width: int, coloured: bool) -> str:
 
 
 def in_lines(text: str, width: int) -> list[str]:
+    import textwrap
+
     lines: list[str] = []
     for line in text.split("\n"):
-        lines += wrapped(line, width)
+        fits = width // 2 if width_of(line) > len(line) else width
+        lines += textwrap.wrap(line, fits) or [""]
     return lines
 
 
@@ -7760,7 +7763,10 @@ class Begun(NamedTuple):
 def begun(cfg: Config) -> Begun:
     """Everything before the model is loaded."""
     say_preset(cfg)
-    data = prepare(cfg)
+    pairs = find_pairs(cfg)
+    if problems := model_problems(cfg):
+        raise UserError("\n\n".join(problems))
+    data = prepare(cfg, pairs)
     refuse_unfit(cfg, data)
     device = pick_device(cfg)
     refuse_sharded(cfg, device)
@@ -7882,7 +7888,9 @@ def check(cfg: Config) -> int:
         problems = preflight(cfg)
         with collecting(problems):
             place = without_secrets(cfg.DATASET_PATH)
-            data = prepare(cfg, offline=True)
+            pairs = find_pairs(cfg)  # before what has to wait for torch
+            problems += model_problems(cfg)
+            data = prepare(cfg, pairs, offline=True)
             refuse_unfit(cfg, data)
         for problem in problems:
             say("Problem", problem)
@@ -8211,7 +8219,6 @@ def collecting(problems: list[str]) -> Iterator[None]:
 def preflight(cfg: Config) -> list[str]:
     """What would stop a training later; what only may do so is said."""
     problems = [*package_problems(installed_versions())]
-    complete = not problems
     if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
         problems.append(f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}")
     try:
@@ -8235,9 +8242,6 @@ def preflight(cfg: Config) -> list[str]:
             f"There is no folder {cfg.MODEL_NAME} (MODEL_NAME).\n"
             "Name a folder that holds a model, or a model of the Hub such as microsoft/phi-2"
         )
-    elif complete:
-        warn_of_pictures()
-        problems += model_problems(cfg)
     return problems
 
 
@@ -8323,6 +8327,7 @@ def refuse_unwritable(folder: Path, setting: str) -> None:
 def model_problems(cfg: Config) -> list[str]:
     """What the shape of the model tells before its weights are here: layers, memory and disk."""
     problems: list[str] = []
+    warn_of_pictures()
     model = known_outline(cfg)
     if model is None:
         return problems
@@ -8406,8 +8411,8 @@ class Parser(argparse.ArgumentParser):
         )
 
 
-def build_parser() -> Parser:
-    """The command line, derived from Config."""
+def build_parser(explained: bool) -> Parser:
+    """The command line, derived from Config; to explain each setting takes a fifth of a second."""
     parser = Parser(
         prog="finetune_colab.py",
         usage="%(prog)s [COMMAND] [--SETTING VALUE ...]",
@@ -8424,7 +8429,7 @@ def build_parser() -> Parser:
         "question", nargs="*", default=argparse.SUPPRESS, help="of chat and compare, asked at once"
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
-    notes, groups = setting_notes(), {}
+    notes, groups = setting_notes() if explained else {}, {}
     for name, kind in setting_types().items():
         title, note = notes.get(name, ("Settings", ""))
         if title not in groups:
@@ -8458,7 +8463,8 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
             raise UserError(
                 f"There is no flag {word}.{did_you_mean(word, known)}\n--help lists all."
             )
-    flags = vars(build_parser().parse_intermixed_args(list(argv)))  # a question may come last
+    explained = not {"-h", "--help"}.isdisjoint(argv)
+    flags = vars(build_parser(explained).parse_intermixed_args([*argv]))  # a question may come last
     command, file = flags.pop("command"), flags.pop("config")
     if words := flags.pop("question", []):
         flags["QUESTION"] = " ".join(words)

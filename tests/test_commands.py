@@ -41,16 +41,18 @@ def contents(folder: Path) -> dict[Path, bytes | None]:
 
 @pytest.fixture
 def problems(capsys: pytest.CaptureFixture[str], small_phi: Path, folder: Path) -> Problems:
-    """What check finds before it looks for the data, which are not there, and what it says."""
+    """What check finds beside data that are too few, and what it says."""
+    Path("few.csv").write_text("question,answer\nWhy?,So.\n")
 
     def problems(*flags: object) -> tuple[list[str], str]:
         capsys.readouterr()
-        argv = ("check", "--json", "--dataset-path", "none.csv", "--model-name", small_phi)
+        argv = ("check", "--json", "--dataset-path", "few.csv", "--model-name", small_phi)
         assert main([str(part) for part in (*argv, *flags)]) == 1
         printed = capsys.readouterr()
+        [path.unlink() for path in Path().glob("dataset_report.*")]
         assert printed.out.count("\n") == 1  # a program reads it, and nothing else
         *found, data = map(in_words, json.loads(printed.out)["problems"])
-        assert "none.csv" in data
+        assert "few.csv has 1 pair" in data or "could not be loaded" in data
         return found, in_words(printed.err)
 
     return problems
