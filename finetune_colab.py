@@ -1909,9 +1909,8 @@ def without_wrong(table: Table, rows: Rows) -> Rows:
             {fold(talk[-2]["content"]) for n, talk in talks if marks.get(n) in names}
             for names in (YES, NO)
         )
-        if set(marks.values()) <= YES | NO and (
-            right & wrong or not {"0", "1"} & {*marks.values()}
-        ):
+        seen = set(marks.values())
+        if seen <= YES | NO and (right & wrong or not {"0", "1"} & seen):
             reason = f'marked as wrong in "{preview(table.header[i])}"'
             found |= {n: reason for n in found if marks.get(n) in NO}
     return list(found.items())
@@ -1941,6 +1940,8 @@ def two_columns(table: Table, columns: Columns) -> Rows:
             yield number, MORE_CELLS
         elif cells == table.header:
             yield number, "the header once more"
+        elif not cells[columns.question]:
+            yield number, "no question"
         else:
             history = cells[names.index("history")] if "history" in names else []
             turns = [turn for pair in history if is_alternating(pair) for turn in turns_of(pair)]
