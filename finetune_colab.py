@@ -1080,12 +1080,12 @@ def is_same(part: Pairs, other: Pairs) -> bool:
     return kinds[0] == kinds[1] and (names <= others or others <= names)
 
 
-def rank(parts: list[Pairs]) -> tuple[bool, bool, bool, int]:
-    """Visible sheets come first, then two known names, then Alpaca's, then the most pairs."""
+def rank(parts: list[Pairs]) -> tuple[bool, int]:
+    """The pairs of a data set: ten times as many where both names are known, once more for Alpaca's."""
     first, pairs = parts[0], sum(len(part.kept) for part in parts)
-    named = first.columns is None or first.columns.named >= BOTH_NAMED
+    is_named = first.columns is None or first.columns.named >= BOTH_NAMED
     is_alpaca = [*map(fold, first.used[:2])] == ["instruction", "output"]
-    return not is_aside(first), named, is_alpaca, pairs
+    return not is_aside(first), pairs * 10 ** (is_named + is_alpaca)
 
 
 def joined(name: str, parts: list[Pairs]) -> Pairs:
