@@ -1070,7 +1070,7 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
 
 def is_aside(part: Pairs) -> bool:
     """Whether a table is kept from sight, or was kept to test with."""
-    return part.table.hidden or any(map(TO_TEST.fullmatch, (part.name, part.table.sheet)))
+    return part.table.hidden or any(map(TO_TEST.fullmatch, part.place.split(", ")))
 
 
 def is_same(part: Pairs, other: Pairs) -> bool:

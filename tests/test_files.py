@@ -114,7 +114,8 @@ ELSEWHERE = {name.replace("workbook.xml", "book.xml"): part.replace(b"workbook.x
 WORKBOOKS = {
     "merged cells": in_xlsx(  # X14
         xlsx(SHOP, MERGED), [*TWO, ("Two?", "First.")], rows=[3, 4, 5], dropped=[(6, "no question")]),
-    "a hidden sheet with more": in_xlsx(xlsx(QA2, HIDDEN, Old=[*QA4, ("Old?", "Old.")]), TWO),  # X14
+    **{f"a hidden sheet with more, in {name}": File(name, xlsx(QA2, HIDDEN, Old=[*QA4, ("Old?", "Old.")]), TWO)
+       for name in ("a.xlsx", "test.xlsx")},  # X14
     "colours, a chart, a remark far right": in_xlsx(xlsx(QA2, styled), TWO, rows=[2, 3]),
     "rich text": in_xlsx(xlsx(QA2, RICH), TWO),
     "rich text inside a cell": in_xlsx(ending_in(
