@@ -49,10 +49,11 @@ def problems(capsys: pytest.CaptureFixture[str], small_phi: Path, folder: Path) 
         argv = ("check", "--json", "--dataset-path", "few.csv", "--model-name", small_phi)
         assert main([str(part) for part in (*argv, *flags)]) == 1
         printed = capsys.readouterr()
-        [path.unlink() for path in Path().glob("dataset_report.*")]
+        with contextlib.suppress(PermissionError):
+            [path.unlink() for path in Path().glob("dataset_report.*")]
         assert printed.out.count("\n") == 1  # a program reads it, and nothing else
         *found, data = map(in_words, json.loads(printed.out)["problems"])
-        assert "few.csv has 1 pair" in data or "could not be loaded" in data
+        assert "few.csv" in data or "could not be loaded" in data
         return found, in_words(printed.err)
 
     return problems
