@@ -30,7 +30,7 @@ def build(folder: Path, millions: float) -> tuple[Trainer, ft.Keeper]:
     cfg = ft.Config(MODEL_NAME=ft.DEMO_MODEL, DATASET_PATH=ft.EXAMPLE_DATASET, MAX_STEPS=1)
     cfg.CHECKPOINT_DIR, cfg.LORA_R = str(folder), round(millions * 1e6 / 11_520)
     device = ft.Device("cpu", "float32", False, "")
-    data = ft.prepare(cfg)
+    data = ft.prepare(cfg, ft.find_pairs(cfg))
     model = ft.add_lora(cfg, ft.load_base(cfg, device))
     keeper = ft.Keeper(cfg, ft.identity_of(cfg, data, device))
     keeper.starting_point()
