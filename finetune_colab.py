@@ -1015,7 +1015,7 @@ def find_pairs(cfg: Config) -> Pairs:
     best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
     others = [one for one in parts if one not in best]
     unused = {
-        one.place: f"{one.place}: {len(one.kept)} pairs, {columns_in_words(one)}" for one in others
+        one.place: f"{one.place}: {columns_in_words(one)}; pairs: {len(one.kept)}" for one in others
     } | unusable
     if unused and not getattr(cfg, "SHEET", ""):
         say_choice(best, list(unused.values()))
