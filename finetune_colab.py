@@ -8,9 +8,11 @@
     python finetune_colab.py export     merged weights, GGUF, a Space, the Hub: --to says which
     python finetune_colab.py --help     every setting; each is a constant of Config and a flag
 
-What a run leaves behind: model/ (LoRA adapter, tokenizer, model card, run.json, training_visuals/),
-fine_tuned_model.zip (all of model/ in one file), checkpoints/ (where the same command resumes) and
-logs/. What check leaves behind: dataset_report.xlsx and dataset_report.png.
+What a run leaves behind
+    model/                      the LoRA adapter, its tokenizer, pictures, a model card, run.json
+    fine_tuned_model.zip        all of model/ in one file to download
+    checkpoints/, logs/         to resume the training; all that each run said and measured
+    dataset_report.xlsx, .png   from check: what was found in every row; how long the pairs are
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens    7 training     10 chatting
@@ -22,7 +24,7 @@ Map: the file reads as the data flows, and each section calls only sections abov
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.10", "transformers>=5.6", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
-#     "datasets>=4.0", "pandas>=2.2", "openpyxl>=3.1.3", "matplotlib>=3.8", "seaborn>=0.13",
+#     "datasets>=4.0", "pandas>=2.2.2", "openpyxl>=3.1.3", "matplotlib>=3.8", "seaborn>=0.13",
 # ]
 # ///
 
@@ -32,22 +34,18 @@ import argparse
 import base64
 import csv
 import datetime
-import difflib
 import errno
 import functools
 import gc
 import glob
 import hashlib
-import html
-import importlib.util
+import inspect
 import io
 import itertools
 import json
 import logging
-import logging.handlers
 import math
 import os
-import platform
 import random
 import re
 import shutil
@@ -55,6 +53,7 @@ import signal
 import statistics
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 import unicodedata
@@ -66,11 +65,10 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout, suppress
+from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, get_type_hints
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict
 
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
     import torch
@@ -95,7 +93,7 @@ class Config:
     PROMPT_TEMPLATE: str = ""  # how to ask, around {question}; empty = in the model's own way
     # -- Data
     DATASET_PATH: str = "dataset.xlsx"  # a workbook, .csv, .jsonl, ...; also a link, s3:// or hf:
-    SHEET: str = ""  # the sheet of a workbook to read; empty = those that fit together best
+    SHEET: str = ""  # the sheet of the workbook to read; empty = all that belong together
     QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
     ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
     MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
@@ -166,29 +164,19 @@ class Config:
     EXPORT_DIR: str = ""  # export: where to write; empty = beside OUTPUT_DIR, as ./model-gguf
     HUB_REPO: str = ""  # export --to hub: the repository, as name or owner/name
     HUB_PRIVATE: bool = True  # export --to hub: only you can see it
-    # -- Talking
+    # -- Running
     YES: bool = False  # train without asking, whatever the quality of the data
     JSON: bool = False  # check: the findings as one JSON object, for programs
 
     def __init__(self, **changes: Any) -> None:
-        vars(self).update(changes)
+        vars(self).update({name: getattr(Config, name) for name in TYPES} | changes)
 
 
+LOG = logging.getLogger("finetune_colab")
+TYPES: dict[str, Any] = inspect.get_annotations(Config, eval_str=True)
 DEMO_MODEL = "demo"
 NEEDED = ("MODEL_NAME", "DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR", "LORA_TARGETS")
-# Paths on the person's own disk, which are nobody else's business.
-PLACES = (
-    *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "LOG_DIR", "QUESTIONS", "EXPORT_DIR"),
-)
-# Settings that would do nothing with other commands.
-ONLY_WITH = {
-    **dict.fromkeys(("BASE", "WEB", "SHARE", "PORT"), ("chat",)),
-    **dict.fromkeys(("SYSTEM", "QUESTION"), ("chat", "compare")),
-    **{"QUESTIONS": ("compare",), "JSON": ("check",), "QUANTIZE": ("export", "chat")},
-    **dict.fromkeys(("TO", "MERGE_INTO", "EXPORT_DIR", "HUB_REPO", "HUB_PRIVATE"), ("export",)),
-}
-RANGES: dict[tuple[float, float], str] = {
+SETTINGS_BY_LIMITS: dict[tuple[float, float], str] = {
     (0, 0.5): "VALIDATION_FRACTION",
     (0, 0.9): "LORA_DROPOUT WARMUP_RATIO",
     (0, 1): "MIN_QUALITY WEIGHT_DECAY",
@@ -196,18 +184,19 @@ RANGES: dict[tuple[float, float], str] = {
     (0.01, 1): "TOP_P",
     (0.5, 3): "REPETITION_PENALTY",
     (0, 5): "TEMPERATURE",
-    (0, 1000): "MAX_GRAD_NORM NEFTUNE_ALPHA",
-    (0.1, 100_000): "SAVE_MINUTES",
-    (1, 10_000): "LORA_R LORA_ALPHA BATCH_SIZE GRADIENT_ACCUMULATION_STEPS NUM_EPOCHS",
+    (1, 1024): "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS",
+    (1, 10_000): "LORA_ALPHA NUM_EPOCHS",
+    (0.1, 10_000): "SAVE_MINUTES",
+    (0, 10_000): "EVAL_ANSWERS EARLY_STOPPING_PATIENCE MAX_GRAD_NORM NEFTUNE_ALPHA",
+    (0, 65_535): "PORT",
     (16, 131_072): "MAX_LENGTH",
     (1, 131_072): "MAX_TOKENS",
-    (0, 1_000_000): "TOKENS_AT_ONCE MAX_STEPS EVAL_STEPS EARLY_STOPPING_PATIENCE EVAL_ANSWERS",
     (1, 1_000_000): "LOGGING_STEPS SAVE_STEPS",
+    (0, 10_000_000): "MAX_STEPS EVAL_STEPS TOKENS_AT_ONCE",
     (0, 2**32 - 1): "SEED",  # what numpy accepts
-    (0, 65_535): "PORT",
 }
-LIMITS = {name: limits for limits, names in RANGES.items() for name in names.split()}
-CHOICES: dict[str, tuple[str, ...]] = {
+LIMITS = {name: ends for ends, names in SETTINGS_BY_LIMITS.items() for name in names.split()}
+CHOICES: dict[str, tuple[str, ...]] = {  # "" where none has to be made
     "CONVERSATION_PATHS": ("best", "all"),
     "OPTIMIZER": ("auto", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"),
     "LR_SCHEDULER": ("cosine", "linear", "constant", "constant_with_warmup"),
@@ -218,13 +207,50 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "MERGE_INTO": ("auto", "16bit", "4bit"),
     "PRESET": ("", "quick", "balanced", "quality", "low-memory"),
 }
-PRESETS = {
-    "quick": "NUM_EPOCHS=1 LORA_TARGETS=attention LORA_R=8 LORA_ALPHA=16 EVAL_ANSWERS=5",
-    "balanced": "",  # the defaults
-    "quality": "NUM_EPOCHS=8 LEARNING_RATE=1e-4 LORA_R=32 LORA_ALPHA=64 EARLY_STOPPING_PATIENCE=3",
-    "low-memory": "LORA_TARGETS=attention LORA_R=8 LORA_ALPHA=16 TOKENS_AT_ONCE=512"
-    " GRADIENT_CHECKPOINTING=True",
-}
+
+
+class UserError(Exception):
+    """Something the person can fix: what was found, where, and what to do about it."""
+
+
+def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
+    """Print, also where the console lacks some characters, or is there no more."""
+    stream = file or sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    try:
+        text = text.encode(encoding, "replace").decode(encoding)
+        print(text, file=stream, end=end, flush=True)
+    except (OSError, ValueError):  # a window that was closed costs nobody the training
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str) -> str:
+    """A text that cannot steer a terminal, as names of files and sheets might."""
+    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+
+
+def preview(text: str, width: int = 50) -> str:
+    """The beginning of a text, printable and on one line."""
+    plain = " ".join(printable(text[: 20 * width]).split())
+    return plain if len(plain) <= width else plain[: width - 1] + "…"
+
+
+def say(label: str, text: str, file: TextIO | None = None) -> None:
+    """One decision or result under its label, wrapped for a terminal of 80 columns."""
+    LOG.info("%-11s%s", label, text)
+    wrapper = textwrap.TextWrapper(79, subsequent_indent=" " * 11, replace_whitespace=False)
+    wrapper.break_long_words = wrapper.break_on_hyphens = False  # paths and flags are to be copied
+    for line in printable(text).split("\n"):
+        # textwrap counts one column for each, and breaks at \v: the second half of a wide character
+        text = "".join(c + "\v" * (unicodedata.east_asian_width(c) in "WF") for c in line)
+        wrapper.initial_indent = f"{label:<11}"
+        show(wrapper.fill(text).replace("\v", ""), file)
+        label = ""
+
+
+# -- The settings, from text to their own types
+
 TYPE_IN_WORDS = {
     str: "text",
     int: "a whole number, such as 4",
@@ -233,141 +259,7 @@ TYPE_IN_WORDS = {
     bool | None: "True, False or None",
     list[str]: "a list of names, such as q_proj,fc2",
 }
-# Security floors, too: older versions run code hidden in files of weights (torch before 2.10 despite
-# weights_only, transformers up to 5.3). requirements-finetune.txt and the head of this file say the same.
-FLOORS = dict(
-    line.split(">=")
-    for line in """python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10
-    bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2 openpyxl>=3.1.3 matplotlib>=3.8
-    seaborn>=0.13""".split()
-)
-
-
-class UserError(Exception):
-    """Something the person can fix: what was found, where, and what to do about it."""
-
-
-def fold(text: str) -> str:
-    """Equal for texts that differ only in spaces, case or look-alike code points."""
-    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
-
-
-def did_you_mean(wrong: str, known: Iterable[str]) -> str:
-    names = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(wrong.casefold(), names, n=1)
-    return f" Did you mean {names[close[0]]}?" if close else ""
-
-
-@functools.cache
-def setting_types() -> dict[str, Any]:
-    return {name: kind for name, kind in get_type_hints(Config).items() if name.isupper()}
-
-
-def setting_values(cfg: Config) -> dict[str, Any]:
-    return {name: getattr(cfg, name) for name in setting_types()}
-
-
-def changed(cfg: Config, **settings: Any) -> Config:
-    return Config(**(setting_values(cfg) | settings))
-
-
-@functools.cache
-def setting_notes() -> dict[str, tuple[str, str]]:
-    """Group and comment of every setting, read from the lines of Config itself."""
-    import inspect
-
-    try:
-        source = inspect.getsource(Config)
-    except (OSError, TypeError):  # pasted into a notebook cell: the flags have no help texts then
-        return {}
-    notes: dict[str, tuple[str, str]] = {}
-    group = ""
-    lines = r"^    # -- (.+)|^    ([A-Z0-9_]+): .*?  # (.+)"
-    for heading, name, note in re.findall(lines, source, re.MULTILINE):
-        group = heading or group
-        if name:
-            notes[name] = (group, note)
-    return notes
-
-
-def parse_setting(name: str, value: Any) -> Any:
-    """A setting in its own type, from what a cell, a settings file or a flag says."""
-    kind = setting_types()[name]
-    text = "" if value is None else str(value).strip()
-    switch: dict[str, bool | None] = {"true": True, "yes": True, "on": True}
-    switch |= {"false": False, "no": False, "off": False}
-    if kind == bool | None:
-        switch |= dict.fromkeys(("", "none", "null", "auto"))
-    try:
-        if name == "PROMPT_TEMPLATE" and isinstance(value, str):
-            return value.replace("\\n", "\n")  # as typed into a shell; every blank counts
-        if kind in (bool, bool | None):
-            return switch[text.lower()]
-        if kind == list[str]:
-            names = re.split(r"[,\s]+", text) if isinstance(value, str) else list(value)
-            if all(isinstance(n, str) and n not in ("", "null") and not n.isdigit() for n in names):
-                return names
-        elif not isinstance(value, (list, dict)):
-            return kind(text)
-    except (KeyError, TypeError, ValueError):
-        pass
-    raise UserError(f"{name} is {text!r}, but it has to be {TYPE_IN_WORDS[kind]}.")
-
-
-def problem_of(name: str, value: Any) -> str:
-    """What is wrong with the value of a setting; nothing if all is well."""
-    try:
-        value = parse_setting(name, value)
-    except UserError as error:
-        return str(error)
-    low, high = LIMITS.get(name, (-math.inf, math.inf))
-    if name in LIMITS and not low <= value <= high:
-        return f"{name} is {value}, but it has to lie between {low:,} and {high:,}."
-    if name in CHOICES and value not in CHOICES[name]:
-        return f"{name} is {value!r}; it has to be one of {', '.join(filter(None, CHOICES[name]))}."
-    if name in NEEDED and value in ("", []):
-        return f"{name} is empty, but it is needed."
-    if name == "PROMPT_TEMPLATE" and value and value.count("{question}") != 1:
-        return "PROMPT_TEMPLATE needs one {question}, where the question goes."
-    return ""
-
-
-def checked(values: dict[str, Any]) -> Config:
-    """The settings, each in its own type and range; everything that is wrong is said at once."""
-    cfg, types = Config(**values), setting_types()
-    problems = [
-        f"{name} is not a setting.{did_you_mean(name, types)}"
-        for name in (*vars(Config), *values)
-        if not name.startswith("_") and name not in types
-    ]
-    problems += [problem_of(name, value) for name, value in setting_values(cfg).items()]
-    if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
-        problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
-    if any(problems):
-        raise UserError("\n".join(filter(None, problems)))
-    return Config(**{k: parse_setting(k, v) for k, v in setting_values(cfg).items()})
-
-
-def preset_settings(preset: str) -> dict[str, Any]:
-    parts = (part.partition("=") for part in PRESETS.get(preset, "").split())
-    return {name: parse_setting(name, value) for name, _, value in parts}
-
-
-def read_settings_file(path: Path) -> dict[str, Any]:
-    """Settings from a YAML file that uses the names of Config; every value as it is written."""
-    import yaml
-
-    try:  # the plain loader would take no for False, and 0123456 for a number
-        content = yaml.BaseLoader(path.read_text(encoding="utf-8-sig")).get_single_data() or {}
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"Cannot read the settings file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        raise UserError(
-            f"{path} is not valid YAML: {error}\nWrite one NAME: value per line."
-        ) from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} has to hold lines such as LEARNING_RATE: 1e-4, and does not.")
-    return {str(key).upper().replace("-", "_"): value for key, value in content.items()}
+SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 def flag(name: str) -> str:
@@ -378,179 +270,88 @@ def as_text(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-# -- What is said, and the log
+def did_you_mean(wrong: str, known: Iterable[str]) -> str:
+    import difflib
 
-LOG = logging.getLogger("finetune_colab")
-LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
-SECRET_NAMES = re.compile(r"(^|_)(TOKEN|KEY|SECRET|PASSWORD)(_|$)", re.IGNORECASE)
+    names = {name.casefold(): name for name in known}
+    close = difflib.get_close_matches(wrong.casefold(), names, n=1)
+    return f" Did you mean {names[close[0]]}?" if close else ""
 
 
-def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print, also where the console lacks some characters, or is closed by now."""
-    stream = file or sys.stdout
-    encoding = getattr(stream, "encoding", None) or "utf-8"
+def fold(text: str) -> str:
+    """Equal for texts that differ only in spaces, upper case or look-alike code points."""
+    return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
+
+
+def changed(cfg: Config, **settings: Any) -> Config:
+    return Config(**(vars(cfg) | settings))
+
+
+def converted(value: Any, kind: Any) -> Any:
+    """A value in its own type, from what a person wrote; KeyError, TypeError or ValueError if not."""
+    text = "" if value is None else str(value).strip()
+    if kind == list[str]:
+        names = re.split(r"[,\s]+", text) if isinstance(value, str) else list(value)
+        if all(re.search(r"\D", name) for name in names):
+            return names
+    if isinstance(value, (list, dict)) or kind == list[str]:
+        raise ValueError
+    if kind == bool | None and text.lower() in ("", "none", "auto"):
+        return None
+    return SWITCHES[text.lower()] if kind in (bool, bool | None) else kind(text)
+
+
+def parse_setting(name: str, value: Any) -> Any:
+    """A setting in its own type, within its limits and among its choices."""
+    if name not in TYPES:
+        raise UserError(f"{name} is not a setting.{did_you_mean(name, TYPES)}")
+    if name == "PROMPT_TEMPLATE" and isinstance(value, str):
+        value = value.replace("\\n", "\n")  # as it is typed into a shell
+        if value and value.count("{question}") != 1:
+            raise UserError("PROMPT_TEMPLATE needs one {question}, where the question goes.")
+        return value  # each space counts
     try:
-        print(text.encode(encoding, "replace").decode(encoding), file=stream, end=end, flush=True)
-    except (OSError, ValueError):  # a window that was closed costs nobody the training
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        found = converted(value, TYPES[name])
+    except (KeyError, TypeError, ValueError):
+        text = "" if value is None else str(value)
+        words = TYPE_IN_WORDS[TYPES[name]]
+        raise UserError(f"{name} is {text!r}, but it has to be {words}.") from None
+    low, high = LIMITS.get(name, (None, None))
+    if name in LIMITS and not low <= found <= high:
+        raise UserError(f"{name} is {found}, but it has to lie between {low:,} and {high:,}.")
+    if found not in CHOICES.get(name, (found,)):
+        choices = ", ".join(filter(None, CHOICES[name]))
+        raise UserError(f"{name} is {found!r}; it has to be one of {choices}.")
+    if name in NEEDED and not found:
+        raise UserError(f"{name} is empty, but it is needed.")
+    return found
 
 
-def printable(text: str) -> str:
-    """A text without characters that could steer a terminal: names of files and sheets may hold them."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+def checked(values: dict[str, Any]) -> Config:
+    """The settings as they are used; every fault in them is named at once."""
+    cfg, problems = Config(), []
+    for name, value in (vars(Config) | values).items():
+        try:
+            if not name.startswith("_"):
+                setattr(cfg, name, parse_setting(name, value))
+        except UserError as error:
+            problems.append(str(error))
+    if cfg.QUESTION_COLUMN and fold(cfg.QUESTION_COLUMN) == fold(cfg.ANSWER_COLUMN):
+        problems.append("QUESTION_COLUMN and ANSWER_COLUMN name the same column.")
+    if problems:
+        raise UserError("\n".join(problems))
+    return cfg
 
 
-def without_gaps(text: str) -> str:
-    """Printable text without the runs of empty lines that some models write."""
-    return re.sub(r"\n\s*\n", "\n\n", printable(text))
-
-
-def preview(text: str, width: int = 50) -> str:
-    """A printable text on one line."""
-    plain = " ".join(printable(text[: 20 * width]).split())
-    return plain if len(plain) <= width else plain[: width - 1] + "…"
-
-
-def width_of(text: str) -> int:
-    """In columns of a terminal, where East Asian characters take two and accents none."""
-    wide = sum(unicodedata.east_asian_width(letter) in "WF" for letter in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
-
-
-def wrapped(text: str, width: int) -> Iterator[str]:
-    """Lines that fit a width; paths and flags stay whole, to be copied."""
-    line = ""
-    for word in re.findall(r"\s*(?:[\u2e80-\uffdc]|[^\s\u2e80-\uffdc]+)", text):
-        if line and width_of(line + word) > width:
-            yield line
-            line = word.lstrip()
-        else:
-            line += word
-    yield line
-
-
-def say(label: str, text: str, file: TextIO | None = None) -> None:
-    """One decision or result under its label, wrapped for a terminal of 80 columns."""
-    LOG.info("%-11s%s", label, text)
-    for paragraph in printable(text).split("\n"):
-        for line in wrapped(paragraph, 79 - 11):
-            show(f"{label:<11}{line}".rstrip(), file)
-            label = ""
-
-
-class LogFormatter(logging.Formatter):
-    """The time before every line, and nothing that is secret or could steer a terminal."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
-        for secret in sorted(values, key=len, reverse=True):
-            if len(secret) > 5:
-                text = text.replace(secret, "[secret]")
-        # of links, what without_secrets leaves; here they stand within text
-        text = re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
-        stamp = self.formatTime(record, "%Y-%m-%d %H:%M:%S")
-        return "\n".join(f"{stamp}  {printable(line)}" for line in text.splitlines())
-
-
-class LogFile(logging.FileHandler):
-    broken = False
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  logging's own name
-        """A full disk must not cost anybody the training: one warning is enough."""
-        if not self.broken:
-            self.broken = True
-            say("Warning", f"the log {self.baseFilename} breaks off here: {sys.exc_info()[1]}")
-
-
-@contextmanager
-def collected_log() -> Iterator[None]:
-    """Remember what is said until start_log has a file for it; without one it is forgotten."""
-    memory = logging.handlers.MemoryHandler(sys.maxsize, flushLevel=sys.maxsize)
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
-    LOG.addHandler(memory)
-    try:
-        yield
-    finally:
-        LOG.removeHandler(memory)
-        with suppress(OSError):  # a disk that is full has had its warning
-            (memory.target or memory).close()
-
-
-def start_log(path: Path) -> None:
-    """Put what was said so far at the end of this file, and then everything as it is said."""
-    memories = [one for one in LOG.handlers if isinstance(one, logging.handlers.MemoryHandler)]
-    if not memories or memories[-1].target:
-        return
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = LogFile(path, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        say("Warning", f"there will be no log: {path} cannot be written to: {error}")
-        return
-    file.setFormatter(LogFormatter())
-    memories[-1].setTarget(file)
-    memories[-1].capacity = 1
-    memories[-1].flush()
-    if not file.broken:
-        say("Log", f"{path} keeps everything that is said here")
-
-
-def log_path(cfg: Config) -> Path:
-    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
-
-
-# -- Paths, and files that are whole or not there
+# -- Files that are whole or not there
 
 
 def local_path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # noqa: PTH111  unlike Path's own, it never raises
-
-
-def is_there(path: Path) -> bool:
-    return os.path.exists(path)  # noqa: PTH110  likewise
-
-
-def is_folder(path: Path) -> bool:
-    return os.path.isdir(path)  # noqa: PTH112  likewise
+    return Path(os.path.expanduser(text))
 
 
 def output_folder(cfg: Config) -> Path:
     return local_path(cfg.OUTPUT_DIR).resolve()  # what a link such as ./model -> Drive leads to
-
-
-def short_path(path: Path) -> str:
-    """A path as short as it can be said from here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def nearest(folder: Path) -> Path:
-    """The folder, or what is there already of the way to it."""
-    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def unused(path: Path) -> Path:
-    """This name, or the first of NAME.2, NAME.3, … that is free."""
-    others = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
-    return next(name for name in itertools.chain([path], others) if not name.exists())
-
-
-def room(folder: Path, need: float) -> str:
-    """What a disk should have and has, as a sentence; nothing about one that does not say."""
-    with suppress(OSError):
-        free = shutil.disk_usage(nearest(folder)).free
-        return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
-    return ""
-
-
-def remove(path: Path) -> None:
-    """A file, a folder or a link, if there is one; never what a link leads to."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def checksum(path: Path, kind: str = "sha256") -> str:
@@ -566,7 +367,7 @@ def fsync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as error:  # some network drives cannot, and Windows not for folders
+    except OSError as error:  # some disks of other computers cannot, and Windows not for folders
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
 
@@ -586,10 +387,7 @@ def atomic_write(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
-    """A folder to fill, which takes its final name only when everything in it is complete.
-
-    What stood under that name becomes `earlier`, or goes.
-    """
+    """A folder to fill, which gets its name when complete; what had it becomes `earlier`, or goes."""
     staged, old = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
     if old.exists() and not final.exists():  # the program was killed between two renames
         old.rename(final)
@@ -614,30 +412,18 @@ def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
     remove(old)
 
 
+def remove(path: Path) -> None:
+    """A file, a folder or a link, if there is one; never what a link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
     with atomic_write(path) as staged:
         staged.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
-
-
-# -- Packages
-
-
-def installed_version(package: str) -> str | None:
-    try:
-        return platform.python_version() if package == "python" else metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def installed_versions() -> dict[str, str | None]:
-    return {package: installed_version(package) for package in FLOORS}
-
-
-def is_below(version: str | None, floor: str) -> bool:
-    """Whether a release, or a trial build of one, is older than a floor."""
-    parts = [[int(n) for n in re.findall(r"\d+", one)[:3]] for one in (version or "0", floor)]
-    return parts[0] < parts[1]
 
 
 # ==================================================================================================
@@ -694,11 +480,11 @@ def local_files(place: str) -> list[Path]:
     if lock := re.fullmatch(r"(?:~\$|\.~lock\.)(.+?)#?", path.name):
         raise UserError(f"{path} only marks that {lock[1]} is open. Close it and name {lock[1]}")
     beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
-    if path.name == EXAMPLE_DATASET and not is_there(path) and is_there(beside_script):
+    if path.name == EXAMPLE_DATASET and not os.path.exists(path) and os.path.exists(beside_script):
         return [beside_script]
-    if is_there(path) and path.is_file():
+    if os.path.exists(path) and path.is_file():
         return [path]
-    folder = path if is_folder(path) else path.parent
+    folder = path if os.path.isdir(path) else path.parent
     tables = matching(f"{glob.escape(str(folder))}/*", TABLE_ENDINGS)
     if found := tables if folder == path else matching(str(path)):
         return found
@@ -838,7 +624,7 @@ def bucket_client(bucket: str) -> Any:
         access_key=key,
         secret_key=values.get("AWS_SECRET_ACCESS_KEY"),
         session_token=values.get("AWS_SESSION_TOKEN"),
-        anonymous=not (key or is_there(local_path("~/.aws"))),
+        anonymous=not (key or os.path.exists(local_path("~/.aws"))),
         connect_timeout=20,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the tries are counted here
     )
@@ -2584,6 +2370,35 @@ def held_out(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
 # 5  Device and plan
 # ==================================================================================================
 
+# Security floors, too: older versions run code that hides in files of weights, torch before 2.10 in
+# spite of weights_only, transformers up to 5.3. requirements-finetune.txt and the head say the same.
+FLOORS = dict(
+    package.split(">=")
+    for package in "python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10 "
+    "bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2.2 openpyxl>=3.1.3 matplotlib>=3.8 "
+    "seaborn>=0.13".split()
+)
+
+
+def installed_version(package: str) -> str | None:
+    import platform
+    from importlib import metadata
+
+    try:
+        return platform.python_version() if package == "python" else metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def installed_versions() -> dict[str, str | None]:
+    return {package: installed_version(package) for package in FLOORS}
+
+
+def is_below(version: str | None, floor: str) -> bool:
+    """Whether a package is missing or too old; a trial build counts as its release."""
+    release, least = (re.findall(r"\d+", re.split("[^0-9.]", v)[0]) for v in (version or "", floor))
+    return [*map(int, release)] < [*map(int, least)]
+
 
 class Device(NamedTuple):
     """Where the model runs and in which numbers; `reason` is for the person."""
@@ -2906,11 +2721,12 @@ def leave_others() -> None:
 
 @contextmanager
 def only_first_speaks() -> Iterator[None]:
+    from contextlib import redirect_stderr
+
     if is_first():
         yield
         return
     LOG.disabled = True
-    from contextlib import redirect_stderr
 
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  libraries hold on to it
     with redirect_stdout(nowhere), redirect_stderr(nowhere):
@@ -3058,7 +2874,7 @@ def model_revision(cfg: Config) -> str | None:
 def local_base(cfg: Config) -> Path | None:
     """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
     folder = local_path(cfg.MODEL_NAME)
-    return folder if is_folder(folder) and cfg.MODEL_NAME != DEMO_MODEL else None
+    return folder if os.path.isdir(folder) and cfg.MODEL_NAME != DEMO_MODEL else None
 
 
 def base_name(cfg: Config) -> str:
@@ -3100,6 +2916,11 @@ def explained_model_errors(cfg: Config) -> Iterator[None]:
                 "The folder has to hold a whole model, with its weights as .safetensors and no code of "
                 "its own. Copy it once more, or use another model."
             )
+        elif type(error).__name__ == "HFValidationError":  # of huggingface_hub
+            found = (
+                "There is no such folder here, and the Hub has only names such as microsoft/phi-2."
+            )
+            advice = "Check MODEL_NAME, which is the folder of a model or its name on the Hub."
         raise UserError(
             f"The model {cfg.MODEL_NAME}{revision} could not be loaded.\n{preview(found, 200)}\n{advice}"
         ) from None
@@ -3129,7 +2950,7 @@ def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
 def is_within_reach(cfg: Config, file: str) -> bool:
     """Whether this file of the model is here, or else the Hub answers."""
     name, revision = cfg.MODEL_NAME, model_revision(cfg)
-    if name == DEMO_MODEL or is_there(local_path(name)):
+    if name == DEMO_MODEL or os.path.exists(local_path(name)):
         return True
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
@@ -3298,6 +3119,8 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
 @contextmanager
 def usable_peft() -> Iterator[Any]:
     """The peft library, kept from what it stumbles over."""
+    from importlib import metadata
+
     try:
         old = tuple(map(int, metadata.version("torchao").split(".")[:2])) < (0, 16)
     except (metadata.PackageNotFoundError, ValueError):
@@ -3761,10 +3584,10 @@ def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
 @contextmanager
 def opened_model(place: Path) -> Iterator[Path]:
     """The folder of a model; of a zip, one that lasts as long as it is needed."""
-    if is_folder(place):
+    if os.path.isdir(place):
         yield place
         return
-    if not is_there(place):
+    if not os.path.exists(place):
         raise UserError(
             f"There is no model in {place} yet.\nTrain one first, or name the folder or the zip of a "
             "training: --output-dir PLACE"
@@ -3808,7 +3631,7 @@ def settings_of(folder: Path, place: Path | None = None) -> Config:
     try:
         settings = record_of(folder)["settings"]
         str(settings["MODEL_NAME"])
-        return checked({name: settings[name] for name in setting_types() if name in settings})
+        return checked({name: settings[name] for name in TYPES if name in settings})
     except (KeyError, TypeError, UserError) as error:
         raise UserError(
             f"{place or folder} holds no finished run: its run.json cannot be used.\n{preview(repr(error), 150)}\n"
@@ -3828,7 +3651,7 @@ def base_of(folder: Path, cfg: Config, home: Path) -> Path | None:
     place, beside = folder / BASE_PLACE, home / cfg.MODEL_NAME
     known = Path(os.fsdecode(place.read_bytes())) if place.is_file() else beside
     for base in (beside, known):
-        if is_folder(base):
+        if os.path.isdir(base):
             return base
     raise UserError(
         f"{home} needs its base model, the folder {beside.name}, which is not in {known.parent}\n"
@@ -4692,6 +4515,30 @@ def retried(act: Callable[[], Any]) -> Any:
     return act()
 
 
+def short_path(path: Path) -> str:
+    """A path as short as it can be said from here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def nearest(folder: Path) -> Path:
+    """The folder, or what is there already of the way to it."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+def room(folder: Path, need: float) -> str:
+    """What a disk should have and has, as a sentence; nothing about one that does not say."""
+    with suppress(OSError):
+        free = shutil.disk_usage(nearest(folder)).free
+        return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
+    return ""
+
+
+def unused(path: Path) -> Path:
+    """This name, or the first of NAME.2, NAME.3, … that nothing has."""
+    numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], numbered) if not name.exists())
+
+
 def set_aside(path: Path, word: str) -> Path:
     """Rename what is not used: nothing is deleted that somebody might want."""
     return path.rename(unused(path.with_name(path.name.replace("checkpoint", word))))
@@ -4735,6 +4582,13 @@ def unzipped(path: Path, folder: Path) -> Checkpoint | str:
     except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
         return f"it is damaged, or no zip of a checkpoint ({type(error).__name__})"
     return verified(folder)
+
+
+LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
+
+
+def log_path(cfg: Config) -> Path:
+    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
 
 
 class Keeper:
@@ -5529,6 +5383,8 @@ def outcome(cfg: Config, last: Checkpoint) -> Trained:
 
 def peak_memory_gb(kind: str) -> float | None:
     """The most memory in use so far: the GPU's where there is one, or else this process's."""
+    import importlib.util
+
     import torch
 
     if kind == "cuda":
@@ -5952,11 +5808,18 @@ def draw_loss_comparison(trained: Trained) -> Figure:
     return figure
 
 
+# On the person's own disk, which is nobody else's business.
+PLACES = (
+    *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR"),
+    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "QUESTIONS", "EXPORT_DIR"),
+)
+
+
 def public_settings(cfg: Config) -> dict[str, Any]:
     """The settings as others may read them: without keys, and without folders of this computer."""
     model = cfg.MODEL_NAME if cfg.MODEL_NAME == DEMO_MODEL else base_name(cfg)
     public = {name: public_place(getattr(cfg, name)) for name in PLACES}
-    return setting_values(cfg) | public | {"MODEL_NAME": model}
+    return vars(cfg) | public | {"MODEL_NAME": model}
 
 
 def public_place(place: str) -> str:
@@ -6265,6 +6128,11 @@ GOOD, MIDDLE, BAD = "63BE7B", "FFEB84", "F8696B"  # as spreadsheets colour them
 MOST_ROWS_DRAWN = 40
 
 
+def without_gaps(text: str) -> str:
+    """Printable text without the runs of empty lines that some models write."""
+    return re.sub(r"\n\s*\n", "\n\n", printable(text))
+
+
 def answer_rows(result: Comparison) -> Iterator[list[Any]]:
     for one in result.asked:
         told = map(without_gaps, (one.before, one.after))
@@ -6468,6 +6336,12 @@ def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
         yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
 
 
+def width_of(text: str) -> int:
+    """In columns of a terminal, where wide characters take two and accents none."""
+    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
+    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
+
+
 def lines_of(value: Any, width: int) -> int:
     """How many lines it takes in a column so wide: not every program finds that out by itself."""
     return sum(1 + width_of(line) // width for line in str(value).split("\n")[:MOST_LINES])
@@ -6599,7 +6473,7 @@ TALK_HELP = (
 def model_to_ask(cfg: Config) -> Tuned:
     """The model in OUTPUT_DIR; for --base, where there is none, that of MODEL_NAME."""
     place = local_path(cfg.OUTPUT_DIR)
-    if cfg.BASE and not is_there(place):
+    if cfg.BASE and not os.path.exists(place):
         device = pick_device(cfg)
         base = load_base(cfg, device).eval()
         return Tuned(base, load_tokenizer(cfg), load_untuned=lambda: base)
@@ -6714,7 +6588,7 @@ def next_turn(tuned: Tuned, cfg: Config, messages: Messages, line: str) -> tuple
 def save_talk(cfg: Config, messages: Messages, name: str) -> Path:
     """In the form in which a training reads conversations."""
     path = local_path(name)
-    if not name or is_there(path):
+    if not name or os.path.exists(path):
         raise UserError("/save needs the name of a new file, such as /save talk.json")
     system = [{"role": "system", "content": cfg.SYSTEM}] if cfg.SYSTEM else []
     try:
@@ -6763,7 +6637,7 @@ def in_lines(text: str, width: int) -> list[str]:
 def listed_questions(cfg: Config) -> list[Talk]:
     """The questions of a file, each with its row; an answer beside one is the answer wanted."""
     path = local_path(cfg.QUESTIONS)
-    if not is_there(path) or is_folder(path):
+    if not os.path.exists(path) or os.path.isdir(path):
         raise UserError(f"There is no file {path}.\nName one with --questions")
     if path.suffix.lower() in (".yaml", ".yml"):
         talks = questions_in_yaml(path)
@@ -6916,7 +6790,7 @@ def page_of(tuned: Tuned, cfg: Config) -> Any:
 
 def page_answers(tuned: Tuned, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What the two tabs do with a question."""
-    from contextlib import closing
+    import html
 
     import gradio as gr
 
@@ -6928,7 +6802,7 @@ def page_answers(tuned: Tuned, cfg: Config) -> tuple[Callable[..., Any], Callabl
         with going_on(lambda why: gr.Warning(html.escape(why))):  # an error would lock the page
             if len(messages[-1]["content"]) > LONGEST_QUESTION:
                 raise UserError(f"A question may have {LONGEST_QUESTION:,} letters.")
-            here = checked(setting_values(cfg) | chosen | {"BASE": base})
+            here = checked(vars(cfg) | chosen | {"BASE": base})
             with one_at_a_time, closing(growing_answer(tuned, messages, here)) as parts:
                 start = time.perf_counter()
                 for part in parts:
@@ -6979,6 +6853,8 @@ def page_controls(tuned: Tuned, cfg: Config) -> list[Any]:
 
 def said(history: Sequence[dict[str, Any]]) -> Messages:
     """What was said before, of what Gradio hands back: answers as they were shown, in parts."""
+    import html
+
     talk: Messages = []
     for turn in history[-MOST_TURNS:]:
         parts = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
@@ -7063,7 +6939,7 @@ def exported_name(cfg: Config) -> str:
 def refuse_other_folder(final: Path, kind: str) -> None:
     """An export takes the place of an earlier one of its kind, and of nothing else."""
     begun = final.is_dir() and all(path.suffix == ".partial" for path in final.iterdir())
-    ours = not is_there(final) or begun or record_of(final).get("export") == kind
+    ours = not os.path.exists(final) or begun or record_of(final).get("export") == kind
     if not ours or Path.cwd().is_relative_to(final.resolve()):
         raise UserError(
             f"{final} holds something else than an earlier export --to {kind}, so it is left alone.\n"
@@ -7247,11 +7123,11 @@ def chat_template(form: str) -> str:
 def merged_folder(cfg: Config, beside: Path) -> Path:
     """Merged weights of OUTPUT_DIR: itself, those of an earlier export, or made now."""
     place = local_path(cfg.OUTPUT_DIR)
-    if is_folder(place) and is_merged(place):
+    if os.path.isdir(place) and is_merged(place):
         return place
     merged = beside.with_name(f"{exported_name(cfg)}-merged")
     with opened_model(place) as folder:
-        if is_folder(merged) and record_of(merged).get("adapter") == adapter_of(folder):
+        if os.path.isdir(merged) and record_of(merged).get("adapter") == adapter_of(folder):
             say("Merged", f"taken from {short_path(merged)}")
             return merged
     say(
@@ -7266,7 +7142,7 @@ def converters() -> Path:
     import tarfile
 
     folder = cache_folder(f"converters-{CONVERTERS_SHA256[:12]}")
-    if is_folder(folder):
+    if os.path.isdir(folder):
         return folder
     archive = fetch_link(CONVERTERS, "the converters of llama.cpp (77 MB, once)")
     found = checksum(archive)
@@ -7507,7 +7383,7 @@ def export_hub(cfg: Config, _: Path) -> str:
     from huggingface_hub import HfApi, get_token
 
     folder = local_path(cfg.OUTPUT_DIR)
-    if not is_folder(folder):
+    if not os.path.isdir(folder):
         raise UserError(f"There is no folder {folder} to upload.\nName one: --output-dir ./model")
     refuse_pickles(folder)
     settings_of(folder)
@@ -7708,6 +7584,72 @@ EXPORTERS: dict[str, Callable[[Config, Path], object]] = {
 # 12  Commands
 # ==================================================================================================
 
+# -- The log
+
+SECRET_NAMES = re.compile(  # of environment variables
+    r"(?i)(?<![a-z])(api)?(token|key|secret)s?(?![a-z])|passw(or)?d|credential"
+)
+
+
+def censored(text: str) -> str:
+    """A text without secrets of the environment, and without what follows the path in links."""
+    values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
+    for secret in sorted(values, key=len, reverse=True):
+        if len(secret) > 5:  # a shorter one would cut up words
+            text = text.replace(secret, "[secret]")
+    return re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
+
+
+class LogFile(logging.Handler):
+    """Keeps what is said until start_log has a file for it; without one it is forgotten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[str] = []
+        self.path: Path | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
+        text = censored(self.format(record))
+        self.lines += [f"{stamp}  {printable(line)}\n" for line in text.splitlines()]
+        self.write()
+
+    def write(self) -> None:
+        if path := self.path:
+            try:
+                with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(self.lines)
+                self.lines.clear()
+            except OSError as error:  # a full disk must not cost anybody the training
+                self.path = None
+                say("Warning", f"the log {path} cannot be written to any more: {error}")
+
+
+@contextmanager
+def collected_log() -> Iterator[None]:
+    LOG.setLevel(logging.INFO)
+    LOG.propagate = False
+    LOG.addHandler(log := LogFile())
+    try:
+        yield
+    finally:
+        LOG.removeHandler(log)
+
+
+def start_log(path: Path) -> None:
+    """Append what was said so far to this file, and then all that is said."""
+    with suppress(OSError):  # which write will say
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for log in LOG.handlers:
+        if isinstance(log, LogFile) and not log.path:
+            log.path = path
+            log.write()
+            if log.path:
+                say("Log", f"{path} keeps all that is said here")
+
+
+# -- Training, and looking before it
+
 DEMO_SETTINGS: dict[str, Any] = {
     "MODEL_NAME": DEMO_MODEL,
     "DATASET_PATH": EXAMPLE_DATASET,
@@ -7719,6 +7661,20 @@ DEMO_SETTINGS: dict[str, Any] = {
     "SAVE_STEPS": 400,
     "KEEP_BEST": False,  # learning by heart is the point here, and held-out answers suffer from it
 }
+
+SMALL_ADAPTER = {"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
+LARGE_ADAPTER = {"LORA_R": 32, "LORA_ALPHA": 64, "LEARNING_RATE": 1e-4}
+PRESETS: dict[str, dict[str, Any]] = {
+    "quick": {"NUM_EPOCHS": 1, **SMALL_ADAPTER, "EVAL_ANSWERS": 5},
+    "balanced": {},  # the defaults
+    "quality": {"NUM_EPOCHS": 8, **LARGE_ADAPTER, "EARLY_STOPPING_PATIENCE": 3},
+    "low-memory": {**SMALL_ADAPTER, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True},
+}
+
+
+def refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n\n".join(problems))
 
 
 def train(cfg: Config) -> int:
@@ -7765,8 +7721,7 @@ def begun(cfg: Config) -> Begun:
     """Everything before the model is loaded."""
     say_preset(cfg)
     pairs = find_pairs(cfg)
-    if problems := model_problems(cfg):
-        raise UserError("\n\n".join(problems))
+    refuse(model_problems(cfg))
     data = prepare(cfg, pairs)
     refuse_unfit(cfg, data)
     device = pick_device(cfg)
@@ -8101,7 +8056,7 @@ def say_preset(cfg: Config) -> None:
     if not cfg.PRESET:
         return
     told = []
-    for name, value in preset_settings(cfg.PRESET).items():
+    for name, value in PRESETS[cfg.PRESET].items():
         own = "" if getattr(cfg, name) == value else f" (yours: {as_text(getattr(cfg, name))})"
         told.append(f"{name} {as_text(value)}{own}")
     say("Preset", f"{cfg.PRESET} sets {', '.join(told) or 'nothing: these are the defaults'}")
@@ -8199,8 +8154,7 @@ def clear(cfg: Config, held: ExitStack) -> None:
     for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
         with collecting(problems):
             held.enter_context(only_run_in(folder, setting))
-    if problems:
-        raise UserError("\n\n".join(problems))
+    refuse(problems)
     for name, value in (public_settings(cfg) | installed_versions()).items():
         LOG.info("%-28s%s", name, as_text(value))
 
@@ -8218,7 +8172,9 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 
 def preflight(cfg: Config) -> list[str]:
-    """What would stop a training later; what only may do so is said."""
+    """What would stop a training, as far as it shows without the data and the model."""
+    import importlib.util
+
     problems = [*package_problems(installed_versions())]
     if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
         problems.append(f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}")
@@ -8237,11 +8193,6 @@ def preflight(cfg: Config) -> list[str]:
         problems.append(
             f"The folder in which CHECKPOINT_MIRROR {cfg.CHECKPOINT_MIRROR} would lie is not there.\n"
             "Mount the drive first, or make the folder."
-        )
-    if re.match(r"[./~\\]|[a-zA-Z]:", cfg.MODEL_NAME) and not local_base(cfg):
-        problems.append(
-            f"There is no folder {cfg.MODEL_NAME} (MODEL_NAME).\n"
-            "Name a folder that holds a model, or a model of the Hub such as microsoft/phi-2"
         )
     return problems
 
@@ -8283,8 +8234,8 @@ def refuse_foreign_folder(cfg: Config) -> None:
     final = output_folder(cfg)
     if Path.cwd().is_relative_to(final):
         raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} is the folder you are in, or above it, and a run replaces OUTPUT_DIR "
-            "as a whole.\nUse a folder such as ./model"
+            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} is the current folder, or holds it, and a new model replaces "
+            "OUTPUT_DIR as a whole.\nUse a folder inside it: --output-dir ./model"
         )
     in_the_way = final.is_mount() or (final.exists() and not final.is_dir())
     not_text = str(final) != str(final).encode("utf-8", "replace").decode()  # as libraries need it
@@ -8328,6 +8279,8 @@ def refuse_unwritable(folder: Path, setting: str) -> None:
 def model_problems(cfg: Config) -> list[str]:
     """What the shape of the model tells before its weights are here: layers, memory and disk."""
     problems: list[str] = []
+    if any(package_problems(installed_versions())):  # then the libraries may not load
+        return problems
     warn_of_pictures()
     model = known_outline(cfg)
     if model is None:
@@ -8382,6 +8335,8 @@ def only_run_in(folder: Path, setting: str) -> Iterator[None]:
     The lock is the system's, and goes with the process however that ends. It lies among the caches
     of this computer: a mounted drive may know no locks, or keep those of other machines.
     """
+    import platform
+
     import filelock
 
     place = cache_folder("locks", hashlib.sha256(os.fsencode(folder)).hexdigest()[:16])
@@ -8405,6 +8360,32 @@ def only_run_in(folder: Path, setting: str) -> Iterator[None]:
         lock.release()
 
 
+# -- The command line
+
+ONLY_WITH = {  # commands, and the settings that would do nothing with any other
+    "chat": "BASE WEB SHARE PORT SYSTEM QUESTION QUANTIZE".split(),
+    "compare": "SYSTEM QUESTION QUESTIONS".split(),
+    "check": "JSON".split(),
+    "export": "TO QUANTIZE MERGE_INTO EXPORT_DIR HUB_REPO HUB_PRIVATE".split(),
+}
+
+
+@functools.cache
+def setting_notes() -> dict[str, tuple[str, str]]:
+    """Group and comment of every setting, read from the lines of Config itself."""
+    try:
+        source = inspect.getsource(Config)
+    except (OSError, TypeError):  # pasted into a notebook cell: the flags have no help texts then
+        return {}
+    notes, group = {}, ""
+    for line in source.splitlines():
+        if heading := re.fullmatch(r"    # -- (.+)", line):
+            group = heading[1]
+        elif setting := re.match(r"    ([A-Z0-9_]+): .*?  # (.+)", line):
+            notes[setting[1]] = (group, setting[2])
+    return notes
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(
@@ -8418,63 +8399,78 @@ def build_parser(explained: bool) -> Parser:
         prog="finetune_colab.py",
         usage="%(prog)s [COMMAND] [--SETTING VALUE ...]",
         description=(__doc__ or "").partition("\n")[0],
-        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to mend; "
+        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to fix; "
         "130, 143 or 129 after Ctrl+C, SIGTERM or SIGHUP.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
+        argument_default=argparse.SUPPRESS,
     )
-    summaries = "; ".join(f"{name}: {first_sentence(run)}" for name, run in COMMANDS.items())
-    parser.add_argument(
-        "command", nargs="?", choices=list(COMMANDS), default="train", help=summaries
-    )
-    parser.add_argument(
-        "question", nargs="*", default=argparse.SUPPRESS, help="of chat and compare, asked at once"
-    )
+    summaries = ((run.__doc__ or "").partition(".")[0] for run in COMMANDS.values())
+    about = "; ".join(f"{name}: {text}" for name, text in zip(COMMANDS, summaries, strict=True))
+    parser.add_argument("command", nargs="?", choices=[*COMMANDS], default="train", help=about)
+    parser.add_argument("question", nargs="*", help="of chat and compare, asked at once")
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
-    notes, groups = setting_notes() if explained else {}, {}
-    for name, kind in setting_types().items():
+    notes = setting_notes() if explained else {}
+    groups: dict[str, Any] = {}
+    for name, kind in TYPES.items():
         title, note = notes.get(name, ("Settings", ""))
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
         options: dict[str, Any] = {"metavar": name.rpartition("_")[2]}
         if kind in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction}
-        choices = f"; one of {', '.join(CHOICES[name])}" if name in CHOICES else ""
-        help_text = f"{note}{choices} [{as_text(getattr(Config, name)) or 'empty'}]"
-        groups[title].add_argument(
-            flag(name),
-            dest=name,
-            default=argparse.SUPPRESS,
-            help=help_text.replace("%", "%%"),
-            **options,
-        )
+        choices = ", ".join(filter(None, CHOICES.get(name, ())))
+        default = as_text(getattr(Config, name)) or "empty"
+        about = f"{note}{choices and f'; one of {choices}'} [{default}]".replace("%", "%%")
+        groups[title].add_argument(flag(name), dest=name, help=about, **options)
     return parser
 
 
-def first_sentence(function: Callable[..., Any]) -> str:
-    text = (function.__doc__ or "").partition(".")[0]
-    return text[:1].lower() + text[1:]
-
-
-def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
-    """The command and its settings: Config, then the demo's, then the file's, then the flags'."""
-    known = [flag(name) for name in setting_types()] + ["--config", "--help"]
+def refuse_unknown_flags(argv: Sequence[str]) -> None:
+    known = [*map(flag, TYPES), "--config", "--help"]
     for part in argv:
         word = part.partition("=")[0].replace("--no-", "--", 1)
         if word.startswith("--") and word not in known:
             raise UserError(
                 f"There is no flag {word}.{did_you_mean(word, known)}\n--help lists all."
             )
+
+
+def read_settings_file(path: Path) -> dict[str, Any]:
+    """Settings from a YAML file that uses the names of Config: each value as it is written."""
+    import yaml
+
+    null = yaml.SafeLoader.yaml_implicit_resolvers["~"]
+
+    class AsWritten(yaml.SafeLoader):  # no is not False, 0123 is no octal number
+        yaml_implicit_resolvers = dict.fromkeys(("", "~", "n", "N"), null)
+
+    try:
+        content = AsWritten(path.read_text(encoding="utf-8-sig")).get_single_data() or {}
+        return {str(name).upper().replace("-", "_"): value for name, value in content.items()}
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"Cannot read the settings file {path}: {error}") from None
+    except yaml.YAMLError as error:
+        reason = f"is not valid YAML: {error}"
+    except AttributeError:
+        reason = "holds something else than settings."
+    raise UserError(f"{path} {reason}\nWrite one setting a line, such as LEARNING_RATE: 1e-4")
+
+
+def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
+    """The command and its settings: Config, then the demo's, then the file's, then the flags'."""
+    refuse_unknown_flags(argv)
     explained = not {"-h", "--help"}.isdisjoint(argv)
     flags = vars(build_parser(explained).parse_intermixed_args([*argv]))  # a question may come last
-    command, file = flags.pop("command"), flags.pop("config")
+    command, file = flags.pop("command"), flags.pop("config", None)
     if words := flags.pop("question", []):
         flags["QUESTION"] = " ".join(words)
-    demo_settings = DEMO_SETTINGS if command == "demo" else {}  # which has to learn by heart
     own = (read_settings_file(Path(file)) if file else {}) | flags
-    preset = preset_settings(str(own.get("PRESET", Config.PRESET)))
+    preset = PRESETS.get(own.get("PRESET", Config.PRESET), {})
+    demo_settings = DEMO_SETTINGS if command == "demo" else {}  # which has to learn by heart
     cfg = checked(preset | demo_settings | own)
-    for name, commands in ONLY_WITH.items():
-        if getattr(cfg, name) != getattr(Config, name) and command not in commands:
+    for name in dict.fromkeys(itertools.chain(*ONLY_WITH.values())):
+        commands = [other for other, names in ONLY_WITH.items() if name in names]
+        if command not in commands and getattr(cfg, name) != getattr(Config, name):
             where = " or ".join(commands)
             raise UserError(
                 f"{name} ({flag(name)}) goes with the command {where}, not with {command}."

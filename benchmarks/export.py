@@ -70,11 +70,11 @@ def make_run(home: Path) -> None:
         if "lora_" in name
     }
     save_file(weights, folder / ft.ADAPTER)
-    ft.lora_config(cfg, ft.adapted_layers(cfg, base)).save_pretrained(folder)
+    ft.lora_config(cfg, ft.adapted_layers(cfg, ft.linear_layers(base))).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     talk = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": QUESTION * 3}]
     ft.write_json(folder / ft.SAMPLE, [talk] * ft.ROWS_IN_SAMPLE)
-    record = {"settings": ft.setting_values(cfg), "prompt_format": ft.PROMPT_FORMAT}
+    record = {"settings": vars(cfg), "prompt_format": ft.PROMPT_FORMAT}
     ft.write_json(folder / "run.json", record | {"run": "x", "device": {"four_bit": True}})
     (folder / ft.BASE_PLACE).write_text(str(home / "base"))
 
