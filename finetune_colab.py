@@ -1015,6 +1015,7 @@ def calamine_tables(content: bytes, cfg: Config) -> Iterator[Table]:
 
     if content.startswith(b"PK"):
         refuse_bombs(content, area)
+        refuse_broken_xml(content)
     try:
         book = pandas.ExcelFile(io.BytesIO(content), engine="calamine")
     except ImportError:
@@ -1026,6 +1027,16 @@ def calamine_tables(content: bytes, cfg: Config) -> Iterator[Table]:
     sheets = pandas.read_excel(book, sheet_name=None, header=None, dtype=object, na_filter=False)
     for name, frame in sheets.items():
         yield sheet_table(name, name not in shown, frame.to_numpy().tolist(), cfg)
+
+
+def refuse_broken_xml(content: bytes) -> None:
+    """Calamine 0.9 reads some XML that is cut off for ever."""
+    from xml.parsers import expat
+
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        for name in archive.namelist():
+            if name.endswith(".xml"):
+                expat.ParserCreate().Parse(archive.read(name), True)
 
 
 def area(sheet: bytes) -> int:
