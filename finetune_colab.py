@@ -1798,7 +1798,7 @@ def dialogue(turns: list[Turn]) -> Messages | str:
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
     known = list(itertools.takewhile(lambda turn: turn[0] in SPOKEN, turns))
-    said = [(role, text.strip()) for role, text in known if text.strip()]
+    said = [(role, text.strip()) for role, text in known if is_seen(text)]
     system = [text for role, text in said if role == "system"]
     spoken = (turn for turn in said if turn[0] != "system")
     from_user = itertools.dropwhile(lambda turn: turn[0] != "user", spoken)  # after any greeting
@@ -1930,33 +1930,28 @@ def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
 # -- Cleaning
 
 LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
-MOST_KINDS = 4  # of reasons and findings on the screen; the report of `check` has all
 UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")  # control characters, accents alone, blanks
 BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # which Unicode counts as letters or symbols
 
 
-def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
-    """Pairs as they will be taught, and a reason for every row that is left out."""
-    found: list[Pair] = []
-    dropped = [Note(table.sheet, number, reason) for number, reason in table.unread]
-    blank = {number for number, row in table.rows if not any(row)}
-    for number, messages in rows:
-        if isinstance(messages, str):
-            reason = "blank" if number in blank else messages
-        elif unseen := [one["role"] for one in messages if not is_seen(one["content"])]:
-            reason = NO_ANSWER if "assistant" in unseen else "no question"
-        elif any(len(one["content"]) > LONGEST_TEXT for one in messages):
-            reason = f"a text of more than {LONGEST_TEXT:,} characters"
-        else:
-            found.append(Pair(messages, table.sheet, number))
-            continue
-        dropped.append(Note(table.sheet, number, reason))
-    kept, copies = without_copies(found)
-    return kept, dropped + copies
-
-
 def is_seen(text: str) -> bool:
     return any(unicodedata.category(one) not in UNSEEN and one not in BLANKS for one in text)
+
+
+def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
+    """Pairs as they will be taught, and a reason for every row that is left out."""
+    found, dropped = [], [Note(table.sheet, number, reason) for number, reason in table.unread]
+    blank = {number for number, row in table.rows if not any(row)}
+    for number, talk in rows:
+        if isinstance(talk, str):
+            dropped.append(Note(table.sheet, number, "blank" if number in blank else talk))
+        elif max(len(one["content"]) for one in talk) > LONGEST_TEXT:
+            reason = f"a text of more than {LONGEST_TEXT:,} characters"
+            dropped.append(Note(table.sheet, number, reason))
+        else:
+            found.append(Pair(talk, table.sheet, number))
+    kept, copies = without_copies(found)
+    return kept, dropped + copies
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
@@ -1974,21 +1969,17 @@ def place_of(pair: Pair, seen_from: Pair) -> str:
 
 
 def say_pairs(pairs: Pairs) -> None:
-    table, columns = pairs.table, pairs.columns
-    sheet = f', sheet "{preview(table.sheet)}"' if table.sheet else ""
-    say("Data", f"{pairs.name}{sheet}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
+    header, sheet, columns = pairs.table.header, pairs.table.sheet, pairs.columns
+    place = f', sheet "{preview(sheet)}"' if sheet else ""
+    say("Data", f"{pairs.name}{place}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
     if columns:
         say("Columns", columns.reason)
+        unused = [name for i, name in enumerate(header) if name and i not in columns.used]
+        for what, names in ("joined to the question", pairs.used[2:]), ("not used", unused):
+            if names:
+                say("", f"{what}: " + ", ".join(f'"{preview(name)}"' for name in names[:8]))
     else:
         say("Shape", f"{pairs.shape}; every answer in them is taught")
-    unused = [name for i, name in enumerate(table.header) if columns and i not in columns.used]
-    for what, names in {
-        "joined to the question": pairs.used[2:],
-        "columns not used": list(filter(None, unused)),
-        "not used": pairs.other_tables,
-    }.items():
-        if names:
-            say("", f"{what}: " + ", ".join(f'"{preview(name)}"' for name in names[:8]))
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     say_notes("Left out", pairs.dropped)
@@ -2010,24 +2001,23 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
 
 def grouped(notes: Sequence[Note]) -> list[str]:
     """One line per kind, with its rows, and their sheets where there are several."""
-    several = len({note.sheet for note in notes}) > 1
-    lines = []
+    several, lines = len({note.sheet for note in notes}) > 1, []
     for kind, found in by_kind(notes).items():
-        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
-        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
+        rows = ", ".join(
+            f"{one.row} of {one.sheet}" if several else f"{one.row}" for one in found[:8]
+        )
+        more = f" and {len(found) - 8} more" if found[8:] else ""
         lines.append(
-            f"{kind}: " + (f"{len(rows)} rows ({places})" if rows[1:] else f"row {places}")
+            f"{kind}: " + (f"{len(found)} rows ({rows}{more})" if found[1:] else f"row {rows}")
         )
     return lines
 
 
 def say_notes(label: str, notes: Sequence[Note]) -> None:
-    lines = grouped(notes)
-    if len(lines) > MOST_KINDS:
-        lines[MOST_KINDS:] = [f"and {len(lines) - MOST_KINDS} more; the command check lists all"]
-    for line in lines:
-        say(label, line)
-        label = ""
+    first, others = grouped(notes)[:4], grouped(notes)[4:]
+    more = [f"and {len(others)} more, in the report of the command check"] if others else []
+    if first:
+        say(label, "\n".join(first + more))
 
 
 # -- Quality: what is taught, and yet looks wrong
@@ -2041,41 +2031,34 @@ ADVICE = {  # where the finding does not say it all
     "very unequal lengths": "see whether text slipped into the wrong cell",
     "another answer to the question of another row": "keep the right one, or join them",
 }
+# The second byte of a letter in UTF-8, 80 to BF, read as Windows-1252. What may follow a capital letter
+# with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
 NOTHING = ("null", "none", "na", "nan", "nil", "#n/a")
-UNCOUNTED = re.compile("blank$|the language is ")  # reasons that say nothing of the quality
-HTML = re.compile(
-    r"</?(?:a|b|i|u|p|br|hr|div|span|em|strong|small|su[bp]|center|font|pre|code|[uo]l|li|table|thead"
-    r"|tbody|t[rdh]|img|h[1-6]|blockquote|script|style|html|head|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});",
-    re.IGNORECASE,
-)
+TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
+PATTERNS = {
+    "left-over HTML": re.compile(
+        r"(?i)</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|table|t[rdh]|img"
+        r"|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+        r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});"
+    ),
+    "control marks of a model": re.compile(  # last, those of phi-2's prompt
+        r"(?m)<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|<</?SYS>>|\[/?INST\]"
+        r"|^(?:Instruct|Output):"
+    ),
+    "broken letters": re.compile(
+        rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]"
+        rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]|ï»¿"
+    ),
+    "placeholder text": re.compile(  # not "Todo", which is Spanish for everything
+        r"(?is)\A\W*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a|x{3,}|test(?:ing)?|placeholder"
+        r"|lorem\s+ipsum.*|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here"
+        r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere)\W*\Z|\A(?:…|[?？.…_-]{2,})\Z"
+    ),
+}
 ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
 CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-CONTROL = re.compile(  # last, those of phi-2's prompt
-    r"<\|\w{1,40}\|>|</?s>|<(?:start|end)_of_turn>|<(?:bos|eos|pad|unk)>|<</?SYS>>|\[/?INST\]"
-    r"|^(?:Instruct|Output):",
-    re.MULTILINE,
-)
-# UTF-8 read as Windows-1252: a letter with an accent, and TAIL for its bytes 80 to BF. What may follow
-# such a letter in good text, as in VÝŠKA or «é», counts only behind the most frequent ones.
-TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
-BROKEN = re.compile(
-    rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]"
-    rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]|ï»¿"
-)
-PLACEHOLDER = re.compile(  # not "Todo", which is Spanish for everything
-    r"(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|[?？.]{2,}|…+|[-_]{2,}|test(?:ing)?"
-    r"|placeholder|lorem\s+ipsum.*|(?:(?:your|the|an?)\s+)?(?:question|answer|text|response)\s+"
-    r"(?:goes\s+)?here|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere",
-    re.DOTALL | re.IGNORECASE,
-)
-CJK = "぀-ヿ㐀-鿿가-힣豈-\ufaff\U00020000-\U0003ffff"  # a single character may be a word
-SAYS = re.compile(rf"[{CJK}]|(?:[\w\u0900-\u0e4f+*/=^×÷<>%-].*?){{3}}", re.DOTALL)
-ONE_LETTER = re.compile(rf"\W{{,9}}[^\W\d_{CJK}]\W{{,9}}")
-WORD = re.compile(  # of any script, also C# and 3.5
-    rf"[{CJK}]|(?:[^\W_{CJK}]|(?<=\d)[.,](?=\d)"
-    r"|[\u0300-\u036f\u0900-\u0e4f#%/+<>=^|~$€\U0001f300-\U0001faff])+"
-)
+ONE_LETTER = re.compile(r"\W*[^\W\d_\u3040-\ud7ff]\W*")  # in Chinese, Japanese, Korean it is a word
+MARKS = re.compile(r"[\s_*`'\"“”„‘’«»()\[\]:;!?¿¡…。、]|[.,-](?!\d)")  # that make no other question
 
 
 class Quality(NamedTuple):
@@ -2092,14 +2075,12 @@ class Quality(NamedTuple):
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
-    odd = odd_answers(kept)
-    findings = [flaws_of(pair) + odd.get(pair.answer.casefold(), []) for pair in kept]
-    for i, other, what in answered_again(kept):
-        findings[i].append(f"{what} {place_of(kept[other], kept[i])}")
-    flagged = [
-        Note(*pair[1:], what) for pair, found in zip(kept, findings, strict=True) for what in found
-    ]
-    left_out = [note for note in dropped if not UNCOUNTED.match(note.reason)]
+    findings = list(map(flaws_of, kept))
+    for i, what in [*odd_answers(kept), *answered_again(kept)]:
+        findings[i].append(what)
+    flagged = [Note(*pair[1:], what) for i, pair in enumerate(kept) for what in findings[i]]
+    uncounted = ("blank", "the language is ")  # reasons that say nothing of the quality
+    left_out = [note for note in dropped if not note.reason.startswith(uncounted)]
     counted, good = len(kept) + len(left_out), findings.count([])
     score = good / counted if counted else 1.0
     return Quality(counted, good, score, findings, flagged, by_kind(flagged + left_out))
@@ -2108,16 +2089,14 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
 def flaws_of(pair: Pair) -> list[str]:
     """What can be seen in one pair alone."""
     texts = [message["content"] for message in pair.messages]
-    whole, prose = "\n".join(texts), "\n".join(CODE.sub("", text) for text in texts)
-    cores = [text[:100].strip("[](){}<>*\"'!: ") for text in texts]
+    prose, folded = [CODE.sub("", text) for text in texts], list(map(fold, texts))
     sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
-    folded = list(map(fold, texts))
-    found = {
-        "left-over HTML": HTML.search(prose) and not ABOUT_HTML.search(whole),
-        "control marks of a model": CONTROL.search(prose),
-        "broken letters": BROKEN.search(whole),
-        "placeholder text": any(map(PLACEHOLDER.fullmatch, cores)),
-        "a question without a word": not SAYS.search(texts[0]),
+    found: dict[str, Any] = {
+        kind: any(map(pattern.search, prose)) for kind, pattern in PATTERNS.items()
+    }
+    found["left-over HTML"] &= not any(map(ABOUT_HTML.search, texts))
+    found |= {
+        "a question without a word": width_of(texts[0].strip(" ?!.:")[:9]) < 3,
         "an answer of one letter": len(texts) == 2 and ONE_LETTER.fullmatch(texts[1]),
         "an answer that repeats its question": any(map(str.__eq__, folded[::2], folded[1::2])),
         "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
@@ -2125,42 +2104,33 @@ def flaws_of(pair: Pair) -> list[str]:
     return [kind for kind, is_there in found.items() if is_there]
 
 
-def odd_answers(pairs: Sequence[Pair]) -> dict[str, list[str]]:
+def odd_answers(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
     """Answers that are too frequent to be meant: one NULL may be an answer, every tenth is none."""
-    counts = Counter(pair.answer[:6].casefold() for pair in pairs)
-    if len(counts) <= len(pairs) / 4 and all(re.fullmatch(r"\d", text) for text in counts):
-        return {text: ["an answer of one digit"] for text in counts}
-    often = [text for text, count in counts.items() if count >= max(3, len(pairs) / 20)]
-    return {text: [f'"{text.upper()}" instead of an answer'] for text in often if text in NOTHING}
+    answers = [pair.answer[:6].casefold() for pair in pairs]
+    counts = Counter(answers)
+    digits = len(counts) <= len(pairs) / 4 and all(re.fullmatch(r"\d", text) for text in counts)
+    for i, text in enumerate(answers):
+        if digits:
+            yield i, "an answer of one digit"
+        elif counts[text] >= max(3, len(pairs) / 20) and text in NOTHING:
+            yield i, f'"{text.upper()}" instead of an answer'
 
 
-def answered_again(pairs: Sequence[Pair]) -> Iterator[tuple[int, int, str]]:
+def answered_again(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
     """Of the pairs with the same question, those that nearly copy another one, or contradict it."""
-    asked: dict[str, list[int]] = {}
+    asked: dict[str, dict[str, list[int]]] = {}
     for i, pair in enumerate(pairs):
-        question = "\n".join(message["content"] for message in pair.messages[:-1])
-        asked.setdefault("".join(words_in(question)) or question, []).append(i)
-    for same in (rows for rows in asked.values() if len(rows) > 1):
-        same.sort(key=lambda i: words_in(pairs[i].answer))  # the order of the rows decides nothing
-        different = same[:1]
-        for i in same[1:]:
-            if are_alike(pairs[different[-1]].answer, pairs[i].answer):
-                yield i, different[-1], "nearly a copy of"
-            else:
-                different.append(i)
-        for i, other in zip(different, different[1:] + different[:1], strict=True):
+        question = fold("\n".join(message["content"] for message in pair.messages[:-1]))
+        answers = asked.setdefault(MARKS.sub("", question) or question, {})
+        answers.setdefault(MARKS.sub("", fold(pair.answer)) or pair.answer, []).append(i)
+    for answers in asked.values():
+        firsts = [first for first, *_ in answers.values()]
+        for i, other in zip(firsts, firsts[1:] + firsts[:1], strict=True):
             if i != other:
-                yield i, other, "another answer to the question of"
-
-
-def words_in(text: str) -> list[str]:
-    return WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
-def are_alike(one: str, other: str) -> bool:
-    """Whether 90 % of the words are common, and no number is among the others: 2023 is not 2024."""
-    a, b = set(words_in(one)), set(words_in(other))
-    return len(a & b) >= 0.9 * len(a | b) and not re.search(r"\d", "".join(a ^ b))
+                yield i, f"another answer to the question of {place_of(pairs[other], pairs[i])}"
+        for first, *copies in answers.values():
+            for i in copies:
+                yield i, f"nearly a copy of {place_of(pairs[first], pairs[i])}"
 
 
 def say_quality(quality: Quality, minimum: float) -> None:
