@@ -1798,7 +1798,7 @@ def dialogue(turns: list[Turn]) -> Messages | str:
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
     known = list(itertools.takewhile(lambda turn: turn[0] in SPOKEN, turns))
-    said = [(role, text.strip()) for role, text in known if is_seen(text)]
+    said = [(role, text.strip()) for role, text in known if SEEN.search(text)]
     system = [text for role, text in said if role == "system"]
     spoken = (turn for turn in said if turn[0] != "system")
     from_user = itertools.dropwhile(lambda turn: turn[0] != "user", spoken)  # after any greeting
@@ -1930,12 +1930,11 @@ def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
 # -- Cleaning
 
 LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
-UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")  # control characters, accents alone, blanks
-BLANKS = "\u115f\u1160\u2800\u3164\uffa0"  # which Unicode counts as letters or symbols
-
-
-def is_seen(text: str) -> bool:
-    return any(unicodedata.category(one) not in UNSEEN and one not in BLANKS for one in text)
+SEEN = re.compile(  # no blank, no control character, no accent alone
+    r"[^\s\0-\x1f\x7f-\xa0\xad\u0300-\u036f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e"
+    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]"
+)
+MARKS = re.compile(r"[\s_*`'\"“”„‘’«»()\[\]:;!?¿¡…。、]|[.,-](?!\d)")  # that make no other text
 
 
 def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
@@ -1954,11 +1953,16 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
     return kept, dropped + copies
 
 
+def bare(text: str) -> str:
+    """Equal for texts that differ only in case, blanks and marks."""
+    return MARKS.sub("", fold(text)) or text
+
+
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
     first_seen: dict[tuple[str, ...], Pair] = {}
     copies = []
     for pair in pairs:
-        first = first_seen.setdefault(tuple(fold(one["content"]) for one in pair.messages), pair)
+        first = first_seen.setdefault(tuple(bare(one["content"]) for one in pair.messages), pair)
         if first is not pair:
             copies.append(Note(pair.sheet, pair.row, f"a copy of {place_of(first, pair)}"))
     return list(first_seen.values()), copies
@@ -2033,32 +2037,23 @@ ADVICE = {  # where the finding does not say it all
 }
 # The second byte of a letter in UTF-8, 80 to BF, read as Windows-1252. What may follow a capital letter
 # with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
-NOTHING = ("null", "none", "na", "nan", "nil", "#n/a")
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 PATTERNS = {
-    "left-over HTML": re.compile(
-        r"(?i)</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|table|t[rdh]|img"
-        r"|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-        r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});"
-    ),
-    "control marks of a model": re.compile(  # last, those of phi-2's prompt
-        r"(?m)<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|<</?SYS>>|\[/?INST\]"
-        r"|^(?:Instruct|Output):"
-    ),
-    "broken letters": re.compile(
-        rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]"
-        rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]|ï»¿"
-    ),
-    "placeholder text": re.compile(  # not "Todo", which is Spanish for everything
-        r"(?is)\A\W*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a|x{3,}|test(?:ing)?|placeholder"
-        r"|lorem\s+ipsum.*|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here"
-        r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere)\W*\Z|\A(?:…|[?？.…_-]{2,})\Z"
-    ),
-}
-ABOUT_HTML = re.compile(r"(?<![</.\w])(?:x?html|xml|css)\b", re.IGNORECASE)
-CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
-ONE_LETTER = re.compile(r"\W*[^\W\d_\u3040-\ud7ff]\W*")  # in Chinese, Japanese, Korean it is a word
-MARKS = re.compile(r"[\s_*`'\"“”„‘’«»()\[\]:;!?¿¡…。、]|[.,-](?!\d)")  # that make no other question
+    "left-over HTML": r"(?i)</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img"
+    r"|table|t[rdh]|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});",
+    "control marks of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>"
+    r"|<</?SYS>>|\[/?INST\]|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
+    "broken letters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿"
+    rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
+    "placeholder text": r"(?is)\A\W*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a|x{3,}|test(?:ing)?"
+    r"|lorem\s+ipsum.*|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here|placeholder"
+    r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere)\W*\Z|\A(?:…|[?？.…_-]{2,})\Z",
+}  # "Todo" is Spanish for everything
+NOTHING = ("null", "none", "na", "nan", "nil", "#n/a")
+ABOUT_HTML = r"(?i)(?<![</.\w])(?:x?html|xml|css)\b"
+CODE = r"(?s)```.*?(?:```|\Z)|`[^`\n]*`"
+ONE_LETTER = r"\W*[^\W\d_\u3040-\ud7ff]\W*"  # in Chinese, Japanese and Korean it is a word
 
 
 class Quality(NamedTuple):
@@ -2076,7 +2071,7 @@ class Quality(NamedTuple):
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
     findings = list(map(flaws_of, kept))
-    for i, what in [*odd_answers(kept), *answered_again(kept)]:
+    for i, what in [*odd_answers(kept), *contradictions(kept)]:
         findings[i].append(what)
     flagged = [Note(*pair[1:], what) for i, pair in enumerate(kept) for what in findings[i]]
     uncounted = ("blank", "the language is ")  # reasons that say nothing of the quality
@@ -2089,16 +2084,16 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
 def flaws_of(pair: Pair) -> list[str]:
     """What can be seen in one pair alone."""
     texts = [message["content"] for message in pair.messages]
-    prose, folded = [CODE.sub("", text) for text in texts], list(map(fold, texts))
-    sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
+    prose = [re.sub(CODE, "", text) for text in texts]
+    sides, bares = (sum(map(len, texts[::2])), sum(map(len, texts[1::2]))), list(map(bare, texts))
     found: dict[str, Any] = {
-        kind: any(map(pattern.search, prose)) for kind, pattern in PATTERNS.items()
+        kind: any(re.search(pattern, text) for text in prose) for kind, pattern in PATTERNS.items()
     }
-    found["left-over HTML"] &= not any(map(ABOUT_HTML.search, texts))
+    found["left-over HTML"] &= not re.search(ABOUT_HTML, "\n".join(texts))
     found |= {
         "a question without a word": width_of(texts[0].strip(" ?!.:")[:9]) < 3,
-        "an answer of one letter": len(texts) == 2 and ONE_LETTER.fullmatch(texts[1]),
-        "an answer that repeats its question": any(map(str.__eq__, folded[::2], folded[1::2])),
+        "an answer of one letter": len(texts) == 2 and re.fullmatch(ONE_LETTER, texts[1]),
+        "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
         "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
     }
     return [kind for kind, is_there in found.items() if is_there]
@@ -2112,25 +2107,18 @@ def odd_answers(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
     for i, text in enumerate(answers):
         if digits:
             yield i, "an answer of one digit"
-        elif counts[text] >= max(3, len(pairs) / 20) and text in NOTHING:
+        elif text in NOTHING and counts[text] >= max(3, len(pairs) / 20):
             yield i, f'"{text.upper()}" instead of an answer'
 
 
-def answered_again(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
-    """Of the pairs with the same question, those that nearly copy another one, or contradict it."""
-    asked: dict[str, dict[str, list[int]]] = {}
+def contradictions(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
+    asked: dict[str, list[int]] = {}
     for i, pair in enumerate(pairs):
-        question = fold("\n".join(message["content"] for message in pair.messages[:-1]))
-        answers = asked.setdefault(MARKS.sub("", question) or question, {})
-        answers.setdefault(MARKS.sub("", fold(pair.answer)) or pair.answer, []).append(i)
-    for answers in asked.values():
-        firsts = [first for first, *_ in answers.values()]
-        for i, other in zip(firsts, firsts[1:] + firsts[:1], strict=True):
-            if i != other:
-                yield i, f"another answer to the question of {place_of(pairs[other], pairs[i])}"
-        for first, *copies in answers.values():
-            for i in copies:
-                yield i, f"nearly a copy of {place_of(pairs[first], pairs[i])}"
+        question = bare("\n".join(message["content"] for message in pair.messages[:-1]))
+        asked.setdefault(question, []).append(i)
+    for same in (rows for rows in asked.values() if rows[1:]):
+        for i, other in zip(same, same[1:] + same[:1], strict=True):
+            yield i, f"another answer to the question of {place_of(pairs[other], pairs[i])}"
 
 
 def say_quality(quality: Quality, minimum: float) -> None:

@@ -57,7 +57,7 @@ DATA = {
 LISTED: dict[str, list[Any]] = {}  # kind -> answers, and conversations
 for kind, *rows in map(str.splitlines, cases("quality").values()):
     LISTED[kind] = [tuple(json.loads(f'"{text}"') for text in row.strip().split(" | ")) for row in rows]
-ALIKE = {"nearly a copy of another row": [LISTED.pop("nearly the same, all but one of them")]}
+ALIKE = {"a copy of an earlier row": [LISTED.pop("nearly the same, all but one of them")]}
 ANOTHER = "another answer to the question of another row"
 ALIKE[ANOTHER] = [[("什么是学习率？", SIGNS), ("什么是学习率？", SIGNS.replace("些", "点"))]]
 for words in (("jump", "leap"), ("towards", "near"), ("The", "This")):
