@@ -62,7 +62,7 @@ import urllib.parse
 import urllib.request
 import warnings
 import zipfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
@@ -1931,8 +1931,8 @@ def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
 
 LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
 SEEN = re.compile(  # no blank, no control character, no accent alone
-    r"[^\s\0-\x1f\x7f-\xa0\xad\u0300-\u036f\u061c\u115f\u1160\u180e\u200b-\u200f\u202a-\u202e"
-    r"\u2060-\u206f\u2800\u3164\ufe00-\ufe0f\ufeff\uffa0]"
+    r"[^\s\0-\x1f\x7f-\xa0\xad\u0300-\u036f\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800"
+    r"\u3164\ufe0f\ufeff\uffa0]"
 )
 MARKS = re.compile(r"[\s_*`'\"“”„‘’«»()\[\]:;!?¿¡…。、]|[.,-](?!\d)")  # that make no other text
 
@@ -1945,8 +1945,7 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
         if isinstance(talk, str):
             dropped.append(Note(table.sheet, number, "blank" if number in blank else talk))
         elif max(len(one["content"]) for one in talk) > LONGEST_TEXT:
-            reason = f"a text of more than {LONGEST_TEXT:,} characters"
-            dropped.append(Note(table.sheet, number, reason))
+            dropped.append(Note(table.sheet, number, f"more than {LONGEST_TEXT:,} characters"))
         else:
             found.append(Pair(talk, table.sheet, number))
     kept, copies = without_copies(found)
@@ -1964,7 +1963,9 @@ def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
     for pair in pairs:
         first = first_seen.setdefault(tuple(bare(one["content"]) for one in pair.messages), pair)
         if first is not pair:
-            copies.append(Note(pair.sheet, pair.row, f"a copy of {place_of(first, pair)}"))
+            copies.append(
+                Note(pair.sheet, pair.row, f"a copy of an earlier row ({place_of(first, pair)})")
+            )
     return list(first_seen.values()), copies
 
 
@@ -1986,7 +1987,8 @@ def say_pairs(pairs: Pairs) -> None:
         say("Shape", f"{pairs.shape}; every answer in them is taught")
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
-    say_notes("Left out", pairs.dropped)
+    if pairs.dropped:
+        say("Left out", "\n".join(grouped(pairs.dropped, 4)))
 
 
 def column_names(pairs: Pairs) -> dict[str, str | None]:
@@ -1998,62 +2000,55 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
     """Notes of one kind together, whatever row they point to; the most frequent kind first."""
     kinds: dict[str, list[Note]] = {}
     for note in notes:
-        other = "an earlier row" if note.reason.startswith("a copy") else "another row"
-        kinds.setdefault(re.sub(r"\brow \d+.*", other, note.reason), []).append(note)
+        kinds.setdefault(note.reason.partition(" (row ")[0], []).append(note)
     return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
 
 
-def grouped(notes: Sequence[Note]) -> list[str]:
+def grouped(notes: Sequence[Note], most: int = 1000) -> list[str]:
     """One line per kind, with its rows, and their sheets where there are several."""
     several, lines = len({note.sheet for note in notes}) > 1, []
     for kind, found in by_kind(notes).items():
-        rows = ", ".join(
-            f"{one.row} of {one.sheet}" if several else f"{one.row}" for one in found[:8]
-        )
-        more = f" and {len(found) - 8} more" if found[8:] else ""
+        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
+        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if rows[8:] else "")
         lines.append(
-            f"{kind}: " + (f"{len(found)} rows ({rows}{more})" if found[1:] else f"row {rows}")
+            f"{kind}: {len(rows)} rows ({places})" if rows[1:] else f"{kind}: row {places}"
         )
+    if lines[most:]:
+        lines[most:] = [f"and {len(lines) - most} more, in the report of the command check"]
     return lines
-
-
-def say_notes(label: str, notes: Sequence[Note]) -> None:
-    first, others = grouped(notes)[:4], grouped(notes)[4:]
-    more = [f"and {len(others)} more, in the report of the command check"] if others else []
-    if first:
-        say(label, "\n".join(first + more))
 
 
 # -- Quality: what is taught, and yet looks wrong
 
 ADVICE = {  # where the finding does not say it all
     "left-over HTML": "take out tags and entities such as <br> and &nbsp;",
-    "control marks of a model": "they are taught as plain text; take them out",
     "broken letters": "open the source again as UTF-8: Ã© is a broken é",
     "an answer of one letter": "write the answer out: what option B says",
     "an answer of one digit": "write the answer out, if the number stands for an option",
     "very unequal lengths": "see whether text slipped into the wrong cell",
-    "another answer to the question of another row": "keep the right one, or join them",
+    "another answer to the same question": "keep the right one, or join them",
 }
 # The second byte of a letter in UTF-8, 80 to BF, read as Windows-1252. What may follow a capital letter
 # with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
+TURN = "\n\0\n"  # stands between the texts of a pair
 PATTERNS = {
-    "left-over HTML": r"(?i)</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img"
-    r"|table|t[rdh]|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});",
+    "left-over HTML": r"(?is)\A(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b)).*?(?:</?(?:a|b|i|u|p|[bh]r|div"
+    r"|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)"
+    r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});)",
     "control marks of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>"
     r"|<</?SYS>>|\[/?INST\]|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
     "broken letters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿"
     rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
-    "placeholder text": r"(?is)\A\W*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a|x{3,}|test(?:ing)?"
-    r"|lorem\s+ipsum.*|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here|placeholder"
-    r"|(?:insert|put|write|type|enter|add)\b.{1,60}\bhere)\W*\Z|\A(?:…|[?？.…_-]{2,})\Z",
-}  # "Todo" is Spanish for everything
-NOTHING = ("null", "none", "na", "nan", "nil", "#n/a")
-ABOUT_HTML = r"(?i)(?<![</.\w])(?:x?html|xml|css)\b"
-CODE = r"(?s)```.*?(?:```|\Z)|`[^`\n]*`"
-ONE_LETTER = r"\W*[^\W\d_\u3040-\ud7ff]\W*"  # in Chinese, Japanese and Korean it is a word
+    "placeholder text": r"(?is)(?:\A|\0\n)(?:[\[({<*'\"]*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?"
+    r"|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder"
+    r"|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here"
+    r"|(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\bhere)[\])}>*'\"!:.]*"
+    r"|…|[?？.…_-]{2,}|(?-i:NULL|null|None|NaN|nan|nil|#N/A))(?:\n\0|\Z)",  # "Todo" is Spanish
+    # in Chinese, Japanese and Korean one letter is a word
+    "an answer of one letter": r"\A[^\0]+\0\W*[^\W\d_\u3040-\ud7ff]\W*\Z",
+}
 
 
 class Quality(NamedTuple):
@@ -2070,9 +2065,15 @@ class Quality(NamedTuple):
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
-    findings = list(map(flaws_of, kept))
-    for i, what in [*odd_answers(kept), *contradictions(kept)]:
-        findings[i].append(what)
+    findings, asked = list(map(flaws_of, kept)), defaultdict[str, list[int]](list)
+    for i, pair in enumerate(kept):
+        asked[bare("\n".join(one["content"] for one in pair.messages[:-1]))].append(i)
+    for same in (rows for rows in asked.values() if rows[1:]):
+        for i, other in zip(same, same[1:] + same[:1], strict=True):
+            place = place_of(kept[other], kept[i])
+            findings[i].append(f"another answer to the same question ({place})")
+    if {pair.answer for pair in kept} <= {*"0123456789"}:
+        findings = [[*found, "an answer of one digit"] for found in findings]
     flagged = [Note(*pair[1:], what) for i, pair in enumerate(kept) for what in findings[i]]
     uncounted = ("blank", "the language is ")  # reasons that say nothing of the quality
     left_out = [note for note in dropped if not note.reason.startswith(uncounted)]
@@ -2084,48 +2085,19 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
 def flaws_of(pair: Pair) -> list[str]:
     """What can be seen in one pair alone."""
     texts = [message["content"] for message in pair.messages]
-    prose = [re.sub(CODE, "", text) for text in texts]
     sides, bares = (sum(map(len, texts[::2])), sum(map(len, texts[1::2]))), list(map(bare, texts))
-    found: dict[str, Any] = {
-        kind: any(re.search(pattern, text) for text in prose) for kind, pattern in PATTERNS.items()
-    }
-    found["left-over HTML"] &= not re.search(ABOUT_HTML, "\n".join(texts))
-    found |= {
+    found = {kind: re.search(pattern, TURN.join(texts)) for kind, pattern in PATTERNS.items()} | {
         "a question without a word": width_of(texts[0].strip(" ?!.:")[:9]) < 3,
-        "an answer of one letter": len(texts) == 2 and re.fullmatch(ONE_LETTER, texts[1]),
         "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
         "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
     }
     return [kind for kind, is_there in found.items() if is_there]
 
 
-def odd_answers(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
-    """Answers that are too frequent to be meant: one NULL may be an answer, every tenth is none."""
-    answers = [pair.answer[:6].casefold() for pair in pairs]
-    counts = Counter(answers)
-    digits = len(counts) <= len(pairs) / 4 and all(re.fullmatch(r"\d", text) for text in counts)
-    for i, text in enumerate(answers):
-        if digits:
-            yield i, "an answer of one digit"
-        elif text in NOTHING and counts[text] >= max(3, len(pairs) / 20):
-            yield i, f'"{text.upper()}" instead of an answer'
-
-
-def contradictions(pairs: Sequence[Pair]) -> Iterator[tuple[int, str]]:
-    asked: dict[str, list[int]] = {}
-    for i, pair in enumerate(pairs):
-        question = bare("\n".join(message["content"] for message in pair.messages[:-1]))
-        asked.setdefault(question, []).append(i)
-    for same in (rows for rows in asked.values() if rows[1:]):
-        for i, other in zip(same, same[1:] + same[:1], strict=True):
-            yield i, f"another answer to the question of {place_of(pairs[other], pairs[i])}"
-
-
 def say_quality(quality: Quality, minimum: float) -> None:
     if quality.counted:
         share = f"{quality.good} of {quality.counted} rows with content are taught and look right"
-        say("Quality", f"{quality}: {share}")
-        say_notes("", quality.flagged)
+        say("Quality", "\n".join([f"{quality}: {share}", *grouped(quality.flagged, 4)]))
     if quality.score < minimum:
         say("Warning", f"the quality is below {minimum} (MIN_QUALITY). What to do about it:")
         for kind in list(quality.parts)[:3]:
