@@ -377,7 +377,7 @@ def changed(content: bytes, part: str, old: bytes, new: bytes = b"", cut: bool =
 
 
 # fmt: off
-SHEET = "xl/worksheets/sheet1"
+SHEET, HOW = "xl/worksheets/sheet1", b'<table:table-row><table:table-cell office:value-type="string"><text:p>H'
 SIZE, CELL_2 = bytes.fromhex("00020e00"), bytes.fromhex("070c01000000")  # DIMENSIONS; a text in column 2
 CORNER = b'<row r="1048576"><c r="XFD1048576" t="inlineStr"><is><t>x</t></is></c></row>'
 ALL_CELLS = b'<dimension ref="A1:XFD1048576"/>'
@@ -407,8 +407,8 @@ HOSTILE: dict[str, tuple[str, str, Callable[[], bytes]]] = {  # ending, what com
     "a binary sheet that stops": ("xlsb", ANY, lambda: changed(xlsb(QA2), f"{SHEET}.bin", b"\x07\x0c", cut=True)),
     **{f"LibreOffice, stopping at {at!r}": ("ods", DAMAGED, partial(
         changed, ods(QA2), "content.xml", at, cut=True)) for at in (b"<office:document", b"<text:p>Why?")},
-    "LibreOffice, a broken tag and no end": ("ods", DAMAGED, lambda: changed(changed(
-        ods(QA2), "content.xml", b"<table:table-row><table:table-cell", b"<table:table-/ow>"), "content.xml", b"ow?", cut=True)),
+    "LibreOffice, a broken tag and no end": ("ods", DAMAGED, lambda: changed(
+        changed(ods(QA2), "content.xml", HOW, b"<table:table-/ow>"), "content.xml", b"<text:p>H", cut=True)),
     "300,001 lines": ("csv", LIMIT, lambda: csv_file(QA2) + b"Who?,I.\n" * 300_001),
     "300,002 records": ("jsonl", LIMIT, lambda: L2 * 150_001),
     "300,002 rows of Parquet": ("parquet", LIMIT, lambda: parquet(R2 * 150_001)),
