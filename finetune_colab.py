@@ -2022,17 +2022,19 @@ def grouped(notes: Sequence[Note], most: int = 1000) -> list[str]:
 
 ADVICE = {  # where the finding does not say it all
     "left-over HTML": "take out tags and entities such as <br> and &nbsp;",
+    "control marks of a model": "take out marks such as </s> and [INST]",
     "broken letters": "open the source again as UTF-8: Ã© is a broken é",
     "an answer of one letter": "write the answer out: what option B says",
     "an answer of one digit": "write the answer out, if the number stands for an option",
     "very unequal lengths": "see whether text slipped into the wrong cell",
     "another answer to the same question": "keep the right one, or join them",
+    "a copy of an earlier row": "nothing, the first one is taught",
+    "no answer": "fill in the answers, or delete these rows",
 }
 # The second byte of a letter in UTF-8, 80 to BF, read as Windows-1252. What may follow a capital letter
 # with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
-TURN = "\n\0\n"  # stands between the texts of a pair
-PATTERNS = {
+PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
     "left-over HTML": r"(?is)\A(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b)).*?(?:</?(?:a|b|i|u|p|[bh]r|div"
     r"|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)"
     r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
@@ -2045,7 +2047,8 @@ PATTERNS = {
     r"|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder"
     r"|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here"
     r"|(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\bhere)[\])}>*'\"!:.]*"
-    r"|…|[?？.…_-]{2,}|(?-i:NULL|null|None|NaN|nan|nil|#N/A))(?:\n\0|\Z)",  # "Todo" is Spanish
+    r"|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
+    "NULL instead of an answer": r"\0\n(?:NULL|null|None|NaN|nan|nil|#N/A)\Z",
     # in Chinese, Japanese and Korean one letter is a word
     "an answer of one letter": r"\A[^\0]+\0\W*[^\W\d_\u3040-\ud7ff]\W*\Z",
 }
@@ -2085,9 +2088,10 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
 def flaws_of(pair: Pair) -> list[str]:
     """What can be seen in one pair alone."""
     texts = [message["content"] for message in pair.messages]
-    sides, bares = (sum(map(len, texts[::2])), sum(map(len, texts[1::2]))), list(map(bare, texts))
-    found = {kind: re.search(pattern, TURN.join(texts)) for kind, pattern in PATTERNS.items()} | {
-        "a question without a word": width_of(texts[0].strip(" ?!.:")[:9]) < 3,
+    whole, bares = "\n\0\n".join(texts), list(map(bare, texts))
+    sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
+    found = {kind: re.search(pattern, whole) for kind, pattern in PATTERNS.items()} | {
+        "a very short question": width_of(texts[0].strip(" ?!.:")[:9]) < 3,
         "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
         "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
     }
@@ -2101,7 +2105,7 @@ def say_quality(quality: Quality, minimum: float) -> None:
     if quality.score < minimum:
         say("Warning", f"the quality is below {minimum} (MIN_QUALITY). What to do about it:")
         for kind in list(quality.parts)[:3]:
-            say("", f"{kind}: {ADVICE.get(kind, 'fix these rows, or take them out')}")
+            say("", f"{kind}: {ADVICE.get(kind, 'fix these rows, or delete them')}")
 
 
 # ==================================================================================================

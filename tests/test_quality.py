@@ -34,15 +34,15 @@ TREES = [{"prompt": {"role": "prompter", "text": f"Why {lang}?", "lang": lang, "
     "text": f"So {lang}.", "lang": lang}]}} for lang in ("en", "en-GB", "de")]
 TALK = '[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]'
 FILES: dict[str, Any] = {
-    "score.csv": (csv_file([HEADER, *FILLED, FILLED[0]]), 0.4, 3, {"a question without a word": [3],
+    "score.csv": (csv_file([HEADER, *FILLED, FILLED[0]]), 0.4, 3, {"a very short question": [3],
         "an answer of one letter": [3], "no answer": [6], "a copy of an earlier row": [7], "blank": [5]}),
     "clean.csv": (csv_file([HEADER, *((f"What is {i} plus one?", f"It is {i + 1}.") for i in range(999)),
-        ("Hi", "So")]), 0.999, 1000, {"a question without a word": [1001]}),
+        ("Hi", "So")]), 0.999, 1000, {"a very short question": [1001]}),
     "unseen.jsonl": (jsonl(*records(UNSEEN)), 0.2, 3, {
         "no answer": [*range(4, 10)], "no question": [*range(10, 16)], "blank": [16]}),
     "trees.jsonl": (jsonl(*TREES), 1, 2, {"the language is de, not en": [3]}),
     "nulls.csv": (csv_file([HEADER, *((f"What is {i}?", f"It is {i}." if i % 4 else "NULL") for i in range(12))]), 0.75,
-        12, {"placeholder text": [2, 6, 10]}),
+        12, {"NULL instead of an answer": [2, 6, 10]}),
     "numbers.jsonl": (jsonl(*({"question": f"Is it {i}?", "answer": i % 2} for i in range(9))), 0, 9, {
         "an answer of one digit": [*range(1, 10)]}),
     "talks.xlsx": (xlsx([("messages",), (TALK,), ("",), (TALK.replace("Why", "How"),)]), 1, 2, {"blank": [3]}),
