@@ -2027,7 +2027,7 @@ ADVICE = {  # where the finding does not say it all
     "an answer of one letter": "write the answer out: what option B says",
     "an answer of one digit": "write the answer out, if the number stands for an option",
     "very unequal lengths": "see whether text slipped into the wrong cell",
-    "another answer to the same question": "keep the right one, or join them",
+    "another answer to the same question": "keep the right one, or make one of them",
     "a copy of an earlier row": "nothing, the first one is taught",
     "no answer": "fill in the answers, or delete these rows",
 }
@@ -2045,9 +2045,8 @@ PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
     rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
     "placeholder text": r"(?is)(?:\A|\0\n)(?:[\[({<*'\"]*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?"
     r"|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder"
-    r"|(?:your|the)\s+(?:question|answer|text|response)\s+(?:goes\s+)?here"
-    r"|(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\bhere)[\])}>*'\"!:.]*"
-    r"|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
+    r"|(?:(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\b|(?:your|the)\s+(?:question|answer|text)\s+)"
+    r"(?:goes\s+)?here)[\])}>*'\"!:.]*|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
     "NULL instead of an answer": r"\0\n(?:NULL|null|None|NaN|nan|nil|#N/A)\Z",
     # in Chinese, Japanese and Korean one letter is a word
     "an answer of one letter": r"\A[^\0]+\0\W*[^\W\d_\u3040-\ud7ff]\W*\Z",

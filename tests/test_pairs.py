@@ -383,13 +383,6 @@ def test_what_is_said_names_columns_rows_and_reasons(checked: Checked) -> None:
         assert re.search(f'not used.*"{extra}"', checked(("instruction", extra, "output", None), *rows)[1])
 
 
-def test_a_null_is_no_answer(sheet: Sheet, run: Run, small_phi: Path) -> None:  # X12
-    sheet(HEADER, *((f"Which is {i}?", "NULL" if i % 4 == 3 else f"It is {i}.") for i in range(40)))
-    _, said = run("check", "--json", "--model-name", small_phi)
-    told = json.loads(said.splitlines()[0])
-    assert len(told["dropped"]) == 10 or re.search("(?i)null|no answer", str(told["problems"]))
-
-
 @pytest.mark.parametrize("rows", [[TWO[0]], [TWO[0], TWO[0], ("How?", "")]])
 def test_one_pair_is_too_few(rows: list[tuple[str, str]], checked: Checked, run: Run, small_phi: Path) -> None:  # M9
     assert checked(HEADER, *rows)[0] == 1
