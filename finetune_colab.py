@@ -2558,12 +2558,12 @@ def machine_here(device: Device, shape: Shape) -> Machine:
     import torch
 
     dtype = getattr(torch, device.dtype)
-    rows = max(
-        1, min(1024, 2**33 // (shape.hidden * shape.inner))
-    )  # so that no processor is long at it
-    tokens = torch.randn(rows, shape.hidden, dtype=dtype, device=device.kind)
-    weight = torch.randn(shape.hidden, shape.inner, dtype=dtype, device=device.kind)
-    large = torch.zeros(2**25, dtype=dtype, device=device.kind)  # no cache holds it
+    hidden, inner = min(shape.hidden, 1024), min(shape.inner, 4096)  # larger is no faster
+    tokens = torch.randn(
+        min(1024, 2**31 // (hidden * inner)), hidden, dtype=dtype, device=device.kind
+    )
+    weight = torch.randn(hidden, inner, dtype=dtype, device=device.kind)
+    large = torch.zeros(2**24, dtype=dtype, device=device.kind)  # no cache holds it
 
     def timed(act: Callable[[], Any]) -> float:
         best, until = math.inf, time.perf_counter() + MOMENT
@@ -2575,7 +2575,7 @@ def machine_here(device: Device, shape: Shape) -> Machine:
             best = min(best, time.perf_counter() - start)
         return best
 
-    flops = 2 * tokens.numel() * shape.inner / timed(lambda: tokens @ weight)
+    flops = 2 * tokens.numel() * inner / timed(lambda: tokens @ weight)
     bandwidth = 2 * large.nbytes / timed(large.clone)
     memory = psutil.virtual_memory().total / processes()
     if device.kind == "cuda":
