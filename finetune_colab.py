@@ -1934,7 +1934,7 @@ SEEN = re.compile(  # no blank, no control character, no accent alone
     r"[^\s\0-\x1f\x7f-\xa0\xad\u0300-\u036f\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800"
     r"\u3164\ufe0f\ufeff\uffa0]"
 )
-MARKS = re.compile(r"[\s_*`'\"“”„‘’«»()\[\]:;!?¿¡…。、]|[.,-](?!\d)")  # that make no other text
+COUNTS = re.compile(r"[^\s_*`'\"“”„‘’«»()\[\]:;!?¿¡…。、.,-]+|[.,-](?=\d)")  # in comparing texts
 
 
 def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
@@ -1954,7 +1954,7 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
 
 def bare(text: str) -> str:
     """Equal for texts that differ only in case, blanks and marks."""
-    return MARKS.sub("", fold(text)) or text
+    return "".join(COUNTS.findall(fold(text))) or text
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
@@ -2035,10 +2035,10 @@ ADVICE = {  # where the finding does not say it all
 # with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
-    "left-over HTML": r"(?is)\A(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b)).*?(?:</?(?:a|b|i|u|p|[bh]r|div"
-    r"|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)"
-    r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});)",
+    "left-over HTML": r"(?is)\A(?=.*?(?:</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l"
+    r"|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
+    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});))"
+    r"(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b))",
     "control marks of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>"
     r"|<</?SYS>>|\[/?INST\]|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
     "broken letters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿"
