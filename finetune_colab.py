@@ -2090,7 +2090,7 @@ def flaws_of(pair: Pair) -> list[str]:
     whole, bares = "\n\0\n".join(texts), list(map(bare, texts))
     sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
     found = {kind: re.search(pattern, whole) for kind, pattern in PATTERNS.items()} | {
-        "a very short question": width_of(texts[0].strip(" ?!.:")[:9]) < 3,
+        "a very short question": len(texts[0].strip(" ?!.:")[:9].encode()) < 3,
         "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
         "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
     }

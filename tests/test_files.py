@@ -600,13 +600,12 @@ def test_whatever_a_file_holds_is_read_or_refused_and_never_printed_into_a_text(
 # fmt: off
 # A file; a pair, and whether it may be taught; and what must be said if that is not so.
 NEVER, GREETING, ANSWERS = "(?!)", ("Greeting", "Hello and welcome"), [{"question": q, "answers": [3]} for q, _ in FOUR]
-BROKEN = js(R4, indent=1).replace(b'"question": "How?"', b'question: "How?"')
 SAID: dict[str, tuple[bytes, object, bool, str]] = {
     **{f"a second header, {second[0]}": (csv_file([HEADER, second, *FOUR]), second, False, NEVER)
        for second in (("Frage", "Antwort"), ("Question (English)", "Answer (English)"))},
     "a first pair that asks nothing": (csv_file([GREETING, *TWO, FOUR[3]]), GREETING, True, r"\brow 1\b|Greeting"),
     "a list of one number": (jsonl(*ANSWERS), ("Why?", "3"), False, "answers"),
-    "a fault in JSON": (BROKEN, None, True, r"\bline 7\b"),
+    "a fault in JSON": (js(R4, indent=1).replace(b'"question": "How?"', b'question: "How?"'), None, True, r"\bline 7\b"),
 }
 # fmt: on
 

@@ -78,11 +78,8 @@ class Handler(BaseHTTPRequestHandler):
         if net.faults and (self.command == "GET" or net.faults[0] not in ("cut", "garbled")):  # which need a body
             fault = net.faults.pop(0)
         status, headers, body = (int(fault), {}, b"") if fault.isdigit() else self.answer(self.path.partition("?")[0])
-        body = (
-            bytes(random.sample(body, len(body)))
-            if fault == "garbled"
-            else body * (600_000 if fault == "endless" else 1)
-        )
+        body = bytes(random.sample(body, len(body))) if fault == "garbled" else body
+        body = body * 600_000 if fault == "endless" else body
         if fault in ("chunked", "endless"):
             headers, body = headers | {"Transfer-Encoding": "chunked"}, b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         else:
