@@ -704,6 +704,7 @@ def hub_part(name: str, part: str) -> Path:
 # ==================================================================================================
 
 FEWEST_PAIRS = 2
+SAY_WHICH = "Say which to use"
 ENOUGH_PAIRS = 50
 BOTH_NAMED = 4  # Columns.named, from which on both columns are known by name
 MOST_UNUSED = 8  # tables that are not used, on the screen
@@ -797,16 +798,31 @@ def find_pairs(cfg: Config) -> Pairs:
             gc.enable()
     if not parts:
         first, *more = unusable.values()
-        raise UserError("\n".join([first, *(preview(one, 150) for one in more[:MOST_UNUSED])]))
+        message = "\n".join([first, *(preview(one, 150) for one in more[:MOST_UNUSED])])
+        if SAY_WHICH in first and not cfg.JSON and (typed := columns_typed(message)):
+            return find_pairs(changed(cfg, **typed))
+        raise UserError(message)
     best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
     others = [one for one in parts if one not in best]
     unused = {
         one.place: f"{one.place}: {columns_in_words(one)}; pairs: {len(one.kept)}" for one in others
     } | unusable
-    if unused and not getattr(cfg, "SHEET", ""):
+    if unused and not cfg.SHEET:
         say_choice(best, list(unused.values()))
     pairs = joined(source.name, best) if len(best) > 1 else best[0]
     return replace(pairs, parts=best, other_tables=list(unused))
+
+
+def columns_typed(message: str) -> dict[str, str]:
+    """The two columns, as a person in a terminal names them; nothing if there is none."""
+    if sys.stdin is None or not sys.stdin.isatty():
+        return {}
+    say("Columns", message)
+    with suppress(EOFError):
+        question = input("The column with the questions: ").strip()
+        answer = input("The column with the answers: ").strip() if question else ""
+        return {"QUESTION_COLUMN": question, "ANSWER_COLUMN": answer} if answer else {}
+    return {}
 
 
 def say_choice(best: list[Pairs], unused: list[str]) -> None:
@@ -839,7 +855,7 @@ def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]
 
 
 def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
-    sheet = getattr(cfg, "SHEET", "") or table.sheet
+    sheet = cfg.SHEET or table.sheet
     if fold(sheet) != fold(table.sheet):
         raise UserError(f"this is not the sheet {sheet!r} (--sheet).")
     shape, columns, rows = conversations_of(table, cfg)
@@ -1637,9 +1653,7 @@ def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> U
         plain = header and header.isprintable() and not set(header) & set('"$`\\!')
         named[side] = f'"{header}"' if plain else column_letter(i)
     seen = [f"  {one.title}: {one.sample}" for one in columns[:12]]
-    advice = (
-        f"Say which to use, for example: --question-column {named[0]} --answer-column {named[1]}"
-    )
+    advice = f"{SAY_WHICH}, for example: --question-column {named[0]} --answer-column {named[1]}"
     return UserError("\n".join([f"{found} The columns, each with its first cell:", *seen, advice]))
 
 

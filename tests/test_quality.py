@@ -52,6 +52,7 @@ DATA = {
     "options": [HEADER, *((f"Which of them is right in case {i}?", "ABCD"[i % 4]) for i in range(40))],
     "posts": [("AcceptedAnswerId", "Title", "Body"),
               *((i, f"How to fix {i}?", f"<p>I see error {i}.</p>") for i in range(40))],
+    "unclear": [("one", "two"), *((f"Shop {i} opens at nine.", f"Ring at door {i} of the shop.") for i in range(50))],
 }
 # fmt: on
 LISTED: dict[str, list[Any]] = {}  # kind -> answers, and conversations
@@ -154,7 +155,6 @@ def test_bad_data_is_trained_on_only_by_who_wants_it(case: str, small_phi: Path,
     told = ("asked" if "[y/N]" in text else "", "begun" if "far enough" in text else "")
     assert (code, ", ".join(filter(None, told)) or "never") == (1 - ready if "check" in argv else 2, outcome)
     assert ready == ("check" in argv and (not poor or "--yes" in argv))
-    assert ("MIN_QUALITY" in text) == (data != "good" and "--min-quality" not in argv)
+    assert ("MIN_QUALITY" in text) == (data not in ("good", "unclear") and "--min-quality" not in argv)
     if "check" not in argv and "begun" not in outcome:
-        assert "--yes" in text
-        assert [path.name for path in Path().iterdir()] == ["data.csv"]
+        assert ("--yes" in text or data == "unclear") and [path.name for path in Path().iterdir()] == ["data.csv"]
