@@ -1132,8 +1132,10 @@ def decoded(path: Path, content: bytes) -> str:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     if not is_utf16:
         words = name.replace("cp", "Windows-").replace("_", "-")
-        guess = f"the lines that are not UTF-8 ({len(odd):,}) were read as {words}"
-        say("Note", f"{path.name}: {guess}. Check their characters.")
+        count = "1 line is" if len(odd) == 1 else f"{len(odd):,} lines are"
+        say(
+            "Note", f"{path.name}: {count} not UTF-8, and read as {words}. Check the accents there."
+        )
     others = set(odd)
     parts = (line.decode(name if line in others else "utf-8", "replace") for line in lines)
     return "\n".join(parts).removeprefix("\ufeff")
