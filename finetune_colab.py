@@ -24,7 +24,7 @@ Map: the file reads as the data flows, and each section calls only sections abov
 # requires-python = ">=3.11"
 # dependencies = [
 #     "torch>=2.10", "transformers>=5.6", "peft>=0.18", "accelerate>=1.10", "bitsandbytes>=0.48",
-#     "datasets>=4.0", "pandas>=2.2.2", "openpyxl>=3.1.3", "matplotlib>=3.8", "seaborn>=0.13",
+#     "datasets>=4.0", "pandas>=2.2.2", "openpyxl>=3.1.3", "matplotlib>=3.9", "seaborn>=0.13",
 # ]
 # ///
 
@@ -2335,7 +2335,7 @@ def held_out(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
 FLOORS = dict(
     package.split(">=")
     for package in "python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10 "
-    "bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2.2 openpyxl>=3.1.3 matplotlib>=3.8 "
+    "bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2.2 openpyxl>=3.1.3 matplotlib>=3.9 "
     "seaborn>=0.13".split()
 )
 
