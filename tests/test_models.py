@@ -76,15 +76,15 @@ def test_no_whole_model_and_layers_that_are_not_there_are_refused(
     assert re.search(told, in_words(printed))
 
 
-@pytest.mark.parametrize("version, imported, hidden", [
-    ("0.10.0", False, True), ("0.17.0", False, False), pytest.param("0.10.0", True, None, marks=XFAIL)
+@pytest.mark.parametrize("version, imported, hidden", [("0.10.0", False, True), ("0.17.0", False, False),
+    pytest.param("0.10.0", True, None, marks=pytest.mark.xfail(reason="Training")),  # peft 0.18 takes any torchao
 ])  # fmt: skip
 def test_a_torchao_too_old_for_peft_does_no_harm(
     phi_folder: Path, folder: Path, patched: Any, capsys: Any, version: str, imported: bool, hidden: bool | None
 ) -> None:
     """As Colab's is; and once a cell has imported it, it may also be refused by name."""
-    needed = "class TorchAOBaseTensor: pass\nAffineQuantizedTensor = TorchAOBaseTensor"
-    texts = dict.fromkeys(("torchao/utils.py", "torchao/dtypes.py"), needed) | {"torchao/__init__.py": ""}
+    needed = "class A: pass\nTorchAOBaseTensor = AffineQuantizedTensor = LinearActivationQuantizedTensor = A"
+    texts = {f"torchao/{part}.py": needed for part in ("utils", "dtypes", "quantization")} | {"torchao/__init__.py": ""}
     texts[f"torchao-{version}.dist-info/METADATA"] = f"Name: torchao\nVersion: {version}\n"
     for place, text in texts.items():
         Path(place).parent.mkdir(exist_ok=True)
