@@ -1814,7 +1814,7 @@ def dialogue(turns: list[Turn]) -> Messages | str:
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
     known = list(itertools.takewhile(lambda turn: turn[0] in SPOKEN, turns))
-    said = [(role, text.strip()) for role, text in known if SEEN.search(text)]
+    said = [(role, text.strip()) for role, text in known if is_seen(text)]
     system = [text for role, text in said if role == "system"]
     spoken = (turn for turn in said if turn[0] != "system")
     from_user = itertools.dropwhile(lambda turn: turn[0] != "user", spoken)  # after any greeting
@@ -1946,10 +1946,8 @@ def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
 # -- Cleaning
 
 LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
-SEEN = re.compile(  # no blank, no control character, no accent alone
-    r"[^\s\0-\x1f\x7f-\xa0\xad\u0300-\u036f\u115f\u1160\u200b-\u200f\u2028-\u202e\u2060-\u206f\u2800"
-    r"\u3164\ufe0f\ufeff\uffa0]"
-)
+UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")  # kinds of characters: blanks, accents alone, …
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 MARKS = str.maketrans("", "", " _*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # these make no other text
 
 
@@ -1971,6 +1969,10 @@ def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
 def bare(text: str) -> str:
     """Equal for texts that differ only in case, blanks and marks."""
     return re.sub(r"[.,-](?!\d)", "", fold(text).translate(MARKS)) or text
+
+
+def is_seen(text: str) -> bool:
+    return any(unicodedata.category(c) not in UNSEEN and c not in FILLERS for c in text)
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:

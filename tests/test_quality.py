@@ -28,7 +28,7 @@ EQUAL = [("word " * 199,), ("word " * 300, "word " * 7), ("Who is it?", LONG + "
          ("What is it then?", LONG), ("What was it then?", LONG[:100])]
 # Files, and what is told of them: the score, the pairs, and the rows of what was found or left out.
 FILLED = [("Why is that?", "So."), ("Hi", "B"), ("Who is that?", "Me."), ("", ""), ("How?", "")]
-ODD = ["\u200b", "\u200b\u00a0\u2060", "\ufeff", "\u3164", "\u00ad", "\u0301"]
+ODD = ["\u200b", "\u200b\u00a0\u2060", "\ufeff", "\u3164", "\u00ad", "\u0301", "\U00011127"]
 UNSEEN = [*PAIRS[:3], *(("How?", one) for one in ODD), *((one, "Thus.") for one in ODD), ("", "")]
 TREES = [{"prompt": {"role": "prompter", "text": f"Why {lang}?", "lang": lang, "replies": [{"role": "assistant",
     "text": f"So {lang}.", "lang": lang}]}} for lang in ("en", "en-GB", "de")]
@@ -38,8 +38,8 @@ FILES: dict[str, Any] = {
         "an answer of one letter": [3], "no answer": [6], "a copy of an earlier row": [7], "blank": [5]}),
     "clean.csv": (csv_file([HEADER, *((f"What is {i} plus one?", f"It is {i + 1}.") for i in range(999)),
         ("Hi", "So")]), 0.999, 1000, {"a very short question": [1001]}),
-    "unseen.jsonl": (jsonl(*records(UNSEEN)), 0.2, 3, {
-        "no answer": [*range(4, 10)], "no question": [*range(10, 16)], "blank": [16]}),
+    "unseen.jsonl": (jsonl(*records(UNSEEN)), 0.1765, 3, {
+        "no answer": [*range(4, 11)], "no question": [*range(11, 18)], "blank": [18]}),
     "trees.jsonl": (jsonl(*TREES), 1, 2, {"the language is de, not en": [3]}),
     "nulls.csv": (csv_file([HEADER, *((f"What is {i}?", f"It is {i}." if i % 4 else "NULL") for i in range(12))]), 0.75,
         12, {"NULL instead of an answer": [2, 6, 10]}),  # X12
