@@ -57,7 +57,6 @@ import textwrap
 import threading
 import time
 import unicodedata
-import urllib.error
 import urllib.parse
 import urllib.request
 import warnings
@@ -68,7 +67,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
     import torch
@@ -525,7 +524,10 @@ def refuse_large(place: str, size: int) -> None:
         raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
 
 
-def persistently(place: str, advice: str, fetch: Callable[[], Any]) -> Any:
+Result = TypeVar("Result")
+
+
+def persistently(place: str, advice: str, fetch: Callable[[], Result]) -> Result:
     """Five tries with growing pauses, as long as it is the network or the server that fails."""
     say("Download", place)
     for pause in (*PAUSES, None):
@@ -704,11 +706,14 @@ def hub_part(name: str, part: str) -> Path:
 # ==================================================================================================
 
 FEWEST_PAIRS = 2
-SAY_WHICH = "Say which to use"
 ENOUGH_PAIRS = 50
 BOTH_NAMED = 4  # Columns.named, from which on both columns are known by name
 MOST_UNUSED = 8  # tables that are not used, on the screen
 TO_TEST = re.compile(r"(?i)(test|val|valid|validation|dev|eval)(-\d+-of-\d+)?(\.\w+)?")
+
+
+class ColumnsError(UserError):
+    """The person has to say which columns ask and answer."""
 
 
 class Table(NamedTuple):
@@ -789,35 +794,33 @@ class Pairs:
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
     source = find_dataset(cfg)
-    was_on = gc.isenabled()
-    gc.disable()  # it would search all rows for cycles again and again, a third of the time
-    try:
-        parts, unusable = read_parts(source, cfg)
-    finally:
-        if was_on:
-            gc.enable()
+    parts, unusable = read_parts(source, cfg)
+    first = next(iter(unusable.values()), None)
+    if not parts and isinstance(first, ColumnsError) and (typed := columns_typed(unusable, cfg)):
+        parts, unusable = read_parts(source, changed(cfg, **typed))
     if not parts:
-        first, *more = unusable.values()
-        message = "\n".join([first, *(preview(one, 150) for one in more[:MOST_UNUSED])])
-        if SAY_WHICH in first and not cfg.JSON and (typed := columns_typed(message)):
-            return find_pairs(changed(cfg, **typed))
-        raise UserError(message)
+        raise UserError(why_unusable(unusable))
     best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
     others = [one for one in parts if one not in best]
     unused = {
         one.place: f"{one.place}: {columns_in_words(one)}; pairs: {len(one.kept)}" for one in others
     } | unusable
     if unused and not cfg.SHEET:
-        say_choice(best, list(unused.values()))
+        say_choice(best, list(map(str, unused.values())))
     pairs = joined(source.name, best) if len(best) > 1 else best[0]
     return replace(pairs, parts=best, other_tables=list(unused))
 
 
-def columns_typed(message: str) -> dict[str, str]:
+def why_unusable(unusable: dict[str, UserError]) -> str:
+    first, *more = map(str, unusable.values())
+    return "\n".join([first, *(preview(one, 150) for one in more[:MOST_UNUSED])])
+
+
+def columns_typed(unusable: dict[str, UserError], cfg: Config) -> dict[str, str]:
     """The two columns, as a person in a terminal names them; nothing if there is none."""
-    if sys.stdin is None or not sys.stdin.isatty():
+    if cfg.JSON or sys.stdin is None or not sys.stdin.isatty():
         return {}
-    say("Columns", message)
+    say("Columns", why_unusable(unusable))
     with suppress(EOFError):
         question = input("The column with the questions: ").strip()
         answer = input("The column with the answers: ").strip() if question else ""
@@ -834,15 +837,29 @@ def say_choice(best: list[Pairs], unused: list[str]) -> None:
     say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
 
 
-def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]]:
+@contextmanager
+def collector_paused() -> Iterator[None]:
+    """Without Python's search for cycles, which would go through all rows again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@collector_paused()
+def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, UserError]]:
     """What every table of every file came to, and why others cannot be used."""
-    parts, unusable = [], {}
+    parts: list[Pairs] = []
+    unusable: dict[str, UserError] = {}
     for path in source.paths:
         file = path.name if len(source.paths) > 1 else ""
         try:
             tables = read_tables(path, cfg)
         except UserError as error:
-            unusable[file] = str(error)
+            unusable[file] = error
             continue
         for table in tables:
             place = ", ".join(filter(None, (file, table.sheet)))
@@ -850,7 +867,7 @@ def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, str]
                 parts.append(pairs_of(table, path.name, place, cfg))
             except UserError as error:
                 sheet = f', sheet "{preview(table.sheet)}"' if table.sheet else ""
-                unusable[place] = f"In {path.name}{sheet}: {error}"
+                unusable[place] = type(error)(f"In {path.name}{sheet}: {error}")
     return parts, unusable
 
 
@@ -1133,9 +1150,8 @@ def decoded(path: Path, content: bytes) -> str:
     if not is_utf16:
         words = name.replace("cp", "Windows-").replace("_", "-")
         count = "1 line is" if len(odd) == 1 else f"{len(odd):,} lines are"
-        say(
-            "Note", f"{path.name}: {count} not UTF-8, and read as {words}. Check the accents there."
-        )
+        guess = f"{count} not UTF-8, and read as {words}. Check the accents there."
+        say("Note", f"{path.name}: {guess}")
     others = set(odd)
     parts = (line.decode(name if line in others else "utf-8", "replace") for line in lines)
     return "\n".join(parts).removeprefix("\ufeff")
@@ -1646,7 +1662,7 @@ def column_named(table: Table, role: str, name: str) -> int:
     )
 
 
-def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> UserError:
+def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> ColumnsError:
     """Show the columns, and how to say which to use: for example the two that fit best."""
     named = ["NAME", "NAME"]
     longest = sorted(range(len(columns)), key=lambda i: -columns[i].words)
@@ -1655,8 +1671,12 @@ def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> U
         plain = header and header.isprintable() and not set(header) & set('"$`\\!')
         named[side] = f'"{header}"' if plain else column_letter(i)
     seen = [f"  {one.title}: {one.sample}" for one in columns[:12]]
-    advice = f"{SAY_WHICH}, for example: --question-column {named[0]} --answer-column {named[1]}"
-    return UserError("\n".join([f"{found} The columns, each with its first cell:", *seen, advice]))
+    advice = (
+        f"Say which to use, for example: --question-column {named[0]} --answer-column {named[1]}"
+    )
+    return ColumnsError(
+        "\n".join([f"{found} The columns, each with its first cell:", *seen, advice])
+    )
 
 
 # -- Shapes: what the rows of a table are
@@ -2689,7 +2709,6 @@ def only_first_speaks() -> Iterator[None]:
         yield
         return
     LOG.disabled = True
-
     nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  libraries hold on to it
     with redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
@@ -2719,7 +2738,7 @@ def explained_ends(sign: str = "") -> Iterator[None]:
         raise UserError(ENDED) from None
 
 
-def agree(find: Callable[[], Any]) -> Any:
+def agree(find: Callable[[], Result]) -> Result:
     """What the first process finds, in all of them; when it fails, all end."""
     if processes() == 1:
         return find()
@@ -3158,11 +3177,6 @@ def blocks_named(text: str) -> set[int]:
     if text.strip() and not (all(parts) and chosen):
         raise UserError(f"LORA_LAYERS {text!r} is no list of blocks, such as 16-31 or 0,1,30,31.")
     return chosen
-
-
-def known_shape(cfg: Config) -> Shape | None:
-    outline = known_outline(cfg)
-    return shape_of(cfg, outline) if outline else None
 
 
 def plan_here(
@@ -4467,7 +4481,7 @@ def way_on(cfg: Config) -> str:
     return f"the same command{without} goes on from there"
 
 
-def retried(act: Callable[[], Any]) -> Any:
+def retried(act: Callable[[], Result]) -> Result:
     """On a mounted drive, what fails now may work in a moment."""
     for pause in MIRROR_PAUSES:
         try:
@@ -5707,8 +5721,10 @@ def draw_training_curves(trained: Trained) -> Figure:
 
     logged = pandas.DataFrame(trained.history)
     losses = logged[logged["loss"].notna()]
-    window = max(1, len(losses) // 20)
-    smooth = losses["loss"].rolling(window, center=True, min_periods=1).mean()
+    smooth, last = [], len(losses) - 1
+    for i in range(len(losses)):
+        reach = min(len(losses) // 40, i, last - i)  # as far to one side as to the other
+        smooth.append(losses["loss"].iloc[i - reach : i + reach + 1].mean())
     dots = "o" if len(losses) < 3 else None  # a line needs two ends to be seen
     with seaborn.axes_style("whitegrid"):
         figure = Figure(figsize=(8, 6), layout="constrained", dpi=110)
@@ -6234,17 +6250,15 @@ def may_be_replaced(path: Path) -> bool:
 def token_figures(data: Prepared) -> dict[str, int]:
     """How long the pairs are that are kept; nothing where they were not tokenized."""
     ordered = sorted(data.tokens)
-    return (
-        {}
-        if not ordered
-        else {
-            "min": ordered[0],
-            "median": round(statistics.median(ordered)),
-            "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
-            "max": ordered[-1],
-            "sum": sum(ordered),
-        }
-    )
+    if not ordered:
+        return {}
+    return {
+        "min": ordered[0],
+        "median": round(statistics.median(ordered)),
+        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        "max": ordered[-1],
+        "sum": sum(ordered),
+    }
 
 
 def write_book(
@@ -6587,8 +6601,6 @@ def side_by_side(asked: Asked, width: int, coloured: bool) -> str:
 
 
 def in_lines(text: str, width: int) -> list[str]:
-    import textwrap
-
     lines: list[str] = []
     for line in text.split("\n"):
         fits = width // 2 if width_of(line) > len(line) else width
@@ -7568,7 +7580,7 @@ class LogFile(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        self.path: Path | None = None
+        self.file: TextIO | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
@@ -7577,14 +7589,21 @@ class LogFile(logging.Handler):
         self.write()
 
     def write(self) -> None:
-        if path := self.path:
+        if file := self.file:
             try:
-                with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                    file.writelines(self.lines)
+                file.writelines(self.lines)
+                file.flush()
                 self.lines.clear()
             except OSError as error:  # a full disk must not cost anybody the training
-                self.path = None
-                say("Warning", f"the log {path} cannot be written to any more: {error}")
+                self.close()
+                say("Warning", f"the log {file.name} cannot be written to any more: {error}")
+
+    def close(self) -> None:
+        file, self.file = self.file, None
+        with suppress(OSError):  # a full disk has had its warning
+            if file:
+                file.close()
+        super().close()
 
 
 @contextmanager
@@ -7596,17 +7615,21 @@ def collected_log() -> Iterator[None]:
         yield
     finally:
         LOG.removeHandler(log)
+        log.close()
 
 
 def start_log(path: Path) -> None:
     """Append what was said so far to this file, and then all that is said."""
-    with suppress(OSError):  # which write will say
-        path.parent.mkdir(parents=True, exist_ok=True)
     for log in LOG.handlers:
-        if isinstance(log, LogFile) and not log.path:
-            log.path = path
+        if isinstance(log, LogFile) and not log.file:
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                log.file = path.open("a", encoding="utf-8", errors="backslashreplace")
+            except OSError as error:
+                say("Warning", f"the log {path} cannot be written to any more: {error}")
+                continue
             log.write()
-            if log.path:
+            if log.file:
                 say("Log", f"{path} keeps all that is said here")
 
 
@@ -7683,12 +7706,13 @@ def begun(cfg: Config) -> Begun:
     """Everything before the model is loaded."""
     say_preset(cfg)
     pairs = find_pairs(cfg)
-    refuse(model_problems(cfg))
+    model = outline_here(cfg)
+    refuse(model_problems(cfg, model))
     data = prepare(cfg, pairs)
     refuse_unfit(cfg, data)
     device = pick_device(cfg)
     refuse_sharded(cfg, device)
-    plan = plan_here(cfg, data.train, known_shape(cfg), device)
+    plan = plan_here(cfg, data.train, model and shape_of(cfg, model), device)
     say_plan(cfg, data, plan)
     say_estimate(plan)
     ask_about_quality(cfg, data.quality)
@@ -7802,18 +7826,19 @@ def aside(wanted: bool) -> Iterator[None]:
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
     with aside(cfg.JSON):
-        data, place = None, ""
+        data, model, place = None, None, ""
         problems = preflight(cfg)
         with collecting(problems):
             place = without_secrets(cfg.DATASET_PATH)
             pairs = find_pairs(cfg)  # before what has to wait for torch
-            problems += model_problems(cfg)
+            model = outline_here(cfg)
+            problems += model_problems(cfg, model)
             data = prepare(cfg, pairs, offline=True)
             refuse_unfit(cfg, data)
         for problem in problems:
             say("Problem", problem)
         if data and data.tokenizer and not problems:
-            shape = known_shape(cfg)
+            shape = model and shape_of(cfg, model)
             plan = plan_here(cfg, data.train, shape)
             say_plan(cfg, data, plan)
             say_estimate(plan)
@@ -8238,13 +8263,17 @@ def refuse_unwritable(folder: Path, setting: str) -> None:
         ) from None
 
 
-def model_problems(cfg: Config) -> list[str]:
-    """What the shape of the model tells before its weights are here: layers, memory and disk."""
-    problems: list[str] = []
-    if any(package_problems(installed_versions())):  # then the libraries may not load
-        return problems
+def outline_here(cfg: Config) -> Outline | None:
+    """What the model is made of, as far as the libraries and the Hub are there to tell."""
+    if any(package_problems(installed_versions())):
+        return None
     warn_of_pictures()
-    model = known_outline(cfg)
+    return known_outline(cfg)
+
+
+def model_problems(cfg: Config, model: Outline | None) -> list[str]:
+    """What the outline of the model tells before its weights are here: layers, memory and disk."""
+    problems: list[str] = []
     if model is None:
         return problems
     trainable = 0
@@ -8332,7 +8361,6 @@ ONLY_WITH = {  # commands, and the settings that would do nothing with any other
 }
 
 
-@functools.cache
 def setting_notes() -> dict[str, tuple[str, str]]:
     """Group and comment of every setting, read from the lines of Config itself."""
     try:
