@@ -8455,7 +8455,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     if words := flags.pop("question", []):
         flags["QUESTION"] = " ".join(words)
     own = (read_settings_file(Path(file)) if file else {}) | flags
-    preset = PRESETS.get(own.get("PRESET", Config.PRESET), {})
+    preset = PRESETS.get(str(own.get("PRESET", Config.PRESET)), {})
     demo_settings = DEMO_SETTINGS if command == "demo" else {}  # which has to learn by heart
     cfg = checked(preset | demo_settings | own)
     for name in dict.fromkeys(itertools.chain(*ONLY_WITH.values())):
