@@ -32,18 +32,18 @@ class Mutation(NamedTuple):
 # fmt: off
 MUTATIONS = [Mutation(*one) for one in (
     # settings, files
-    ("a number beyond its bounds is taken", "not low <= value <= high", "not low <= value", "settings"),
+    ("a number beyond its bounds is taken", "not low <= found <= high", "not low <= found", "settings"),
     ("off means on", '"no": False, "off": False', '"no": False, "off": True', "settings"),
     ("a half-written file is left behind", "        staged.unlink(missing_ok=True)", "        pass", "safety report checkpoints"),
-    ("secrets are written to the log", '"TOKEN|KEY|SECRET|PASSWORD"', '"TOKEN|KEY|PASSWORD"', "settings safety"),
+    ("secrets are written to the log", "(token|key|secret)s?", "(token|key)s?", "settings safety"),
     # sources
     ("two tries instead of five", "PAUSES = (1, 2, 4, 8)", "PAUSES = (1,)", "sources"),
     ("a report of check is taken for data", r"(-\d+)?\.(xlsx|png)", r"(-\d+)?\.(png)", "sources check files"),
     # rows to pairs
-    ("the worst reply of a tree is taught", "[]), key=rank)", "[]), key=rank, reverse=True)", "pairs"),
-    ("a dropped row is not reported", "        dropped.append(Note(table.sheet, number, reason))", "        pass", "files pairs"),
+    ("the worst reply of a tree is taught", "replies.sort(key=rank_of)", "replies.sort(key=rank_of, reverse=True)", "pairs"),
+    ("a dropped row is not reported", 'dropped.append(Note(table.sheet, number, "blank" if number in blank else talk))', "pass", "files pairs"),
     ("a small lead is clear enough", "CLEAR_LEAD = 0.25", "CLEAR_LEAD = -1.0", "pairs"),
-    ("one of two contradicting rows goes unnoticed", "            if i != other:", "            if i > other:", "quality"),
+    ("one of two contradicting rows goes unnoticed", "zip(same, same[1:] + same[:1], strict=True)", "zip(same[1:], same, strict=False)", "quality"),
     # prompts and tokens
     ("the model never learns to stop", "            ids = [*ids, tokenizer.eos_token_id]", "            ids = [*ids]", "prompts"),
     ("one question too many is held out", "set(different[: max(1, round(", "set(different[: 1 + max(1, round(", "prompts training"),
