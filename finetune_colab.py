@@ -31,14 +31,13 @@ Map: the file reads as the data flows, and each section calls only sections abov
 from __future__ import annotations
 
 import argparse
-import base64
 import csv
-import datetime
 import errno
 import functools
 import gc
 import glob
 import hashlib
+import importlib.util
 import inspect
 import io
 import itertools
@@ -51,6 +50,7 @@ import re
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import textwrap
@@ -60,10 +60,10 @@ import unicodedata
 import urllib.parse
 import urllib.request
 import warnings
+import weakref
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -74,6 +74,9 @@ if TYPE_CHECKING:  # the heavy libraries load inside the functions that need the
     import transformers
     from matplotlib.figure import Figure
     from peft import PeftConfig, PeftModel
+    from transformers import Trainer, TrainerCallback
+else:  # Fit.trainer joins the two classes that extend these with the real ones
+    Trainer = TrainerCallback = object
 
 # ==================================================================================================
 # 1  Settings and errors
@@ -128,7 +131,6 @@ class Config:
     WEIGHT_DECAY: float = 0.0  # pull of the adapter towards zero; 0 to 0.1
     MAX_GRAD_NORM: float = 0.3  # longest gradient; a longer one is shortened to it; 0 = never
     GRADIENT_CHECKPOINTING: bool | None = None  # recompute, not remember; None = if memory is short
-    TORCH_COMPILE: bool = False  # compile parts of the model first, which takes a while
     PACKING: bool = True  # short pairs share a row; False = a row for each: slower, the same result
     NEFTUNE_ALPHA: float = 0.0  # noise on the words while training; 5 is usual; 0 = none
     FAST_ADAPTER: bool = True  # a layer and its adapter as one operation; False = as peft does it
@@ -353,9 +355,9 @@ def output_folder(cfg: Config) -> Path:
     return local_path(cfg.OUTPUT_DIR).resolve()  # what a link such as ./model -> Drive leads to
 
 
-def checksum(path: Path, kind: str = "sha256") -> str:
+def checksum(path: Path) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, kind).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def fsync(path: Path) -> None:
@@ -434,7 +436,6 @@ REPORT_NAME = "dataset_report"  # what check writes; never taken for data that n
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 LARGEST_FILE_MB = 500
 MOST_FILES = 200  # tables in one folder of a bucket
-LONGEST_DOWNLOAD = 1800  # seconds
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 # What another try would not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
 PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
@@ -443,60 +444,38 @@ BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) m
 HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split or hf:owner/name:file.csv. A private data set needs HF_TOKEN, and one behind a licence the licence accepted on its page. HF_HUB_OFFLINE must not be set."
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
-    r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": "https://docs.google.com/spreadsheets/d/e/{}/pub?output=xlsx",
-    r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+).*?[#&?]gid=(\d+).*": "https://docs.google.com/spreadsheets/d/{}/export?format=csv&gid={}",
-    r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+)(?!.*/gviz/).*": "https://docs.google.com/spreadsheets/d/{}/export?format=xlsx",
-    r"https://drive\.google\.com/(?:file/d/|open\?id=)([\w-]+).*": "https://drive.google.com/uc?export=download&id={}",
-    r"https://github\.com/([^/]+/[^/]+)/blob/(.+)": "https://raw.githubusercontent.com/{}/{}",
-    r"(https://huggingface\.co/.+)/blob/(.+)": "{}/resolve/{}",
-    r"(https://www\.dropbox\.com/.+)dl=0(.*)": "{}dl=1{}",
+    r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": r"https://docs.google.com/spreadsheets/d/e/\1/pub?output=xlsx",
+    r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+).*?[#&?]gid=(\d+).*": r"https://docs.google.com/spreadsheets/d/\1/export?format=csv&gid=\2",
+    r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+)(?!.*/(?:gviz|export|pub)\b).*": r"https://docs.google.com/spreadsheets/d/\1/export?format=xlsx",
+    r"https://drive\.google\.com/(?:file/d/|open\?id=)([\w-]+).*": r"https://drive.google.com/uc?export=download&id=\1",
+    r"https://github\.com/([^/]+/[^/]+)/blob/(.+)": r"https://raw.githubusercontent.com/\1/\2",
+    r"(https://huggingface\.co/.+)/blob/(.+)": r"\1/resolve/\2",
+    r"(https://www\.dropbox\.com/.+)dl=0(.*)": r"\1dl=1\2",
 }
 
 
-class Source(NamedTuple):
-    """What DATASET_PATH leads to: a name for the person, and files on this computer."""
-
-    name: str
-    paths: list[Path]
-
-
-def find_dataset(cfg: Config) -> Source:
-    """The files that DATASET_PATH names, fetched first where they lie elsewhere."""
+def find_dataset(cfg: Config) -> tuple[str, list[Path]]:
+    """The name of the data and its files on this computer, fetched first where they lie elsewhere."""
     place = cfg.DATASET_PATH.strip()
-    if re.match("https?://", place, re.IGNORECASE):
-        paths = [fetch_link(place)]
-    elif place.lower().startswith("hf:"):
-        paths = [fetch_from_hub(place)]
-    else:
-        in_bucket = place.lower().startswith("s3://")
-        paths = fetch_from_bucket(place) if in_bucket else local_files(place)
-    return Source(paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths)
+    paths = fetch(place) if re.match("(?i)https?://|s3://[^/]|hf:", place) else local_files(place)
+    return paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths
 
 
 def local_files(place: str) -> list[Path]:
     """The file of this name, the files that match a pattern, or the tables in a folder."""
     path = local_path(place)
-    if lock := re.fullmatch(r"(?:~\$|\.~lock\.)(.+?)#?", path.name):
-        raise UserError(f"{path} only marks that {lock[1]} is open. Close it and name {lock[1]}")
-    beside_script = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
-    if path.name == EXAMPLE_DATASET and not os.path.exists(path) and os.path.exists(beside_script):
-        return [beside_script]
+    if path.name == EXAMPLE_DATASET and not os.path.exists(path):
+        path = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
     if os.path.exists(path) and path.is_file():
         return [path]
     folder = path if os.path.isdir(path) else path.parent
     tables = matching(f"{glob.escape(str(folder))}/*", TABLE_ENDINGS)
     if found := tables if folder == path else matching(str(path)):
         return found
-    missing = f"file {path.name} in {folder.resolve()}"
-    if folder == path:
-        missing = f"table in the folder {path}"
-    others = [table.name for table in tables]
-    advice = "Upload your workbook under that name, or name another file with --dataset-path"
-    if EXAMPLE_DATASET in others:
-        advice = f"Rename {EXAMPLE_DATASET} to {path.name} to try it, or add --dataset-path {folder / EXAMPLE_DATASET}"
-    elif others:
-        advice = f"These are there: {', '.join(others[:5])}. Name one with --dataset-path"
-    raise UserError(f"There is no {missing} (DATASET_PATH).\n{advice}")
+    names = ", ".join(table.name for table in tables[:5])
+    advice = f"Name one of {names}" if tables else "Upload it there, or name another"
+    missing = f"There is no table or folder of tables at {path.resolve()} (DATASET_PATH)."
+    raise UserError(f"{missing}\n{advice} with --dataset-path.")
 
 
 def matching(pattern: str, endings: str | tuple[str, ...] = "") -> list[Path]:
@@ -508,8 +487,8 @@ def matching(pattern: str, endings: str | tuple[str, ...] = "") -> list[Path]:
 
 
 def cache_folder(*names: str) -> Path:
-    caches = local_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
-    return caches.joinpath("finetune_colab", *names)
+    caches = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return local_path(caches).joinpath("finetune_colab", *names)
 
 
 def without_secrets(place: str) -> str:
@@ -524,181 +503,128 @@ def refuse_large(place: str, size: int) -> None:
         raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
 
 
-Result = TypeVar("Result")
-
-
-def persistently(place: str, advice: str, fetch: Callable[[], Result]) -> Result:
-    """Five tries with growing pauses, as long as it is the network or the server that fails."""
-    say("Download", place)
-    for pause in (*PAUSES, None):
-        try:
-            return fetch()
-        except UserError:
-            raise
-        except Exception as error:  # every library has its own for a network that fails
-            text = re.sub("https?://[^ ]+", "…", str(error))  # an address may hold a key
-            reason = preview(text, 300) or type(error).__name__
-            if isinstance(error, (ValueError, RuntimeError)) or re.search(PERMANENT, text):
-                break
-        if pause:
-            say("Download", f"{place}: {reason}. Next try in {pause} s.")
-            time.sleep(pause)
-    else:
-        reason += f" ({len(PAUSES) + 1} tries)"
-    raise UserError(f"{place} could not be fetched: {reason.rstrip('.')}.\n{advice}")
-
-
-def receive(key: str, name: str, stream: Any, headers: Any, md5: str, seen: set[str]) -> Path:
-    """The copy of this version (ETag) in the cache; or a new one, of the stated size and checksum."""
-    version, size = headers.get("ETag", ""), headers.get("Content-Length")
+def receive(key: str, name: str, stream: Any, headers: Any) -> Path:
+    """The copy of this version (ETag) in the cache, or a new one of the stated size."""
+    version, size = headers.get("ETag"), int(headers.get("Content-Length") or -1)
     folder = cache_folder("data", hashlib.sha256(f"{key} {version}".encode()).hexdigest()[:16])
     allowed = re.sub(r'[\\/:*?"<>|]', "_", "".join(c for c in name if c.isprintable()))
     file = folder / (allowed.strip(". ")[-50:] or "download")
-    if version and file.is_file() and size in (None, str(file.stat().st_size)):
+    if version and file.is_file() and size in (-1, file.stat().st_size):
         return file
     folder.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + LONGEST_DOWNLOAD
     with atomic_write(file) as partial:
         with partial.open("wb") as content:
-            while piece := stream.read1(8 << 20):
+            while piece := stream.read(8 << 20):
                 content.write(piece)
-                refuse_large(name, max(content.tell(), int(size or 0)))
-                if time.monotonic() > deadline:
-                    raise UserError(f"{name} is too slow: more than {LONGEST_DOWNLOAD} s.")
-        if size not in (None, str(partial.stat().st_size)):
-            raise ConnectionError(f"{partial.stat().st_size} of {size} bytes came")
-        if md5 and (actual := checksum(partial, "md5")) not in {md5, *seen}:
-            seen.add(actual)  # the same bytes twice are right, whatever a server states
-            raise ConnectionError("the checksum does not match")
+                refuse_large(name, max(size, content.tell()))
+        if not (arrived := partial.stat().st_size) or size not in (-1, arrived):
+            raise ConnectionError(f"only {arrived} bytes came")
     return file
 
 
-def fetch_link(link: str, name: str = "") -> Path:
+def from_link(link: str) -> list[Path]:
     """The file behind a link, even where the link is to a page about the file."""
-    place = name or without_secrets(link)
     for pattern, direct in DIRECT_LINKS.items():
-        if match := re.fullmatch(pattern, link):
-            link = direct.format(*match.groups())
-            break
+        link = re.sub(f"^{pattern}$", direct, link)
     url = urllib.parse.quote(link.partition("#")[0], safe="%/:=&?~+!$,;'@()*[]")
-    headers_sent = {"User-Agent": "finetune_colab.py", "Accept-Encoding": "identity"}
-    seen = set[str]()
-
-    def fetch() -> Path:
-        request = urllib.request.Request(url, headers=headers_sent)
-        if re.match("[^?]+//[^/?]*@", url):
-            raise ValueError("it holds a password. Download the file, and name that")
-        with urllib.request.urlopen(request, timeout=60) as response:
-            headers = response.headers
-            if response.status != 200:
-                raise ConnectionError(f"the server answers {response.status}")
-            if headers.get_content_type() == "text/html":
-                raise ValueError("it is a web page and not a file")
-            called = headers.get_filename() or urllib.parse.urlsplit(url).path.rpartition("/")[2]
-            checksums = f"md5={headers['Content-MD5']},{headers['x-goog-hash']}"
-            stated = re.search(r"md5=([\w+/]{22}==)", checksums)
-            md5 = base64.b64decode(stated[1]).hex() if stated else ""
-            return receive(url, urllib.parse.unquote(called), response, headers, md5, seen)
-
-    return persistently(place, LINK_ADVICE, fetch)
+    if re.match("[^?]+//[^/?]*@", url):
+        raise ValueError("it holds a password. Download the file, and name that")
+    request = urllib.request.Request(url, headers={"User-Agent": "finetune_colab.py"})
+    with urllib.request.urlopen(request, timeout=60) as response:
+        if response.headers.get_content_type() == "text/html":
+            raise ValueError("it is a web page and not a file")
+        name = response.headers.get_filename() or urllib.parse.urlsplit(url).path.rpartition("/")[2]
+        return [receive(url, urllib.parse.unquote(name), response, response.headers)]
 
 
-def environment() -> dict[str, str]:
-    """The variables of this process, and those of a file .env in this folder, but for empty ones."""
-    text = ""
-    with suppress(OSError, UnicodeError):
-        text = Path(".env").read_text(encoding="utf-8-sig")
-    line = r"""(?m)^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=[ \t]*(["']?)(.*?)\2(?:[ \t]+#.*)?[ \t]*$"""
-    values = {name: value for name, _, value in re.findall(line, text)} | os.environ
-    return {name: value.strip() for name, value in values.items() if value.strip()}
+def from_bucket(place: str) -> list[Path]:
+    """One object, or all tables in a folder."""
+    from pyarrow import fs
+
+    def copy(path: str, name: str) -> Path:
+        with client.open_input_file(path) as stream:
+            return receive(f"s3://{path}", name, stream, stream.metadata())
+
+    root = place[len("s3://") :].rstrip("/")
+    client = bucket_client(root.partition("/")[0])
+    if "/" in root:
+        with suppress(FileNotFoundError):  # perhaps it is a folder
+            return [copy(root, root.rpartition("/")[2])]
+    found = client.get_file_info(fs.FileSelector(root, allow_not_found=True, recursive=True))
+    paths = sorted(one.path for one in found if one.size)  # of files, not of folders
+    tables = [path for path in paths if path.lower().endswith(TABLE_ENDINGS)]
+    if not 0 < len(tables) <= MOST_FILES:
+        raise ValueError(f"{len(tables)} tables are there, not 1 to {MOST_FILES}: {tables[:3]}")
+    return [copy(path, path.removeprefix(f"{root}/")) for path in tables]
 
 
 def bucket_client(bucket: str) -> Any:
+    """With the keys of the environment, or else of a file .env in this folder."""
     from pyarrow import fs
 
-    values = environment()
-    key = values.get("AWS_ACCESS_KEY_ID")
+    file = Path(".env")
+    text = file.read_text("utf-8-sig", "replace") if file.is_file() else ""
+    line = r"(?m)^[ \t]*(?:export[ \t]+)?(\w+)[ \t]*=(.*?)(?:[ \t]#.*)?$"
+    found = [*re.findall(line, text), *os.environ.items()]
+    values = {name: value.strip().strip("\"'") or None for name, value in found}
     endpoint = values.get("S3_ENDPOINT_URL") or values.get("AWS_ENDPOINT_URL")
     region = values.get("AWS_REGION") or values.get("AWS_DEFAULT_REGION") or "us-east-1"
     return fs.S3FileSystem(
         endpoint_override=endpoint,
         region=region if endpoint else fs.resolve_s3_region(bucket),
-        access_key=key,
+        access_key=values.get("AWS_ACCESS_KEY_ID"),
         secret_key=values.get("AWS_SECRET_ACCESS_KEY"),
         session_token=values.get("AWS_SESSION_TOKEN"),
-        anonymous=not (key or os.path.exists(local_path("~/.aws"))),
+        anonymous=not (values.get("AWS_ACCESS_KEY_ID") or os.path.exists(local_path("~/.aws"))),
         connect_timeout=20,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),  # the tries are counted here
     )
 
 
-def fetch_from_bucket(place: str) -> list[Path]:
-    """One object, or all tables in a folder."""
-    from pyarrow import fs
-
-    path = place[len("s3://") :].rstrip("/")
-    bucket, _, key = path.partition("/")
-    if not bucket:
-        raise UserError(f"{place} names no bucket.\n{BUCKET_ADVICE}")
-    seen = set[str]()
-
-    def fetch() -> list[Path]:
-        client = bucket_client(bucket)
-        if key:
-            with suppress(FileNotFoundError):  # perhaps it is a folder
-                return [fetch_object(client, path, key.rpartition("/")[2], seen)]
-        inside = fs.FileSelector(path, allow_not_found=True, recursive=True)
-        found = sorted(one.path for one in client.get_file_info(inside) if one.size)
-        tables = [one for one in found if one.lower().endswith(TABLE_ENDINGS)]
-        if not tables:
-            raise ValueError("there is no such file, and no folder with tables")
-        if len(tables) > MOST_FILES:
-            raise ValueError(f"{len(tables)} tables are too many. Name one: s3://{tables[0]}, …")
-        return [fetch_object(client, one, one.removeprefix(f"{path}/"), seen) for one in tables]
-
-    return persistently(place, BUCKET_ADVICE, fetch)
-
-
-def fetch_object(client: Any, path: str, name: str, seen: set[str]) -> Path:
-    with client.open_input_file(path) as stream:
-        headers = {key: value.decode().strip('"') for key, value in stream.metadata().items()}
-        tag = headers.get("ETag", "")  # the checksum, unless it came in parts or is encrypted
-        md5 = tag if re.fullmatch("[0-9a-f]{32}", tag) else ""
-        return receive(f"s3://{path}", name, stream, headers, md5, seen)
-
-
-def fetch_from_hub(place: str) -> Path:
-    address = re.fullmatch(r"(?i)hf:(?://datasets/)?([\w.-]+/[\w.-]+)(?:[:/](.+))?", place)
-    if not address:
-        raise UserError(f"{place} is not the name of a data set of the Hub.\n{HUB_ADVICE}")
-    return persistently(place, HUB_ADVICE, lambda: hub_part(address[1], address[2] or ""))
-
-
-def hub_part(name: str, part: str) -> Path:
+def from_hub(place: str) -> list[Path]:
     """A file of a data set, or as parquet the rows of CONFIGURATION/SPLIT; one word may be enough."""
     from datasets import get_dataset_config_names, load_dataset_builder
     from huggingface_hub import hf_hub_download
 
+    [(name, part)] = re.findall("(?i)^hf:(?://datasets/)?([^:/]*/?[^:/]*)[:/]?(.*)", place)
     if part.lower().endswith(TABLE_ENDINGS):
-        return Path(hf_hub_download(name, part, repo_type="dataset"))
+        return [Path(hf_hub_download(name, part, repo_type="dataset"))]
     configs = get_dataset_config_names(name)
-    named = [config for config in configs if f"{part}/".startswith(f"{config}/")]
-    default = [config for config in configs if config == "default"]
-    builders = {c: load_dataset_builder(name, c) for c in (named or default or configs)[:8]}
-    splits = [(c, str(split)) for c, one in builders.items() for split in one.config.data_files]
-    fitting = [(c, split) for c, split in splits if part in ("", c, split, f"{c}/{split}")]
-    fitting = [one for one in fitting if one[1] == "train"] or fitting
+    asked = [one for one in (part.partition("/")[0], "default") if one in configs]
+    builders = {one: load_dataset_builder(name, one) for one in (asked[:1] or configs[:8])}
+    splits = [f"{c}/{split}" for c, one in builders.items() for split in one.config.data_files]
+    fitting = [one for one in splits if part in ("", one, *one.split("/"))]
+    fitting = [one for one in fitting if one.endswith("/train")] or fitting
     if len(fitting) != 1:
-        known = ", ".join(f"hf:{name}:{c}/{split}" for c, split in splits[:8])
-        fault = "it could be several parts" if fitting else "it has no such part"
-        raise ValueError(f"{fault}. Name one of: {known}")
-    config, split = fitting[0]
+        raise ValueError(f"name one part: {', '.join(f'hf:{name}:{one}' for one in splits[:8])}")
+    config, split = fitting[0].split("/")
     refuse_large(f"hf:{name}", builders[config].info.download_size or 0)
     builders[config].download_and_prepare()
     file = Path(builders[config].cache_dir) / f"{name.rpartition('/')[2]}-{split}.parquet"
     with atomic_write(file) as partial:
         builders[config].as_dataset(split).to_parquet(partial)
-    return file
+    return [file]
+
+
+def fetch(place: str) -> list[Path]:
+    """Five tries with growing pauses, as long as it is the network or the server that fails."""
+    others = {"s3": (from_bucket, BUCKET_ADVICE), "hf": (from_hub, HUB_ADVICE)}
+    act, advice = others.get(place[:2].lower(), (from_link, LINK_ADVICE))
+    shown = without_secrets(place)
+    say("Download", shown)
+    for tries, pause in enumerate((*PAUSES, 0), 1):
+        try:
+            return act(place)
+        except UserError:
+            raise
+        except Exception as error:  # every library has its own, and an address in it may hold a key
+            reason = preview(re.sub("https?://[^ ]+", "…", str(error)), 300) or type(error).__name__
+            is_final = isinstance(error, (ValueError, RuntimeError)) or re.search(PERMANENT, reason)
+        if is_final or not pause:
+            break
+        say("Download", f"{shown}: {reason} (try {tries + 1} follows in {pause} s)")
+        time.sleep(pause)
+    raise UserError(f"{shown} could not be fetched: {reason} (tries: {tries})\n{advice}")
 
 
 # ==================================================================================================
@@ -745,6 +671,10 @@ class Pair(NamedTuple):
     def answer(self) -> str:
         return self.messages[-1]["content"]
 
+    @property
+    def place(self) -> str:
+        return f"row {self.row}" + (f" of {self.sheet}" if self.sheet else "")
+
 
 class Note(NamedTuple):
     """Why a row is left out."""
@@ -763,11 +693,6 @@ class Columns(NamedTuple):
     named: int  # how surely the two were known by name, from 0 to 6
     system: int | None = None  # its text is put before the question
     input: int | None = None  # of Alpaca: its text is put after the question
-
-    @property
-    def used(self) -> list[int]:
-        """The columns of questions and answers, then those of what joins the question."""
-        return [i for i in (self.question, self.answer, self.system, self.input) if i is not None]
 
 
 @dataclass(eq=False)
@@ -788,103 +713,89 @@ class Pairs:
     @property
     def used(self) -> list[str]:
         """The names of the columns that are used; none for conversations."""
-        return [self.table.header[i] for i in self.columns.used] if self.columns else []
+        found = self.columns
+        places = (found.question, found.answer, found.system, found.input) if found else ()
+        return [self.table.header[i] for i in places if i is not None]
 
 
 def find_pairs(cfg: Config) -> Pairs:
     """Every pair of the data that can be learnt, and a note for every row that cannot."""
-    source = find_dataset(cfg)
-    parts, unusable = read_parts(source, cfg)
-    first = next(iter(unusable.values()), None)
-    if not parts and isinstance(first, ColumnsError) and (typed := columns_typed(unusable, cfg)):
-        parts, unusable = read_parts(source, changed(cfg, **typed))
+    name, paths = find_dataset(cfg)
+    parts, unusable = read_parts(paths, cfg)
     if not parts:
-        raise UserError(why_unusable(unusable))
+        return find_pairs(columns_typed(list(unusable.values()), cfg))
     best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
-    others = [one for one in parts if one not in best]
-    unused = {
-        one.place: f"{one.place}: {columns_in_words(one)}; pairs: {len(one.kept)}" for one in others
-    } | unusable
+    unused = {one.place: f"{one.place}: {len(one.kept)} pairs" for one in parts if one not in best}
+    unused |= {place: str(error).partition(". ")[0] for place, error in unusable.items()}
     if unused and not cfg.SHEET:
-        say_choice(best, list(map(str, unused.values())))
-    pairs = joined(source.name, best) if len(best) > 1 else best[0]
-    return replace(pairs, parts=best, other_tables=list(unused))
+        say("Chosen", preview(", ".join(one.place for one in best), 300))
+        for reason in list(unused.values())[:MOST_UNUSED]:
+            say("Not used", preview(reason, 150))
+        say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
+    kept, copies = best[0].kept, list[Note]()
+    if best[1:]:  # what stands in several tables counts once
+        kept, copies = without_copies([pair for part in best for pair in part.kept])
+    sheets = dict.fromkeys(part.table.sheet for part in best if part.table.sheet)
+    return replace(
+        best[0],
+        name=name,
+        table=best[0].table._replace(sheet=", ".join(sheets)),
+        kept=kept,
+        dropped=[note for part in best for note in part.dropped] + copies,
+        rows_read=sum(part.rows_read for part in best),
+        parts=best,
+        other_tables=list(unused),
+    )
 
 
-def why_unusable(unusable: dict[str, UserError]) -> str:
-    first, *more = map(str, unusable.values())
-    return "\n".join([first, *(preview(one, 150) for one in more[:MOST_UNUSED])])
-
-
-def columns_typed(unusable: dict[str, UserError], cfg: Config) -> dict[str, str]:
-    """The two columns, as a person in a terminal names them; nothing if there is none."""
-    if cfg.JSON or sys.stdin is None or not sys.stdin.isatty():
-        return {}
-    say("Columns", why_unusable(unusable))
-    with suppress(EOFError):
-        question = input("The column with the questions: ").strip()
-        answer = input("The column with the answers: ").strip() if question else ""
-        return {"QUESTION_COLUMN": question, "ANSWER_COLUMN": answer} if answer else {}
-    return {}
-
-
-def say_choice(best: list[Pairs], unused: list[str]) -> None:
-    say("Chosen", f"{', '.join(one.place for one in best)}: {columns_in_words(best[0])}")
-    for reason in unused[:MOST_UNUSED]:
-        say("Not used", preview(reason.partition(". ")[0], 150))
-    if len(unused) > MOST_UNUSED:
-        say("", f"and {len(unused) - MOST_UNUSED} more")
-    say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Without Python's search for cycles, which would go through all rows again and again."""
-    was_on = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-@collector_paused()
-def read_parts(source: Source, cfg: Config) -> tuple[list[Pairs], dict[str, UserError]]:
+def read_parts(paths: list[Path], cfg: Config) -> tuple[list[Pairs], dict[str, UserError]]:
     """What every table of every file came to, and why others cannot be used."""
-    parts: list[Pairs] = []
-    unusable: dict[str, UserError] = {}
-    for path in source.paths:
-        file = path.name if len(source.paths) > 1 else ""
-        try:
-            tables = read_tables(path, cfg)
-        except UserError as error:
-            unusable[file] = error
-            continue
-        for table in tables:
-            place = ", ".join(filter(None, (file, table.sheet)))
+    parts, unusable = list[Pairs](), dict[str, UserError]()
+    gc.disable()  # its search for cycles would go through all rows again and again
+    try:
+        for path in paths:
             try:
-                parts.append(pairs_of(table, path.name, place, cfg))
+                tables = read_tables(path, cfg)
             except UserError as error:
-                sheet = f', sheet "{preview(table.sheet)}"' if table.sheet else ""
-                unusable[place] = type(error)(f"In {path.name}{sheet}: {error}")
+                tables, unusable[path.name] = [], error
+            for table in tables:
+                where = [path.name, *filter(None, [table.sheet])]
+                place = ", ".join(where[len(paths) == 1 :])
+                try:
+                    parts.append(pairs_of(table, path.name, place, cfg))
+                except UserError as error:
+                    unusable[place] = type(error)(f"In {', '.join(where)}: {error}")
+    finally:
+        gc.enable()
     return parts, unusable
 
 
 def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
-    sheet = cfg.SHEET or table.sheet
-    if fold(sheet) != fold(table.sheet):
-        raise UserError(f"this is not the sheet {sheet!r} (--sheet).")
-    shape, columns, rows = conversations_of(table, cfg)
-    kept, dropped = clean(table._replace(sheet=place), rows)
-    ragged = sum(note.reason == MORE_CELLS for note in dropped)
-    if ragged > max(2, len(table.rows) / 2):  # its lines only happen to hold commas
-        raise UserError(
-            f"{ragged} of {len(table.rows)} rows have more cells than the first. If this is a table, put "
-            "texts with the separator in them in quotes."
-        )
+    """What one table came to: its pairs, and a reason for every row that is left out."""
+    if fold(cfg.SHEET or table.sheet) != fold(table.sheet):
+        raise UserError(f"this is not the sheet {cfg.SHEET!r} (--sheet).")
+    shape, columns, found = conversations_of(table, cfg)
+    blank, rows = {number for number, row in table.rows if not any(row)}, [*table.unread, *found]
+    talks = [Pair(talk, place, number) for number, talk in rows if isinstance(talk, list)]
+    kept, copies = without_copies(talks)
+    left_out = [(number, reason) for number, reason in rows if isinstance(reason, str)]
+    dropped = [Note(place, n, "blank" if n in blank else reason) for n, reason in left_out]
     size = len(table.rows) + len(table.unread)
-    return Pairs(name, place, table, shape, columns, kept, dropped, size)
+    return Pairs(name, place, table, shape, columns, kept, dropped + copies, size)
+
+
+def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
+    """With the two columns as a person in a terminal names them; otherwise the refusal."""
+    others = (preview(str(one), 150) for one in refusals[1:MOST_UNUSED])
+    told = "\n".join([str(refusals[0]), *others])
+    if isinstance(refusals[0], ColumnsError) and not cfg.JSON and sys.stdin and sys.stdin.isatty():
+        say("Columns", told)
+        with suppress(EOFError):
+            question = input("The column with the questions: ").strip()
+            answer = question and input("The column with the answers: ").strip()
+            if answer:
+                return changed(cfg, QUESTION_COLUMN=question, ANSWER_COLUMN=answer)
+    raise UserError(told)
 
 
 def is_aside(part: Pairs) -> bool:
@@ -893,75 +804,55 @@ def is_aside(part: Pairs) -> bool:
 
 
 def is_same(part: Pairs, other: Pairs) -> bool:
-    """Whether two tables belong to one data set: of the same header, or one with further columns."""
+    """Whether two tables are parts of one data set: of the same header, or one with further columns."""
     kinds = [(is_aside(one), one.shape, [*map(fold, one.used[:2])]) for one in (part, other)]
-    names, others = ({fold(name) for name in one.table.header if name} for one in (part, other))
+    names, others = ({*map(fold, filter(None, one.table.header))} for one in (part, other))
     return kinds[0] == kinds[1] and (names <= others or others <= names)
 
 
 def rank(parts: list[Pairs]) -> tuple[bool, int]:
-    """The pairs of a data set: ten times as many where both names are known, once more for Alpaca's."""
-    first, pairs = parts[0], sum(len(part.kept) for part in parts)
-    is_named = first.columns is None or first.columns.named >= BOTH_NAMED
-    is_alpaca = [*map(fold, first.used[:2])] == ["instruction", "output"]
-    return not is_aside(first), pairs * 10 ** (is_named + is_alpaca)
-
-
-def joined(name: str, parts: list[Pairs]) -> Pairs:
-    """The tables of one data set as one; what stands in several of them counts once."""
-    kept, copies = without_copies([pair for part in parts for pair in part.kept])
-    sheets = dict.fromkeys(part.table.sheet for part in parts if part.table.sheet)
-    return replace(
-        parts[0],
-        name=name,
-        table=parts[0].table._replace(sheet=", ".join(sheets)),
-        kept=kept,
-        dropped=[note for part in parts for note in part.dropped] + copies,
-        rows_read=sum(part.rows_read for part in parts),
-    )
-
-
-def columns_in_words(pairs: Pairs) -> str:
-    quoted = [f'"{preview(name)}"' for name in pairs.used]
-    return f"questions in {quoted[0]}, answers in {quoted[1]}" if quoted else pairs.shape
+    """How many pairs a data set has, and ten times as many where both names are known."""
+    columns = parts[0].columns
+    is_named = columns is None or columns.named >= BOTH_NAMED
+    return not is_aside(parts[0]), sum(len(part.kept) for part in parts) * (10 if is_named else 1)
 
 
 # -- Files to tables
 
 MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
 MOST_CHARACTERS = 200_000_000
-MOST_CELLS = 4_000_000  # blank ones included
 MOST_NAMES = 2000  # of fields in JSON
-LIKELY = 20  # cells at the top of a column that decide what it holds
-BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
-FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 TOO_LARGE = f"has more than {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or {MOST_NAMES:,} fields. Split it."
-PRINTED = "as Python or numpy prints them. Save the data as .jsonl or .parquet"
-OPENED = {"answer_start", "replies"}  # fields of an object in a cell that cannot be meant as text
-UNREADABLE = [None, None]  # holds no text and is no conversation
+LIKELY = 20  # cells at the top of a column that decide what it holds
+FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
+JSON_CELL = re.compile(r"(?s)\[(?=\s*['\"\[{\]\d]).*\]|\{.*['\"](answer_start|replies)['\"].*\}")
+UNREADABLE = [None, None]  # in such a cell, what Python or numpy printed
+BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
 KINDS = {  # of files, by their first bytes
-    rb"PK\x03\x04": "zip",
     rb"PAR1\x15": "parquet",
     rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
-    # a size beyond 65,536 rows, for which calamine 0.9 would take memory
-    rb"\xd0\xcf\x11\xe0.*\0\x02\x0e\0.{6}([^\0\x01].|.[^\0]).{4}\0\0": "damaged; open it in a spreadsheet program",
-    rb"\xd0\xcf\x11\xe0": "xls",
-    rb"%PDF-\d": "a PDF",
-    rb"\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)": "a picture",
-    rb"\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed; unpack it first",
-    rb"SQLite format 3\0": "a database",
-    rb"(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))": "a dump of a database (SQL)",
-    rb"\{\\rtf": "a text document (RTF)",
+    rb"PK\x03\x04.*(worksheets|content\.xml)|\xd0\xcf\x11\xe0": "workbook",
+    rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed (a zip file, a Word document, slides), or cut off; unpack it first",
+    rb"%PDF-\d|\{\\rtf|\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)": "a document (PDF, RTF) or a picture",
+    rb"SQLite format 3\0|(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))": "a database, or a dump of one (SQL)",
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
-    rb"(?i:<(!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "a web page (HTML), whatever its name says",
-    rb"(?i:<(\?xml|\?mso|workbook))": "XML, as old versions of Excel wrote it",
+    rb"(?i:<(\?xml|\?mso|workbook|!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "a web page (HTML) or XML, whatever its name says",
     rb"": "text",
 }
-RECORD = re.compile(rb"([\x80-\xff]?.)([\x80-\xff]{0,3}[\0-\x7f])(.{0,4})", re.DOTALL)  # of .xlsb
-# The characters beside ASCII of each Western language, and those that say nothing of a language
-WESTERN = "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· õäöüšž"
-PUNCTUATION = "«»„“”‚‘’–—…°§©®™•€£¥¢×÷±½²\u00a0"
+CALAMINE = """
+import faulthandler, io, json, python_calamine, sys
+content = sys.stdin.buffer.read()
+faulthandler.dump_traceback_later(3 + len(content) / 20_000, exit=True)
+book = python_calamine.load_workbook(io.BytesIO(content))
+for sheet in book.sheets_metadata:
+    rows = book.get_sheet_by_name(sheet.name).to_python(skip_empty_area=False)
+    print(json.dumps([sheet.name, rows, sheet.visible != sheet.visible.Visible], default=str))
+"""
+# The characters beside ASCII that say nothing of a language, and those of each Western one
+WESTERN = "[\0-\x7f«»„“”‚‘’–—…°§©®™•€£¥¢×÷±½²\u00a0{}]*"
+LETTERS = "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· äõöüšž"
 ENCODINGS = "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp874 koi8_r mac_roman gb18030 big5 shift_jis euc_jp cp949"
+Sheet = tuple[Any, ...]  # its name, its rows or records, and maybe whether it is hidden
 
 
 def read_tables(path: Path, cfg: Config) -> list[Table]:
@@ -969,229 +860,123 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
     try:
         refuse_large(str(path), path.stat().st_size)
         content = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    start = content.removeprefix(b"\xef\xbb\xbf").lstrip()
-    kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
-    text = decoded(path, content) if kind == "text" else ""
-    try:  # the messages raised below continue the file's name
-        if kind == "text":
-            tables = json_tables(text, cfg) or [with_header("", grid_of(csv_rows(text)), cfg)]
-        else:
-            tables = binary_tables(kind, content, cfg)
-        tables = [opened(table) for table in tables if any(any(row) for _, row in table.rows)]
-        if not tables:
-            raise UserError("holds no rows. Fill in one question and one answer a row.")
+        start = content.lstrip(b"\xef\xbb\xbf \t\r\n")
+        kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
+        if kind not in ("text", "parquet", "workbook"):
+            raise UserError(f"is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
+        binary = parquet_sheets if kind == "parquet" else workbook_sheets
+        sheets = text_sheets(decoded(path, content)) if kind == "text" else binary(content)
+        tables = [table_of(cfg, *sheet) for sheet in sheets]
+        if filled := [one for one in tables if any(any(row) for _, row in one.rows)]:
+            return [opened(table) for table in filled]
+        raise UserError("holds no rows. Fill in one question and one answer a row.")
     except UserError as error:
-        raise UserError(f"{path} {error}") from None
-    return tables
+        raise UserError(f"{path} {str(error).removeprefix(f'{path} ')}") from None
+    except Exception as error:  # the libraries raise a dozen kinds
+        reason = preview(f"{type(error).__name__}: {error}", 100)
+        advice = "Open it where it was made, and save it anew as .xlsx or .jsonl"
+        raise UserError(f"{path} is damaged, or has a password ({reason}).\n{advice}") from None
 
 
-def binary_tables(kind: str, content: bytes, cfg: Config) -> list[Table]:
+def workbook_sheets(content: bytes) -> Iterator[Sheet]:
     """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
-    readers = {"parquet": [parquet_tables], "xls": [calamine_tables]}
-    readers["zip"] = [openpyxl_tables, calamine_tables]
-    if kind not in readers:
-        raise UserError(f"is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
-    failure: BaseException = ValueError("it has no sheets")
-    for reader in readers[kind]:
-        try:
-            if tables := list(reader(content, cfg)):  # openpyxl finds no sheets in Strict Open XML
-                return tables
-        except (UserError, ImportError, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # a dozen kinds; calamine may even panic
-            failure = error
-    reason = f"{type(failure).__name__}: {preview(str(failure), 80)}"
-    raise UserError(
-        f"is damaged, or protected by a password ({reason}).\n"
-        "Open it in a spreadsheet program and save it anew as .xlsx"
-    )
-
-
-def openpyxl_tables(content: bytes, cfg: Config) -> Iterator[Table]:
-    """Without pandas, whose own loop over the cells takes a third of the time once more."""
     import openpyxl
 
-    refuse_bombs(content, lambda sheet: sheet.count(b"<c"))
+    if content.startswith(b"PK"):
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            unpacked = sum(part.file_size for part in archive.infolist())
+            parts = (archive.read(name) for name in archive.namelist() if "worksheets" in name)
+            is_bomb = unpacked > min(max(100 * len(content), 20e6), LARGEST_FILE_MB * 2e6)
+            if is_bomb or any(part.count(b"<row") > MOST_ROWS for part in parts):
+                raise UserError(f"unpacks to {unpacked / 1e6:,.0f} MB, or {TOO_LARGE}")
+    sheets = []
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module="openpyxl")  # of what it does not need to read
-        book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
-        for sheet in book.worksheets:
+        with suppress(Exception):  # a dozen kinds; in Strict Open XML it finds no sheets
+            book = openpyxl.load_workbook(io.BytesIO(content), read_only=True, data_only=True)
+            sheets = book.worksheets
+        for sheet in sheets:
             sheet.reset_dimensions()  # what a sheet claims of its size may be wrong by millions
-            hidden = sheet.sheet_state != "visible"
-            yield sheet_table(sheet.title, hidden, sheet.values, cfg)
+            yield sheet.title, sheet.values, sheet.sheet_state != "visible"
+    if not sheets:
+        yield from calamine_sheets(content)
 
 
-def refuse_bombs(content: bytes, cells: Callable[[bytes], int]) -> None:
-    """Refuse a zip file that is no workbook or too large, before anything reads it."""
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        sizes = {part.filename: part.file_size for part in archive.infolist()}
-        sheets = [name for name in sizes if "worksheets" in name]
-        unpacked = sum(sizes.values())  # of text 5 to 20 times the size of the file
-        is_large = unpacked > min(max(100 * len(content), 20e6), LARGEST_FILE_MB * 2e6)
-        for sheet in map(archive.read, [] if is_large else sheets):
-            is_large |= sheet.count(b"<row") > MOST_ROWS or cells(sheet) > MOST_CELLS
-    if not sheets and "content.xml" not in sizes:
-        what = "a zip file without a workbook, such as a Word document or slides"
-        raise UserError(f"is {what}.\nUnpack it, or name a file with the rows in a table")
-    if is_large:
-        most = f"{MOST_ROWS:,} rows or {MOST_CELLS:,} cells, filled or formatted"
-        raise UserError(
-            f"unpacks to {unpacked / 1e6:,.0f} MB: it is a zip bomb, or has more than {most}.\n"
-            "Copy the filled rows into a new workbook, or split them."
-        )
+def calamine_sheets(content: bytes) -> Iterator[Sheet]:
+    """In a process of its own: with a damaged file calamine 0.9 may abort it, or never end."""
+    if importlib.util.find_spec("python_calamine") is None:
+        advice = "Run: pip install python-calamine\nOr open the file, and save it as .xlsx"
+        raise UserError(f"is damaged, or can only be read with one more package. {advice}")
+    command = [sys.executable, "-c", CALAMINE]
+    child = subprocess.run(command, input=content, capture_output=True, check=False)
+    if child.returncode:
+        raise ValueError(child.stderr.decode(errors="replace").strip().split("\n")[-1])
+    yield from map(json.loads, child.stdout.splitlines())
 
 
-def calamine_tables(content: bytes, cfg: Config) -> Iterator[Table]:
-    import pandas
-
-    if content.startswith(b"PK"):
-        refuse_bombs(content, area)
-        refuse_broken_xml(content)
-    try:
-        book = pandas.ExcelFile(io.BytesIO(content), engine="calamine")
-    except ImportError:
-        raise UserError(
-            "can only be read with one more package. Run: pip install python-calamine\n"
-            "Or open the file in a spreadsheet program and save it as .xlsx"
-        ) from None
-    shown = {one.name for one in book.book.sheets_metadata if one.visible == one.visible.Visible}
-    sheets = pandas.read_excel(book, sheet_name=None, header=None, dtype=object, na_filter=False)
-    for name, frame in sheets.items():
-        yield sheet_table(name, name not in shown, frame.to_numpy().tolist(), cfg)
-
-
-def refuse_broken_xml(content: bytes) -> None:
-    """Calamine 0.9 reads some XML that is cut off for ever."""
-    from xml.parsers import expat
-
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        for name in archive.namelist():
-            if name.endswith(".xml"):
-                expat.ParserCreate().Parse(archive.read(name), True)
-
-
-def area(sheet: bytes) -> int:
-    """The cells up to the last one of a sheet in XML or .xlsb, all of which calamine 0.9 sets aside."""
-    rows = columns = at = 0
-    binary = sheet.startswith(b"\x81\1")
-    for column, row in () if binary else re.findall(rb'\sr="([A-Z]+)(\d+)"', sheet):
-        number = sum((letter - 64) * 26**i for i, letter in enumerate(reversed(column)))
-        rows, columns = max(rows, int(row)), max(columns, number)
-    while binary and (record := RECORD.match(sheet, at)):
-        kind, number = record[1], int.from_bytes(record[3], "little")
-        rows = max(rows, number) if kind == b"\0" else rows
-        columns = max(columns, number) if b"\0" < kind <= b"\x0b" else columns
-        at = record.start(3) + sum((byte & 127) << 7 * i for i, byte in enumerate(record[2]))
-    return rows * columns
-
-
-def sheet_table(name: str, hidden: bool, rows: Iterable[Sequence[Any]], cfg: Config) -> Table:
-    grid = grid_of([c.replace("_x000D_", "") if isinstance(c, str) else c for c in r] for r in rows)
-    return with_header(name, grid, cfg)._replace(hidden=hidden)
-
-
-def grid_of(rows: Iterable[list[Any]]) -> list[list[Any]]:
-    """The rows of a sheet as texts, up to the last filled one."""
-    grid, filled, characters = [], 0, 0
-    for row in rows:
-        grid.append([cell_text(cell) for cell in row])
-        characters += sum(map(len, grid[-1]))
-        filled = len(grid) if any(grid[-1]) else filled
-        if filled > MOST_ROWS or characters > MOST_CHARACTERS:
-            raise UserError(TOO_LARGE)
-    return grid[:filled]
-
-
-def cell_text(cell: object) -> Any:
-    """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
-    if isinstance(cell, (list, dict)):
-        return cell
-    if isinstance(cell, bytes):  # in Parquet
-        text = cell.decode(errors="replace")
-        cell = "" if "\ufffd" in text else text
-    if isinstance(cell, str):
-        text = "" if cell in FAILED_FORMULAS else cell.replace("\r\n", "\n").replace("\r", "\n")
-        if not text.isascii():  # JSON may hold half of an emoji, which no file can
-            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        return text.strip()
-    if isinstance(cell, bool):
-        return str(cell).upper()
-    if isinstance(cell, float):
-        whole = cell.is_integer() and abs(cell) < 1e21
-        return str(int(cell)) if whole else f"{cell:.15g}" if math.isfinite(cell) else ""
-    if isinstance(cell, datetime.datetime) and cell.time() == datetime.time():
-        cell = cell.date()
-    return "" if cell is None else str(cell)
-
-
-def parquet_tables(content: bytes, cfg: Config) -> Iterator[Table]:
+def parquet_sheets(content: bytes) -> Iterator[Sheet]:
     import pyarrow.parquet
 
-    file = pyarrow.parquet.ParquetFile(io.BytesIO(content))
-    if file.metadata.num_rows > MOST_ROWS:
-        raise UserError(TOO_LARGE)
     # without threads: they may still be starting when a short program ends, which aborts it
-    rows = file.read(use_threads=False).to_pylist()
-    yield table_of("", list(enumerate(rows, start=1)), cfg)
+    batches = pyarrow.parquet.ParquetFile(io.BytesIO(content)).iter_batches(use_threads=False)
+    yield "", (row for batch in batches for row in batch.to_pylist())
 
 
 def decoded(path: Path, content: bytes) -> str:
-    """The text of a file, in the encoding that its bytes show; a guess is said."""
-    is_utf16 = b"\0" in content or content.startswith((b"\xff\xfe", b"\xfe\xff"))
-    lines = [content] if is_utf16 else content.split(b"\n")
-    odd = [line for line in lines if is_utf16 or line.decode(errors="ignore").encode() != line]
-    if not odd:
-        return content.decode("utf-8-sig")
-    name = likely_encoding(b"\n".join(odd[:2000]))
-    if not name:
-        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
-    if not is_utf16:
-        words = name.replace("cp", "Windows-").replace("_", "-")
-        count = "1 line is" if len(odd) == 1 else f"{len(odd):,} lines are"
-        guess = f"{count} not UTF-8, and read as {words}. Check the accents there."
-        say("Note", f"{path.name}: {guess}")
-    others = set(odd)
-    parts = (line.decode(name if line in others else "utf-8", "replace") for line in lines)
-    return "\n".join(parts).removeprefix("\ufeff")
-
-
-def likely_encoding(head: bytes) -> str:
-    """UTF-16, Windows-1252 for Western languages, or a guess; empty when it is no text."""
+    """The text of a file: UTF-8, UTF-16, or what the other lines look like, which is said."""
     import charset_normalizer
 
-    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "utf-16"
-    if b"\0" not in head and is_western(head.decode("cp1252", errors="replace").lower()):
-        return "cp1252"
-    candidates = ["utf_16_le", "utf_16_be"] if b"\0" in head else ENCODINGS.split()
-    best = charset_normalizer.from_bytes(head, cp_isolation=candidates).best()
-    return best.encoding if best else ""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return content.decode("utf-16", "replace")
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    odd = dict.fromkeys(line for line in lines if line.decode(errors="ignore").encode() != line)
+    pattern = re.compile("|".join(map(WESTERN.format, LETTERS.split())), re.IGNORECASE)
+    western = [line for line in odd if pattern.fullmatch(line.decode("cp1252", "replace"))]
+    head = b"\n".join(list(odd)[:2000])
+    best = charset_normalizer.from_bytes(head, cp_isolation=ENCODINGS.split()).best()
+    encoding = "cp1252" if len(western) >= 0.9 * len(odd) else best.encoding if best else ""
+    if b"\0" in content or not encoding:
+        raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
+    if odd:
+        guess = encoding.replace("cp", "Windows-").replace("_", "-")
+        say("Note", f"{path.name}: {len(odd):,} lines not UTF-8 but {guess}. Check the accents.")
+    texts = (line.decode(encoding if line in odd else "utf-8", "replace") for line in lines)
+    return "\n".join(texts)
 
 
-def is_western(text: str) -> bool:
-    """Whether the characters beside ASCII, line by line, are nearly all of one Western language."""
-    lines = [re.sub(f"[\0-\x7f{PUNCTUATION}]", "", line) for line in text.split("\n")]
-    known = (max(sum(c in one for c in line) for one in WESTERN.split()) for line in lines)
-    return sum(known) >= 0.95 * sum(map(len, lines))
+def text_sheets(text: str) -> Iterable[Sheet]:
+    """A JSON document, one JSON value a line, or lines of cells."""
+    if text.lstrip()[:1] in ("{", "["):
+        try:
+            value = json.loads(text)
+            return json_sheets("", value) or [("", [value])]
+        except ValueError as error:
+            reason = preview(str(error), 150)  # it names the line
+        values = [from_json(line.strip()) for line in text.split("\n")]
+        readable = sum(isinstance(value, (dict, list)) and any(value) for value in values)
+        if readable > sum(value != "" for value in values) / 2:
+            return [("", values)]
+        if re.search(r"['\"]\s*:|\[\s*\[", text[:65_536]):
+            raise UserError(f"is not valid JSON: {reason}. Correct it, or export it again.")
+    return [("", csv_rows(text))]
 
 
 def csv_rows(text: str) -> Iterator[list[str]]:
     """The rows of a text. A line that breaks the rules of quotation marks is taken as it stands."""
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
-    mark = csv_delimiter(text)
     lines = list(io.StringIO(text, newline=""))
+    head = io.StringIO(text[:65_536], newline="").readlines()
+    rows = {mark: csv.reader(head, delimiter=mark, skipinitialspace=True) for mark in ",;\t|"}
+    widths = {mark: Counter(len(row) for row in rows[mark] if len(row) > 1) for mark in rows}
+    mark = max(widths, key=lambda mark: max(widths[mark].values(), default=0))
     reader = csv.reader(lines, delimiter=mark, skipinitialspace=True, strict=True)
     while (start := reader.line_num) < len(lines):
         try:
             row = next(reader)
         except csv.Error:
-            if reader.line_num > start + 1 or '\\"' in lines[start]:
-                raise UserError(
-                    f"has a quotation mark that opens and never ends, in line {start + 1}.\n"
-                    'Close it, or write it twice ("") where it belongs to the text.'
-                ) from None
+            if reader.line_num > start + 1:
+                fault = f"has a quotation mark that opens and never ends, in line {start + 1}"
+                raise UserError(f'{fault}.\nClose it, or write it twice ("").') from None
             cells = lines[start].rstrip("\r\n").split(mark)
             row = [re.sub(r'^\s*"([^"]*)"\s*$', r"\1", cell) for cell in cells]
         if mark == "|" and len(row) > 2 and not row[0] + row[-1]:  # a table in Markdown
@@ -1199,92 +984,73 @@ def csv_rows(text: str) -> Iterator[list[str]]:
         yield row
 
 
-def csv_delimiter(text: str) -> str:
-    """The mark that cuts the first rows into the same number of cells, and into more than one."""
-
-    def agreement(mark: str) -> float:
-        head = io.StringIO(text[:65_536], newline="")
-        rows = csv.reader(head, delimiter=mark, skipinitialspace=True)
-        widths = [len(row) for row in itertools.islice(rows, 200) if row][:50]
-        usual = statistics.mode(widths or [1])
-        return widths.count(usual) / len(widths) if usual > 1 else 0.0
-
-    return max((",", ";", "\t", "|"), key=agreement)
-
-
-def json_tables(text: str, cfg: Config) -> list[Table]:
-    """A JSON document, or one JSON value a line; nothing for any other text."""
-    if text.lstrip()[:1] not in ("{", "["):
-        return []
-    try:
-        return value_tables(json.loads(text), "", cfg)
-    except RecursionError:
-        raise UserError("is JSON nested too deeply to hold rows.") from None
-    except ValueError as error:
-        reason = preview(str(error), 150)  # it names the line
-    if text.lstrip("[{ \r\n")[:1] == "'":
-        raise UserError(f"holds lists or objects {PRINTED}")
-    lines = enumerate(map(str.strip, text.split("\n")), start=1)
-    values = [(number, from_json(line)) for number, line in lines if line]
-    if 2 * sum(isinstance(value, (dict, list)) for _, value in values) > len(values):
-        return [table_of("", values, cfg)]
-    if re.search(r'"\s*:|\[\s*\[', text[:65_536]):
-        raise UserError(f"is not valid JSON: {reason}. Correct it, or export it again.")
-    return []
-
-
-def value_tables(value: Any, name: str, cfg: Config, depth: int = 0) -> list[Table]:
-    """The tables in a JSON value: a list of records or of rows, columns, or these in a wrapper."""
-    if isinstance(value, dict):
-        one = isinstance(value.get("prompt"), dict) or any(map(is_conversation, value.values()))
-        value = [value] if one else records_of(value) or value
-    if isinstance(value, list):
-        return [table_of(name, list(enumerate(value, start=1)), cfg)]
-    if not isinstance(value, dict) or depth > 3:
-        return []
-    inner = (value_tables(part, name or key, cfg, depth + 1) for key, part in value.items())
-    tables = [table for tables in inner for table in tables if table.rows]
-    return tables or ([] if depth else [table_of(name, [(1, value)], cfg)])
-
-
-def records_of(value: dict[str, Any]) -> list[Any]:
-    """The records of an object that holds them by topic, column or id, or answers by their questions."""
+def json_sheets(name: str, value: Any) -> list[Sheet]:
+    """The tables in a JSON value: records in a list, by id, topic or column; or all that it wraps."""
+    if not isinstance(value, dict):
+        return [(name, value)] if isinstance(value, list) else []
     inner = list(value.values())
     kinds = set(map(type, inner))
+    shared = set.intersection(*map(set, inner)) if kinds == {dict} else set()
+    if shared and all(map(str.isdigit, shared)):  # as pandas writes columns
+        return json_sheets(name, {key: list(column.values()) for key, column in value.items()})
+    known = all(any(name_strength(key, role) > 1 for key in shared) for role in NAMES)
+    alike = known or (shared and all(shared == set(one) for one in inner))
+    cells = list(itertools.chain(*inner)) if kinds == {list} else []
+    if isinstance(value.get("prompt"), dict) or any(map(is_conversation, inner)):
+        return [(name, [value])]
     if kinds == {str} and sum(map(asks, value)) > len(value) / 2:
-        return [{"question": key, "answer": text} for key, text in value.items()]
-    if kinds == {dict}:
-        shared = set.intersection(*map(set, inner))
-        if shared and all(map(str.isdigit, shared)) and not all(map(str.isdigit, value)):
-            return records_of({key: [*column.values()] for key, column in value.items()})  # pandas
-        known = {role for role in NAMES for name in shared if name_strength(name, role) > 1}
-        alike = len(known) == 2 or len({*map(frozenset, inner)}) == 1
-        return inner if alike and len(inner) > 1 else []
-    if kinds == {list} and all(isinstance(one, dict) for part in inner for one in part):
-        return value.get("train") or [one for part in inner for one in part]
-    if kinds == {list} and len(inner) > 1 and len({*map(len, inner)}) == 1:
-        rows = zip(*inner, strict=True)
-        return [dict(zip(value, row, strict=True)) for row in rows]
-    return []
+        inner = [{"question": key, "answer": text} for key, text in value.items()]
+    elif cells and all(isinstance(cell, dict) for cell in cells):
+        inner = value.get("train") or cells
+    elif cells and len(inner) > 1 and len(set(map(len, inner))) == 1:
+        inner = [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
+    elif not alike or len(inner) < 2:
+        return [sheet for key, part in value.items() for sheet in json_sheets(name or key, part)]
+    return [(name, inner)]
 
 
-def table_of(name: str, values: list[tuple[int, Any]], cfg: Config) -> Table:
-    """Numbered values as one table: lists as its rows, or else records with named fields."""
-    found = [value for _, value in values]
-    if found and all(isinstance(row, list) and not is_conversation(row) for row in found):
-        return with_header(name, grid_of([one_text(cell) for cell in row] for row in found), cfg)
-    if any(isinstance(value, dict) and "paragraphs" in value for value in found[:1]):  # SQuAD
-        paragraphs = [part for article in found for part in objects_in(article, "paragraphs")]
-        questions = (question for part in paragraphs for question in objects_in(part, "qas"))
-        values = list(enumerate(questions, start=1))
-    values = [(n, {"messages": one} if is_conversation(one) else one) for n, one in values]
-    objects = [(number, one) for number, one in values if isinstance(one, dict)]
-    names = list(dict.fromkeys(key for _, one in objects for key in one))
-    if len(values) > MOST_ROWS or len(names) > MOST_NAMES:
+def table_of(cfg: Config, name: str, values: Iterable[Any], hidden: bool = False) -> Table:
+    """Lists as the rows of a table below its header, or else records with named fields."""
+    most = itertools.islice(values, 2**20)  # rows of a workbook
+    values = [{"messages": one} if is_conversation(one) else one for one in most]
+    for key in ("paragraphs", "qas"):  # of SQuAD
+        if any(objects_in(one, key) for one in values[:1]):
+            values = [part for one in values for part in objects_in(one, key)]
+    if all(isinstance(row, (list, tuple)) for row in values):
+        while values and not any(cell not in (None, "") for cell in values[-1]):
+            values.pop()
+        characters = sum(len(cell) for row in values for cell in row if isinstance(cell, str))
+        if len(values) > MOST_ROWS or characters > MOST_CHARACTERS:
+            raise UserError(TOO_LARGE)
+        grid = [[one_text(cell) or "" for cell in row] for row in values]
+        return with_header(name, grid, cfg)._replace(hidden=hidden)
+    numbered = [(number, one) for number, one in enumerate(values, start=1) if one != ""]
+    records = [(number, one) for number, one in numbered if isinstance(one, dict)]
+    names = list(dict.fromkeys(key for _, one in records for key in one))
+    if len(records) > MOST_ROWS or len(names) > MOST_NAMES:
         raise UserError(TOO_LARGE)
-    rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in objects]
-    others = [number for number, one in values if not isinstance(one, dict)]
+    rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in records]
+    others = [number for number, one in numbered if not isinstance(one, dict)]
     return Table(name, names, rows, [(number, "not an object in JSON") for number in others])
+
+
+def cell_text(cell: object) -> Any:
+    """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
+    if cell is None or isinstance(cell, (list, dict)):
+        return "" if cell is None else cell
+    if isinstance(cell, float):
+        text = str(int(cell)) if cell.is_integer() else f"{cell:.15g}"
+        return text if math.isfinite(cell) else ""
+    if isinstance(cell, bytes):  # in Parquet, of a text or of a picture
+        text = cell.decode(errors="ignore")
+        return cell_text(text) if text.encode() == cell else ""
+    if not isinstance(cell, str):
+        text = str(cell).removesuffix(" 00:00:00")  # of a day
+        return text.upper() if isinstance(cell, bool) else text
+    text = cell.replace("_x000D_\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
+    if not text.isascii():  # JSON may hold half of an emoji, which no file can
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return "" if text in FAILED_FORMULAS else text.strip()
 
 
 def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
@@ -1299,12 +1065,9 @@ def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
 
 def opened(table: Table) -> Table:
     """Columns of lists and objects that were written as JSON into cells, as CSV files have them."""
-    for i, header in enumerate(table.header):
-        top = [from_json(cell) for cell in top_cells(table, i)]
-        if top and all(isinstance(one, list) or OPENED & set(one) for one in top):
-            named = any(name_strength(header, role) > 2 for role in NAMES)
-            if top.count(UNREADABLE) == len(top) and (named or TALK_WORDS & {*words_of(header)}):
-                raise UserError(f'has lists or objects in "{preview(header)}" {PRINTED}')
+    for i in range(len(table.header)):
+        top = top_cells(table, i)
+        if top and all(isinstance(cell, str) and JSON_CELL.fullmatch(cell) for cell in top):
             for _, row in table.rows:
                 row[i : i + 1] = map(from_json, row[i : i + 1])
     return table
@@ -1312,22 +1075,18 @@ def opened(table: Table) -> Table:
 
 def from_json(cell: Any) -> Any:
     """The list or object that a text spells out; any other cell as it is."""
-    if not isinstance(cell, str) or cell[:1] + cell[-1:] not in ("[]", "{}"):
-        return cell
     try:
-        return json.loads(cell)
+        return json.loads(cell) if isinstance(cell, str) and cell[:1] in ("[", "{") else cell
     except (ValueError, RecursionError):
-        printed = cell.lstrip("[{")[:1] in ("'", '"') or "array(" in cell[:9]
-        return UNREADABLE if printed else cell
+        return UNREADABLE
 
 
 def one_text(cell: Any) -> str | None:
     """The text of a cell; of a list or an object, the only text in it; None when there is no one."""
     if isinstance(cell, list):
-        if all(isinstance(part, dict) and "text" in part for part in cell):
-            right = [part for part in cell if True in part.values()]
-            marked = any(isinstance(flag, bool) for part in cell for flag in part.values())
-            cell = right if marked else cell[:1]  # in a quiz; in SQuAD several people answered
+        if all(isinstance(part, dict) and "text" in part for part in cell):  # in SQuAD and quizzes
+            right = [one for one in cell if not any(flag is False for flag in one.values())]
+            cell = right if len(right) < len(cell) else cell[:1]
         if len(cell) == 1 and not isinstance(cell[0], (int, float)):  # a number alone is an index
             return one_text(cell[0])
         return None if cell else ""
@@ -1335,10 +1094,8 @@ def one_text(cell: Any) -> str | None:
         if turn := role_and_content(cell):
             return one_text(turn[1])
         text = cell.get("text", cell.get("value"))
-        besides = [
-            v for key, v in cell.items() if isinstance(v, (str, dict)) and key not in BESIDE_TEXT
-        ]
-        if text is not None and all(value is text for value in besides):
+        texts = [cell[key] for key in cell if key not in BESIDE_TEXT and cell[key] is not text]
+        if text is not None and not any(isinstance(one, (str, dict)) for one in texts):
             return one_text(text[:1] if isinstance(text, list) else text)
         return one_text(*cell.values()) if len(cell) == 1 else None
     return str(cell_text(cell))
@@ -1346,151 +1103,77 @@ def one_text(cell: Any) -> str | None:
 
 # -- Headers and columns
 
-# What people call the two columns: names that are sure, likely, and mere hints.
-NAMES: dict[str, tuple[str, str, str]] = {
-    "question": (
-        "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, frage, fragen, "
-        "pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, "
-        "spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, "
-        "otázka, otázky, vprašanje, pitanje, pitanja, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, "
-        "питање, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, ερώτηση, ερωτήσεις, soru, sorular, sual, "
-        "savol, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, "
-        "પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, câu hỏi, pertanyaan, soal, soalan, tanong, "
-        "swali, maswali, tambaya, umbuzo, ጥያቄ, galdera, cwestiwn, demando, 问题, 問題, 提问, 提問, 题目, 題目, 指令, "
-        "问, 問, 質問, 問い合わせ, 질문, 문의, vrae, fraach, fro, froen, פֿראַגע, פֿראַגעס, spørsmålet, spørsmåla, "
-        "spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, "
-        "vprašanja, питања, прашања, въпроси, пытанні, întrebarea, pyetjet, preguntes, questões, galderak, "
-        "mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, "
-        "sorag, soraglar, savollar, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, "
-        "კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, pirs, pirsên, پرسیار, پرسیارەکان, سوئال, سوئاللار, "
-        "प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, "
-        "ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, "
-        "pātai, ጥያቄዎች, ሕቶ, ሕቶታት, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, "
-        "mibvunzo, ikibazo, ibibazo, kesyon, 标准问, 問い",
-        "input, input text, user, human, term, problem, user message, customer message, human message, inputs, "
-        "inputs pretokenized",
-        "title, text",
-    ),
-    "answer": (
-        "answer, answers, a, response, responses, output, outputs, completion, completions, reply, replies, target, "
-        "ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, "
-        "respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, "
-        "atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, отговор, одговор, "
-        "ответ, ответы, відповідь, відповіді, адказ, válasz, válaszok, răspuns, răspunsuri, përgjigje, απάντηση, "
-        "απαντήσεις, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, "
-        "תשובות, جواب, إجابة, إجابات, رد, پاسخ, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, "
-        "ចម្លើយ, အဖြေ, ຄຳຕອບ, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, "
-        "amsa, impendulo, መልስ, erantzuna, ateb, respondo, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, "
-        "정답, 응답, antwoorde, antwurd, antwurden, äntwert, äntwerten, ענטפֿער, ענטפֿערס, svaren, svaret, svara, "
-        "svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, одговори, отговори, адказы, răspunsul, "
-        "përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, "
-        "freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, "
-        "жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, "
-        "ځوابونه, bersiv, bersivên, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, "
-        "উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, đáp, wangsulan, "
-        "waleran, tubag, valiny, whakautu, መልሶች, መልሲ, መልስታት, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, "
-        "azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, 标准答, 모범답안",
-        "solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, "
-        "ai response, ai message, agent message, targets pretokenized",
-        "body, text, definition",
-    ),
+# What people call the two columns: 3 for names that are sure, 2 for likely ones, 0.1 for mere hints.
+NAMES: dict[str, dict[float, str]] = {
+    "question": {
+        3: "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, soru, sorular, sual, savol, câu hỏi, pertanyaan, soal, soalan, tanong, swali, maswali, tambaya, umbuzo, galdera, cwestiwn, demando, vrae, fraach, fro, froen, spørsmålet, spørsmåla, spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, vprašanja, întrebarea, pyetjet, preguntes, questões, galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, sorag, soraglar, savollar, pirs, pirsên, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, ερώτηση, ερωτήσεις, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, פֿראַגע, פֿראַגעס, питања, прашања, въпроси, пытанні, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, ጥያቄ, 问题, 問題, 提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, ጥያቄዎች, ሕቶ, ሕቶታት, 标准问, 問い",
+        2: "input, input text, user, human, term, problem, user message, customer message, human message, inputs, inputs pretokenized",
+        0.1: "title, text",
+    },
+    "answer": {
+        3: "answer, answers, response, responses, output, outputs, completion, completions, reply, replies, target, ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, válasz, válaszok, răspuns, răspunsuri, përgjigje, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, amsa, impendulo, erantzuna, ateb, respondo, antwoorde, antwurd, antwurden, äntwert, äntwerten, svaren, svaret, svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, bersiv, bersivên, đáp, wangsulan, waleran, tubag, valiny, whakautu, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, отговор, одговор, ответ, ответы, відповідь, відповіді, адказ, απάντηση, απαντήσεις, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, جواب, إجابة, إجابات, رد, پاسخ, ענטפֿער, ענטפֿערס, одговори, отговори, адказы, жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, መልስ, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, 정답, 응답, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, መልሶች, መልሲ, መልስታት, 标准答, 모범답안",
+        2: "solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, targets pretokenized",
+        0.1: "body, text, definition",
+    },
 }
-# A header with one of these words tells something about a question or an answer, and is neither; or it
-# is what somebody or something said that is not to be learnt.
-OTHER_WORDS = set(
-    "id ids uuid key count counts number num no nr index idx start end offset url link date time score rating type "
-    "category topic tag tags label intent length len normalized lang language source file filename path votes author "
-    "name option options choice choices hint context contexts passage document story explanation rationale reason "
-    "reasoning rubric owner status dato data datum stato estado etat statut autor auteur numero zeitstempel timestamp "
-    "typ kategorie thema tipo categoria tema fecha categorie kategori konu wrong incorrect false falsche errata errada "
-    "errado incorrecta incorrecte incorreta distractor rejected negative worst model llama claude gemini mistral mixtral "
-    "gemma qwen deepseek bard palm copilot rag baseline predicted prediction predict pred generated gerada hallucinated "
-    "aluno alumno eleve ogrenci".split()
-)
-OTHER_SIGNS = re.compile(
-    "^__|人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种别|種別|カテゴリ|유형|번호|분류"
-)
-# These, written as words_of gives them, mark true answers, beside which others are what some system said.
+# These tell something about a question or an answer, or mark what is not to be learnt.
+OTHER = r"\b(id|ids|uuid|key|count|counts|number|num|no|nr|index|idx|start|end|offset|url|link|date|time|score|rating|type|category|topic|tag|tags|label|intent|length|len|normalized|lang|language|source|file|filename|path|votes|author|name|option|options|choice|choices|hint|context|contexts|passage|document|story|explanation|rationale|reason|reasoning|rubric|owner|status|dato|data|datum|stato|estado|etat|statut|autor|auteur|numero|zeitstempel|timestamp|typ|kategorie|thema|tipo|categoria|tema|fecha|categorie|kategori|konu|wrong|incorrect|false|falsche|errata|errada|errado|incorrecta|incorrecte|incorreta|distractor|rejected|negative|worst|model|llama|claude|gemini|mistral|mixtral|gemma|qwen|deepseek|bard|palm|copilot|rag|baseline|predicted|prediction|predict|pred|generated|gerada|hallucinated|aluno|alumno|eleve|ogrenci)\b|^answer.*\bstudents?\b|gpt|人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种別|種別|カテゴリ|유형|번호|분류"
+# These mark true answers, beside which others are what some system said; as words_of gives them.
 TRUE_WORDS = set(
-    "reference gold golden expected target correct ideal desired best official true truth gercek dogru richtige korrekte "
-    "correcte exacte correta correto correcta corretta esatta juiste правильныи верныи poprawna spravna benar đung".split()
+    "reference gold golden expected target correct ideal desired best official true truth gercek dogru richtige korrekte correcte exacte correta correto correcta corretta esatta juiste правильныи верныи poprawna spravna benar đung".split()
 )
-UNSPACED = re.compile(  # Thai, Lao, Burmese, Khmer, Japanese, Chinese, Korean
-    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
-)
+UNSPACED = re.compile("[฀-໿က-႟ក-៿぀-ヿ㐀-鿿가-힯]")  # from Thai to Korean
 QUESTION_MARKS = ("?", "？", "؟", "՞")
-ASKING = re.compile(  # what asks without a question mark
-    "^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write|explain"
-    "|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute|convert|classify"
-    r"|identify|provide|rewrite|suggest)\b|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些"
-    "|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร|[α-ωά-ώ];$",
-    re.IGNORECASE,
-)
-KEY = re.compile(  # a link, a file, an address, a hash, a label such as Q1
-    r"https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?|\w", re.IGNORECASE
-)
-OPTION = re.compile("opt|choice|answer|distractor|opcion|opcoes|alternativ")  # begins a word
-INDEX = re.compile(r"\d{1,2}|option[_ ]?\w", re.IGNORECASE)  # of an option; a letter is an answer
-LONGEST_HEADER = 60  # characters
+# These ask without a question mark.
+ASKING = r"(?i)^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute|convert|classify|identify|provide|rewrite|suggest)\b|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร|[α-ωά-ώ];$"
+# A link, a file, an address, a hash, a label such as Q1
+KEY = re.compile(r"(?i)https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?|\w")
+OPTION = re.compile(r"(?i)\bop[tcç]|choice|alternativ|answer[ _]?[\da-d]\b")
+INDEX = re.compile(r"(?i)\d{1,2}|option[_ ]?\w")  # of an option; a letter is an answer
 HEADER_ROWS = 20  # a header stands within so many filled rows
-MOST_COLUMNS = 50  # that are weighed against each other
+WIDEST = 50  # columns that are weighed against each other
 MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 SENTENCE = 4  # words, on average, from which on cells may be answers whatever their header says
 PHRASE = 1.9  # strength of a name that has a sure one in it
 ASKING_WEIGHT = 0.7  # of a column where every cell asks, beside 1 between a sure and a likely name
 CLEAR_LEAD = 0.25  # of the best two columns over any other two
-NONE_FOUND = "no column of questions with a column of answers was found."
-Fits = dict[tuple[int, int], float]  # of a question's and an answer's column; the best first
+CANNOT = -99.0  # strength of a column that cannot be what is asked for
 
 
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
-    """Find the row of headers: what the person named, or names of both columns, or the first below a title.
-
-    Where that looks like a pair itself there is none, and the columns are called by their letters.
-    """
+    """Find the row of headers: with the person's names, names of both, or the first below a title; or none."""
     rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
     top = [cells or [""] for _, cells in rows[:HEADER_ROWS]] or [[""]]
     wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
-    found = [i for i, cells in enumerate(top) if wanted and wanted <= set(map(fold, cells))]
-    found += [i for i, cells in enumerate(top) if names_both(cells, 3 + PHRASE)]
-    wide = [
-        i
-        for i, cells in enumerate(top)
-        if any(cells[1:]) or name_strength(cells[0], "question") > 1
-    ]
-    header = [*found, *wide, 0][0]
-    if not found and is_data(top[header:]):
+    named: dict[int, float] = {}
+    for i, cells in enumerate(top):
+        sides = [name_strength(c, "question") - name_strength(c, "answer") for c in cells[:WIDEST]]
+        if any(cells[1:]) or sides[0] > 1:  # no title
+            named[i] = max(sides) - min(sides)  # so that one cell names questions, another answers
+    sure = [i for i in named if wanted and wanted <= set(map(fold, top[i]))]
+    sure += [i for i, strength in named.items() if strength >= 3 + PHRASE]
+    header = [*sure, *named, 0][0]
+    if not sure and is_data(top[header:]):
         return Table(sheet, [f"column {column_letter(i)}" for i in range(len(top[header]))], rows)
     body = rows[header + 1 :]
-    second = [names_both(cells, 2 * PHRASE) for _, cells in body[:2]] == [True, False]
+    second = named.get(header + 1, 0) >= 2 * PHRASE > named.get(header + 2, 0)
     unread = [(number, "a second header") for number, _ in body[:second]]
     return Table(sheet, top[header], body[second:], unread)
-
-
-def names_both(row: list[str], least: float) -> bool:
-    """Whether two cells of a row name questions and answers, together at least so surely."""
-    named = [[name_strength(cell, role) for role in NAMES] for cell in row[:MOST_COLUMNS]]
-    both = itertools.permutations(named, 2)
-    return any(min(q, a) > 1 and q + a >= least for (q, _), (_, a) in both)
 
 
 def is_data(rows: list[list[str]]) -> bool:
     """Whether the first row is one to learn, rather than what a form asked above its dates and answers."""
     for cell, *below in itertools.zip_longest(*rows, fillvalue=""):
-        filled = [one for one in below if one]
-        if cell[:1].isalpha() and len(filled) > 2 and all(one[0].isdigit() for one in filled):
+        digits = [one[0].isdigit() for one in below if one]
+        if cell[:1].isalpha() and len(digits) > 2 and all(digits):
             return False
-    return any(
-        cell.endswith(QUESTION_MARKS)
-        or len(cell) > LONGEST_HEADER
-        or (word_count(cell) >= SENTENCE and (asks(cell) or cell.endswith((".", "。"))))
-        for cell in rows[0]
-    )
+    sentences = [cell for cell in rows[0] if word_count(cell) >= SENTENCE]
+    asked = any(cell.endswith(QUESTION_MARKS) for cell in rows[0])
+    return asked or any(asks(cell) or cell[-1] in ".。" for cell in sentences)
 
 
 def word_count(text: str) -> float:
-    text = text[:1000]
-    return len(text) / 2 if UNSPACED.search(text) else len(text.split())
+    return len(text[:1000]) / 2 if UNSPACED.search(text[:1000]) else len(text[:1000].split())
 
 
 def column_letter(index: int) -> str:
@@ -1498,7 +1181,7 @@ def column_letter(index: int) -> str:
 
 
 def asks(text: str) -> bool:
-    return text.endswith(QUESTION_MARKS) or bool(ASKING.search(text[:200]))
+    return text.endswith(QUESTION_MARKS) or bool(re.search(ASKING, text[:200]))
 
 
 def words_of(header: str) -> list[str]:
@@ -1506,40 +1189,40 @@ def words_of(header: str) -> list[str]:
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d]{2})\d+|_\d+", " ", header[:200])
     plain = unicodedata.normalize("NFKD", spaced).casefold().replace("ı", "i")
     bare = "".join(c for c in plain if unicodedata.category(c)[0] != "M")
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFC", bare))
-    return [re.sub("^ال(?=..)", "", word) for word in words]
+    return re.findall(r"(?:ال(?=..))?([^\W_]+)", unicodedata.normalize("NFC", bare))
 
 
 @functools.cache
-def known_names(role: str) -> list[set[str]]:
-    return [{" ".join(words_of(name)) for name in names.split(", ")} for names in NAMES[role]]
+def known_names(role: str) -> dict[str, float]:
+    named = ((name, k) for k, names in NAMES[role].items() for name in names.split(", "))
+    return {" ".join(words_of(name)): strength for name, strength in named}
 
 
 @functools.cache
 def name_strength(header: str, role: str) -> float:
-    """How well a header says what is in its column: 3 sure, 2 likely, 1 a mere hint, -1 something else."""
-    words = words_of(header)
+    """How well a header says what is in its column, as in NAMES; -1 where it says something else."""
+    words, known = words_of(header), known_names(role)
     name = " ".join(words)
-    students = "student" in words and role == "answer"
-    if OTHER_WORDS & set(words) or OTHER_SIGNS.search(header[:200]) or "gpt" in name or students:
+    if header.startswith("__") or re.search(OTHER, f"{role} {name}"):
         return -1
-    for strength, names in zip((3, 2, 1), known_names(role), strict=True):
-        if name in names:
-            return strength
     space = "" if UNSPACED.search(name) else " "
-    if len(words) <= 4 and len(header) <= LONGEST_HEADER:
-        for one in known_names(role)[0] - TRUE_WORDS:
-            if len(one) > 1 and space + one + space in space + name + space:
-                return PHRASE + (not TRUE_WORDS.isdisjoint(words))
-    return 0
+    sure = {one for one in known if known[one] == 3 and len(one) > 1} - TRUE_WORDS
+    inside = any(space + one + space in space + name + space for one in sure)
+    if name not in known and inside and len(words) <= 4:
+        return PHRASE + (not TRUE_WORDS.isdisjoint(words))
+    return known.get(name, 0)
 
 
 class Column:
     """What is known of a column before two of them are chosen."""
 
-    def __init__(self, table: Table, i: int) -> None:
-        self.header, raw = table.header[i], top_cells(table, i, MOST_WEIGHED)
-        self.title, self.named = preview(self.header) or column_letter(i), words_of(self.header)
+    def __init__(self, table: Table, place: int) -> None:
+        inside = place < len(table.header)  # every table has two columns, if need be an empty one
+        raw = top_cells(table, place, MOST_WEIGHED) if inside else []
+        self.place, self.header = place, table.header[place] if inside else ""
+        self.title = preview(self.header) or column_letter(place)
+        plain = re.fullmatch(r'[^"$`\\!\x00-\x1f]+', self.header)
+        self.flag = f'"{self.header}"' if plain else column_letter(place)
         self.cells = [text for cell in raw if (text := one_text(cell))]
         self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
         self.sample = preview(self.cells[0]) if self.cells else "(a list)" if raw else "(empty)"
@@ -1549,305 +1232,221 @@ class Column:
         wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c[:200]) for c in self.cells)
         self.is_text = wordy > count / 2 and self.distinct > 0.3 * count  # not labels or figures
         self.strength = {role: name_strength(self.header, role) for role in NAMES}
-        if self.header in ("A", "a") and not {"Q", "q"} & set(table.header):
-            self.strength["answer"] = 0  # the option beside B, C and D
-        elif self.sample[:7].casefold() == "select ":
+        if self.sample[:7].casefold() == "select ":
             self.strength = {"question": 0, "answer": 2}  # a query in SQL
 
     def weighed(self, role: str, longest: float, alone: bool) -> float:
-        """The strength of a name in the light of the cells; -inf where they rule the role out."""
-        named, other = self.strength[role], max(self.strength[r] for r in NAMES if r != role)
-        person = named == PHRASE and self.words < min(SENTENCE, longest / 1.5)  # who answered
-        few = named < 3 and self.distinct < min(3, len(self.cells) - 1)
-        labels = few and not INDEX.fullmatch(self.sample)
-        if person or labels or other > max(1, named) or not (self.cells or self.lists):
-            return -math.inf
-        if named > 0:
-            return named - self.lists
-        unknown = named == 0 or (alone and role == "question")
-        prose = self.words >= SENTENCE or alone or role == "question"
-        return 0 if self.is_text and unknown and prose else -math.inf
+        """The strength of a name in the light of the cells."""
+        named, asked = self.strength[role], role == "question"
+        few = self.distinct < min(3, len(self.cells) - 1) and not INDEX.fullmatch(self.sample)
+        impossible = (
+            not (self.cells or self.lists),
+            max(self.strength.values()) > max(1, named),  # the other of the two
+            named == PHRASE and self.words < min(SENTENCE, longest / 1.5),  # who answered
+            named < 3 and few,  # labels
+            named <= 0 and not self.is_text,
+            named < 0 and not (alone and asked),
+            named == 0 and not (alone or asked or self.words >= SENTENCE),
+        )
+        return CANNOT if any(impossible) else max(0, named) - self.lists
 
 
 def find_columns(table: Table, question: str, answer: str) -> Columns:
     """The columns of questions and answers: as the person said, or else the two that fit best."""
-    names = dict(zip(NAMES, (question, answer), strict=True))
-    wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
-    columns = [Column(table, i) for i in range(len(table.header))]
-    alone = sum(one.is_text or one.lists for one in columns) < 3  # what one is not, the other is
-    unnamed = [one.words for one in columns if max(one.strength.values()) < PHRASE and one.is_text]
-    for one in columns:
-        longest = max(unnamed, default=0)
-        one.strength = {role: one.weighed(role, longest, alone) for role in NAMES}
-    for (role, place), (i, one) in itertools.product(wanted.items(), enumerate(columns)):
-        one.strength[role] = 3 if i == place else -math.inf
-    usable = sorted(range(len(columns)), key=lambda i: -max(columns[i].strength.values()))
-    pairs = itertools.permutations(usable[:MOST_COLUMNS], 2)
-    scores = {(q, a): fit(columns[q], columns[a]) for q, a in pairs}
-    ranked = sorted(scores, key=lambda pair: -scores[pair])
-    fits = {pair: scores[pair] for pair in ranked if scores[pair] > -math.inf}
-    found = NONE_FOUND if not fits else why_unclear(columns, fits) if len(wanted) < 2 else ""
-    if found:
-        raise columns_unclear(columns, found, next(iter(fits), ()))
-    best = next(iter(fits))
-    named = round(sum(columns[i].strength[role] for i, role in zip(best, NAMES, strict=True)))
+    columns = columns_weighed(table, {"question": question, "answer": answer})
+    usable = sorted(columns, key=lambda one: -max(one.strength.values()))[:WIDEST]
+    pairs = [(fit(*pair), *pair) for pair in itertools.permutations(usable, 2)]
+    ranked = sorted(pairs, key=lambda pair: -pair[0])
+    score, q, a = ranked[0]
+    if score < 0 or not (question and answer):
+        refuse_unclear(columns, ranked)
+    named = round(q.strength["question"] + a.strength["answer"])
     if named < 1 and table.rows[0][0] > 1 and table.header[0] != "column A":
         row = " | ".join(one.title for one in columns)
         say("Header", f"{row}. If this is a pair itself, put a header above it.")
-    return Columns(*best, why(columns, fits, wanted), named, *columns_beside(table, best))
+    said = [
+        f'{role}s in "{one.title}" (by its {"name" if one.strength[role] > 0 else "content"})'
+        for role, one in (("question", q), ("answer", a))
+    ]
+    said += [f'next best: "{q.title}" with "{a.title}"' for fit, q, a in ranked[1:2] if fit >= 0]
+    free = {fold(one.header): one.place for one in reversed(columns) if one not in (q, a)}
+    system = free.get("system", free.get("system_prompt", free.get("system prompt")))
+    added = free.get("input", free.get("context"))  # to an instruction, as in Alpaca and Dolly
+    added = added if fold(q.header) == "instruction" else None
+    return Columns(q.place, a.place, ", ".join(said), named, system, added)
+
+
+def columns_weighed(table: Table, names: dict[str, str]) -> list[Column]:
+    """Every column, with how well it would do for questions and for answers."""
+    wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
+    columns = [Column(table, i) for i in range(max(2, len(table.header)))]
+    alone = sum(one.is_text or one.lists for one in columns) < 3  # what one is not, the other is
+    unnamed = [one for one in columns if one.is_text and max(one.strength.values()) < PHRASE]
+    longest = max((one.words for one in unnamed), default=0)
+    for one in columns:
+        one.strength = {role: one.weighed(role, longest, alone) for role in NAMES}
+        one.strength |= {role: 3 if i == one.place else CANNOT for role, i in wanted.items()}
+    return columns
 
 
 def fit(question: Column, answer: Column) -> float:
-    """How well two columns go together: by their names, and by how many more of the questions ask."""
-    names = question.strength["question"] + answer.strength["answer"]
+    """How well two columns go together: by their names, and where those say little by what asks."""
+    q, a = question.strength["question"], answer.strength["answer"]
+    asking = (question.asking - answer.asking) * (q < PHRASE)
     top = list(zip(question.cells[:LIKELY], answer.cells, strict=False))
-    template = sum(len(q) > len(a) > 20 and q.endswith(a) for q, a in top) > len(top) / 2
-    return names + ASKING_WEIGHT * (question.asking - answer.asking) - template
-
-
-def why_unclear(columns: list[Column], fits: Fits) -> str:
-    """Why the two that fit best may only seem to be questions and answers; empty when all is well."""
-    best = next(iter(fits))
-    question, answer = (columns[i] for i in best)
-    beside = [c.named for i, c in enumerate(columns) if i not in best and (c.cells or c.lists)]
-    indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells) > 0.9 * len(answer.cells)
-    if question.lists or answer.lists:
-        return "the column that is named like the questions or the answers holds lists."
-    if indices and any(map(OPTION.match, itertools.chain(*beside))):
-        return f'"{answer.title}" only says which of the options is right. Make a column with the text of the right one.'
-    for q, a in list(fits)[1:]:
-        phrases = columns[q].strength["question"] == columns[a].strength["answer"] == PHRASE
-        related = phrases and columns[q].named[0] == columns[a].named[0]  # my_question, my_answer
-        if fits[best] - fits[q, a] - related < CLEAR_LEAD:
-            return "more than one column may hold the questions or the answers."
-    asking = ASKING_WEIGHT * (question.asking - answer.asking)
-    longer = question.words > answer.words and not question.header.startswith("column ")
-    unnamed = max(question.strength["question"], answer.strength["answer"]) < PHRASE
-    if unnamed and (asking < CLEAR_LEAD or longer):  # then an agent who asks back
-        return "neither the headers nor the cells say which column asks."
-    topic = question.distinct < len(question.cells) / 2  # beside what people said on it
-    return NONE_FOUND if topic and answer.strength["answer"] <= 0 else ""
-
-
-def why(columns: list[Column], fits: Fits, wanted: dict[str, int]) -> str:
-    """Why each of the two columns was taken, and which came second."""
-    said = []
-    for side, (role, place) in enumerate(zip(NAMES, next(iter(fits)), strict=True)):
-        how = "by its name" if columns[place].strength[role] > 0 else "by its content"
-        if role in wanted:
-            how = "as you specified"
-        elif second := next((pair for pair in fits if pair[side] != place), None):
-            how += f'; next: "{columns[second[side]].title}"'
-        said.append(f'{role}s in "{columns[place].title}" ({how})')
-    return ", ".join(said)
-
-
-def columns_beside(table: Table, used: tuple[int, int]) -> tuple[int | None, int | None]:
-    """The columns whose text joins the question: a system prompt before it; after an instruction, its input."""
-    free = {fold(h): i for i, h in reversed([*enumerate(table.header)]) if i not in used}
-    system = free.get("system", free.get("system_prompt", free.get("system prompt")))
-    instructed = fold(table.header[used[0]]) == "instruction"
-    return system, free.get("input", free.get("context")) if instructed else None
+    whole = sum(len(one) > len(end) > 20 and one.endswith(end) for one, end in top) > len(top) / 2
+    return q + a + ASKING_WEIGHT * asking - whole  # a prompt with its answer
 
 
 def column_named(table: Table, role: str, name: str) -> int:
     """The position of a column that the person named, by its header or its letter."""
-    headers = [fold(header) for header in table.header]
-    known = headers + [fold(column_letter(i)) for i in range(len(headers))]
+    known = [fold(h) for h in [*table.header, *map(column_letter, range(len(table.header)))]]
     if fold(name) in known:
-        return known.index(fold(name)) % len(headers)
+        return known.index(fold(name)) % len(table.header)
     raise UserError(
         f"there is no column {name!r} (--{role}-column).{did_you_mean(name, table.header)}\n"
         f"The columns are: {', '.join(map(preview, filter(None, table.header)))}"
     )
 
 
-def columns_unclear(columns: list[Column], found: str, best: Sequence[int]) -> ColumnsError:
-    """Show the columns, and how to say which to use: for example the two that fit best."""
-    named = ["NAME", "NAME"]
-    longest = sorted(range(len(columns)), key=lambda i: -columns[i].words)
-    for side, i in enumerate(best or sorted(longest[:2])):
-        header = columns[i].header
-        plain = header and header.isprintable() and not set(header) & set('"$`\\!')
-        named[side] = f'"{header}"' if plain else column_letter(i)
-    seen = [f"  {one.title}: {one.sample}" for one in columns[:12]]
-    advice = (
-        f"Say which to use, for example: --question-column {named[0]} --answer-column {named[1]}"
-    )
-    return ColumnsError(
-        "\n".join([f"{found} The columns, each with its first cell:", *seen, advice])
-    )
+def refuse_unclear(columns: list[Column], ranked: list[tuple[float, Column, Column]]) -> None:
+    """Where the two that fit best may only seem to be right, show the columns and how to name them."""
+    (best, question, answer), (second, *_) = ranked[:2]
+    named = max(question.strength["question"], answer.strength["answer"]) >= PHRASE
+    longer = question.words > answer.words and not question.header.startswith("column ")
+    clear = best - max(0, second) >= CLEAR_LEAD and (named or not longer)  # an agent may ask back
+    repeats = question.distinct < len(question.cells) / 2  # a topic, beside what people said on it
+    topic = repeats and answer.strength["answer"] <= 0
+    doubt = "it is not clear which columns hold the questions and the answers."
+    if question.lists or answer.lists:
+        doubt = "a column that is named like the questions or the answers holds lists."
+    options = any(OPTION.search(one.header) for one in columns)
+    if options and sum(map(bool, map(INDEX.fullmatch, answer.cells))) > 0.9 * len(answer.cells):
+        doubt = f'"{answer.title}" only says which of the options is right. Make a column with the text of the right one.'
+    elif clear and not (topic or question.lists or answer.lists):
+        return
+    lines = [f"{doubt} The columns, each with its first cell:"]
+    lines += [f"  {one.title}: {one.sample}" for one in columns[:12]]
+    flags = f"--question-column {question.flag} --answer-column {answer.flag}"
+    raise ColumnsError("\n".join([*lines, f"Say which to use, for example: {flags}"]))
 
 
 # -- Shapes: what the rows of a table are
 
 NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
-NO_TURNS = [("something other than turns with a role and a text", "")]
-ROLE_NAMES = {
-    "user": "user, human, prompter, customer, instruction, question, [inst]",
-    "assistant": "assistant, gpt, bot, model, chatgpt, chatbot, ai, response, answer, output, [/inst]",
-    "system": "system, developer",
-    "a tool": "tool, tools, function, ipython, environment, observation, function response, function_call, "
-    "function_response, function-call, function-response, tool_call, tool_response",
-}
-ROLES = {name: role for role, names in ROLE_NAMES.items() for name in names.split(", ")}
+USER = "user human prompter customer instruction question [inst]"
+ASSISTANT = "assistant gpt bot model chatgpt chatbot ai response answer output [/inst]"
+ROLES = {"system": "system", "developer": "system"} | dict.fromkeys(USER.split(), "user")
+ROLES |= dict.fromkeys(ASSISTANT.split(), "assistant")
+ROLE_KEYS = ("role", "from", "sender")
+CONTENT_KEYS = ("content", "value", "text", "parts", "message", "tool_calls")
 SPEAKERS = "Human|User|Instruction|Question|Assistant|Response|Answer|AI|Function response"
-# What stands before each turn of a conversation in one text, and how many characters before the first
-TURN_MARKS = {
-    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>))\s*"
-    r"(\w+)(?:<\|end_header_id\|>|\|>)?": 500,
+TURN_MARKS = {  # of conversations in one text, and how many characters may stand before the first
+    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>))\s*(\w+)(?:<\|end_header_id\|>|\|>)?": 500,
     r"(\[/?INST\])": 500,
     rf"(?i)###[ \t]*({SPEAKERS}|System|Model|Output|Bot|GPT)\s*:": 500,  # as in Alpaca
     rf"(?im)^[ \t]*({SPEAKERS}|Chatbot)\s*:": 0,
 }
 END_MARKS = r"<<SYS>>\s*|\n<</SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>"
 TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
-# Where a picture or a sound stood, in texts whose files lie apart
-NOT_TEXT = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
-SYSTEM_COLUMNS = ("system", "system prompt", "system instruction")
-MARKING = ("label", "correct", "is correct", "accepted", "is accepted")  # columns of YES and NO
-YES, NO = {"true", "yes", "1"}, {"false", "no", "0"}
-TALK_WORDS = set("conversation conversations dialog dialogue dialogs messages data".split())
-PREFERRED = ({"messages", "conversation", "conversations"}, {"prompt", "input"}, {"chosen"})
-ASIDE = set("rejected history context contexts trace examples shots demonstrations".split())
+PICTURE = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
+# Columns that may hold whole conversations, the best first; the first seven also as texts in turn
+TALKS = "messages conversation conversations dialog dialogue dialogs data items contents chat_messages chat turns text prompt input chosen".split()
+TALK_WORDS = set(TALKS[:7])
+SYSTEMS = ("system", "system_prompt", "system_instruction")
+MARKING = ("label", "correct", "is_correct", "accepted", "is_accepted")
+YES, NO = {"true", "yes", "1", ""}, {"false", "no", "0"}
 LONGEST_PATH = 100  # messages of a tree
-SPOKEN = ("user", "assistant", "system")
-ROLE_KEYS = ("role", "from", "sender")
-CONTENT_KEYS = ("content", "value", "text", "parts", "message", "tool_calls")
+LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
 
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
-Message = dict[str, Any]  # of a tree, with its replies
+Message = dict[str, Any]  # as it stands in the data
 
 
 def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Rows]:
     """The shape of a table, its two columns where it has them, and a conversation for each row."""
     if not (cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN):
-        if trees := trees_in(table):
-            return "message tree", None, tree_conversations(trees, cfg)
-        if (column := conversation_column(table)) is not None:
-            return "conversations", None, without_wrong(table, whole_conversations(table, column))
-    columns = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
-    return "question and answer", columns, without_wrong(table, two_columns(table, columns))
+        if roots := tree_roots(table):
+            return "message tree", None, tree_conversations(roots, cfg)
+        if roles := roles_around_talks(table):
+            return "conversations", None, conversations_in(table, roles)
+    found = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
+    places = {found.system: "system", found.question: "user", found.input: "user"}
+    roles = {i: role for i, role in places.items() if i is not None} | {found.answer: "assistant"}
+    return "question and answer", found, conversations_in(table, roles)
 
 
-def without_wrong(table: Table, rows: Rows) -> Rows:
-    """Leave out what a column of yes and no marks as wrong; of 1 and 0, where a question has both."""
-    found = dict(rows)
-    marking = [i for i, name in enumerate(table.header) if " ".join(words_of(name)) in MARKING]
-    for i in marking:
-        marks = {n: fold(cell) for n, cell in column_cells(table, i) if cell != ""}
-        talks = [(n, talk) for n, talk in found.items() if isinstance(talk, list)]
-        right, wrong = (
-            {fold(talk[-2]["content"]) for n, talk in talks if marks.get(n) in names}
-            for names in (YES, NO)
-        )
-        seen = set(marks.values())
-        if seen <= YES | NO and (right & wrong or not {"0", "1"} & seen):
-            reason = f'marked as wrong in "{preview(table.header[i])}"'
-            found |= {n: reason for n in found if marks.get(n) in NO}
-    return list(found.items())
+def roles_around_talks(table: Table) -> dict[int, str]:
+    """A column of conversations, with those of system prompts and of answers to the last questions.
+
+    There is none where two other columns are called question and answer.
+    """
+    names = ["_".join(words_of(name)) for name in table.header]
+    talks, sure = list[int](), set[str]()
+    for i, name in enumerate(names):
+        top = top_cells(table, i)
+        if top and not is_conversation(top[0]):
+            sure |= {role for role in NAMES if name_strength(table.header[i], role) > 2}
+        found = [bool(turns_of(cell, in_turn=name in TALK_WORDS)) for cell in top]
+        talks += [i] if name in TALKS and sum(found) > len(top) / 2 else []
+    if not talks or len(sure) > 1:
+        return {}
+    talk = min(talks, key=lambda i: TALKS.index(names[i]))
+    strengths = [name_strength(h, "answer") * (i != talk) for i, h in enumerate(table.header)]
+    answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
+    roles = {i: "system" for i, name in enumerate(names) if name in SYSTEMS} | {talk: ""}
+    return roles | dict.fromkeys(answers[: len(answers) == 1], "assistant")
 
 
 def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
     return [(number, row[column] if column < len(row) else "") for number, row in table.rows]
 
 
-def filled_rows(table: Table) -> Iterator[tuple[int, list[Any]]]:
-    """The rows, each with at least as many cells as the header."""
+def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
+    """For each row the turns that its columns hold, in the order of their roles."""
+    header, width = table.header, len(table.header)
+    marking = [i for i in range(width) if "_".join(words_of(header[i])) in MARKING]
+    marking = [i for i in marking if {fold(c) for _, c in column_cells(table, i)} <= YES | NO]
+    true = [i for i in roles if TRUE_WORDS & {*words_of(header[i])}]
     for number, row in table.rows:
-        yield number, row + [""] * (len(table.header) - len(row))
-
-
-def turn_of(role: str, cell: Any) -> Turn:
-    text = one_text(cell)
-    return ("a list or an object that is not one text", "") if text is None else (role, text)
-
-
-def two_columns(table: Table, columns: Columns) -> Rows:
-    roles = {columns.question: "user", columns.input: "user", columns.answer: "assistant"}
-    roles = {columns.system: "system"} | roles
-    names = [fold(name) for name in table.header]
-    for number, cells in filled_rows(table):
-        if not table.sheet and any(cells[len(names) :]):
+        cells, turns = row + [""] * (width - len(row)), list[Turn]()
+        for i, role in roles.items():
+            filled = (turn for turn in reversed(turns) if turn[1])
+            last, said = next(filled, ("", "")) if role == "assistant" else ("user", "")
+            if last == "user":
+                turns += turns_of(cells[i], role)
+            elif last == role and i in true and fold(one_text(cells[i]) or "") not in fold(said):
+                turns = [(f'an answer that is not the one in "{preview(header[i])}"', "")]
+        if marking and (wrong := [preview(header[i]) for i in marking if fold(cells[i]) in NO]):
+            yield number, f'marked as wrong in "{wrong[0]}"'
+        elif not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
-        elif cells == table.header:
-            yield number, "the header once more"
-        elif not cells[columns.question]:
-            yield number, "no question"
         else:
-            history = cells[names.index("history")] if "history" in names else []
-            turns = [turn for pair in history if is_alternating(pair) for turn in turns_of(pair)]
-            turns += [turn_of(role, cells[i]) for i, role in roles.items() if i is not None]
-            yield number, dialogue(turns)
+            yield number, "the header once more" if row == header else learnable(turns)
 
 
-def conversation_column(table: Table) -> int | None:
-    """The column of whole conversations; none where two others are called question and answer."""
-    found, sure = [], set()
-    words = [set(words_of(name)) for name in table.header]
-    for i, header in enumerate(table.header):
-        top, named = top_cells(table, i), bool(TALK_WORDS & words[i])
-        if top and not is_conversation(top[0]):
-            sure |= {role for role in NAMES if name_strength(header, role) > 2}
-        whole = sum(bool(turns_of(cell)) and (named or not is_alternating(cell)) for cell in top)
-        if whole > len(top) / 2 and not ASIDE & words[i]:
-            found.append(i)
-    for preferred in PREFERRED:
-        found = [i for i in found if preferred & words[i]] or found
-    if len(found) > 1 and len(sure) < 2:
-        names = " and ".join(f'"{preview(table.header[i])}"' for i in found)
-        raise UserError(
-            f"the columns {names} all hold conversations. Keep the one to learn from, called messages."
-        )
-    return found[0] if found and len(sure) < 2 else None
-
-
-def whole_conversations(table: Table, column: int) -> Rows:
-    """The conversations of a column, with what stands beside: a system prompt, or the last answer."""
-    names = [" ".join(words_of(name)) for name in table.header]
-    systems = [i for i, name in enumerate(names) if name in SYSTEM_COLUMNS]
-    strengths = [name_strength(h, "answer") * (i != column) for i, h in enumerate(table.header)]
-    answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
-    for number, cells in filled_rows(table):
-        turns = turns_of(cells[column]) or NO_TURNS
-        if len(answers) == 1:
-            turns = with_answer(turns, table.header[answers[0]], cells[answers[0]])
-        yield number, dialogue([*(turn_of("system", cells[i]) for i in systems), *turns])
-
-
-def with_answer(turns: list[Turn], header: str, cell: Any) -> list[Turn]:
-    """A conversation that ends with a question, with the answer that a column beside it holds."""
-    role, said = next((turn for turn in reversed(turns) if turn[1].strip()), ("", ""))
-    if role == "user":
-        return turns + (turns_of(cell) if is_conversation(cell) else [turn_of("assistant", cell)])
-    truth = "" if TRUE_WORDS.isdisjoint(words_of(header)) else one_text(cell) or ""
-    if role == "assistant" and fold(truth) not in fold(said):
-        return [(f'an answer that is not the one in "{preview(header)}"', "")]
-    return turns
-
-
-def dialogue(turns: list[Turn]) -> Messages | str:
+def learnable(turns: list[Turn]) -> Messages | str:
     """Turns in one form: the user first, the roles in alternation, an answer last; or why not.
 
     A system turn has no place of its own, so it goes before the first question. From the first turn
     of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
     """
-    known = list(itertools.takewhile(lambda turn: turn[0] in SPOKEN, turns))
-    said = [(role, text.strip()) for role, text in known if is_seen(text)]
-    system = [text for role, text in said if role == "system"]
+    if [role for role, _ in turns] == ["user", "assistant"] and all(
+        map(is_seen, dict(turns).values())
+    ):
+        return [{"role": role, "content": text} for role, text in turns]
+    known = list(itertools.takewhile(lambda turn: turn[0] in ROLES.values(), turns))
+    said = [turn for turn in known if is_seen(turn[1])]
+    system = [("user", text) for role, text in said if role == "system"]
     spoken = (turn for turn in said if turn[0] != "system")
     from_user = itertools.dropwhile(lambda turn: turn[0] != "user", spoken)  # after any greeting
-    messages = [
-        {"role": role, "content": "\n\n".join(text for _, text in group)}
-        for role, group in itertools.groupby(from_user, key=lambda turn: turn[0])
-    ]
-    if len(messages) > 1:
-        messages[0]["content"] = "\n\n".join([*system, messages[0]["content"]])
-        return messages[: len(messages) // 2 * 2]
-    if len(known) < len(turns):
+    grouped_by_role = itertools.groupby([*system, *from_user], key=lambda turn: turn[0])
+    talk = [(role, "\n\n".join(text for _, text in group)) for role, group in grouped_by_role]
+    if len(talk) < 2 and len(known) < len(turns):
         return f"{turns[len(known)][0]} in place of the first question or answer"
-    return NO_ANSWER if messages else "no question"
+    messages = [{"role": role, "content": text} for role, text in talk[: len(talk) // 2 * 2]]
+    return messages or (NO_ANSWER if talk else "no question")
 
 
 def is_conversation(cell: Any) -> bool:
@@ -1855,135 +1454,103 @@ def is_conversation(cell: Any) -> bool:
     return bool(turns) and all(isinstance(one, dict) and role_and_content(one) for one in turns)
 
 
-def is_alternating(cell: Any) -> bool:
-    return isinstance(cell, list) and len(cell) > 1 and all(isinstance(turn, str) for turn in cell)
-
-
-def role_and_content(turn: dict[str, Any]) -> tuple[str, Any] | None:
+def role_and_content(turn: Message) -> tuple[str, Any] | None:
     for role, content in itertools.product(ROLE_KEYS, CONTENT_KEYS):
         if role in turn and content in turn:
-            return known_role(turn[role]), turn[content]
+            name = str(turn[role])
+            return ROLES.get(name.casefold()) or f"the role {preview(name, 30)!r}", turn[content]
     return None
 
 
-def known_role(name: object) -> str:
-    return ROLES.get(str(name).casefold()) or f"the role {preview(str(name), 30)!r}"
-
-
-def turns_of(cell: Any) -> list[Turn]:
-    """The turns of a whole conversation, or nothing. One that cannot be learnt gets the reason as its role."""
+def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> list[Turn]:
+    """The turns of a whole conversation, or nothing; where the role is known, of one text."""
+    if role and not is_conversation(cell):
+        text = cell if isinstance(cell, str) else one_text(cell)
+        return [turn_of({}, role, [None] if text is None else text)]
     if isinstance(cell, str):
-        return turns_in_text(cell)
-    if is_alternating(cell):
-        return list(zip(itertools.cycle(("user", "assistant")), cell, strict=False))
-    turns = []
-    for turn in cell if is_conversation(cell) else []:
-        role, content = role_and_content(turn) or ("", "")
-        text = content_text(content)
-        if turn.get("tool_calls") or turn.get("function_call") or TOOL_CALL.search(text or ""):
-            role = "a tool"
-        elif role == "assistant" and turn.get("weight") == 0:
-            role = "an answer that is not to be learnt (weight 0)"
-        elif text is None or NOT_TEXT.search(text.strip()):
-            role = "something that is not text"
-        turns.append((role, text or ""))
-    return turns
+        cell = turns_in_text(cell)
+    elif in_turn and isinstance(cell, list) and all(isinstance(one, str) for one in cell):
+        both = itertools.cycle(("user", "assistant"))
+        cell = [{"role": role, "content": text} for role, text in zip(both, cell, strict=False)]
+    return [turn_of(message) for message in cell] if is_conversation(cell) else []
 
 
-def turns_in_text(text: str) -> list[Turn]:
+def turn_of(message: Message, role: str = "", content: Any = None) -> Turn:
+    """Who speaks, and what. For the role of a turn that cannot be learnt stands the reason."""
+    if not role:
+        role, content = role_and_content(message) or ("a message without a role", "")
+    parts = content if isinstance(content, list) else [{"text": content or ""}]
+    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    text = "".join(one for one in texts if isinstance(one, str)).strip()
+    if message.get("tool_calls") or message.get("function_call") or TOOL_CALL.search(text):
+        role = "a tool call"
+    elif message.get("weight") == 0:
+        role = "an answer that is not to be learnt (weight 0)"
+    elif len(text) > LONGEST_TEXT:
+        role = f"a text of more than {LONGEST_TEXT:,} characters"
+    elif PICTURE.search(text) or not all(isinstance(one, str) for one in texts):
+        role = "a picture, a list or an object in place of one text"
+    return role, text
+
+
+def turns_in_text(text: str) -> list[Message]:
     """The turns of a text such as "### Human: Why? ### Assistant: So."; nothing for any other."""
     for mark, longest_preamble in TURN_MARKS.items():
         preamble, *pieces = re.split(mark, re.sub(END_MARKS, "", text))
-        roles = [known_role(role) for role in pieces[::2]]
-        begin = [role for role in roles if role != "system"][:2]
+        turns = [{"role": r, "content": c} for r, c in zip(pieces[::2], pieces[1::2], strict=True)]
+        begin = [r for r in map(ROLES.get, map(str.casefold, pieces[::2])) if r != "system"][:2]
         if begin == ["user", "assistant"] and len(preamble.strip()) <= longest_preamble:
-            turns = zip(roles, pieces[1::2], strict=True)
-            return [("a tool" if TOOL_CALL.search(said) else role, said) for role, said in turns]
+            return turns
     return []
 
 
-def content_text(content: Any) -> str | None:
-    """The text of a turn; parts of text are joined, anything else is no text."""
-    if not isinstance(content, list):
-        return content if isinstance(content, str) else None if content else ""
-    parts = [part for part in content if isinstance(part, dict)]
-    texts = [part.get("text") for part in parts if part.get("type", "text") == "text"]
-    known = [text for text in texts if isinstance(text, str)]
-    return "".join(known) if len(known) == len(content) else None
-
-
-def trees_in(table: Table) -> list[tuple[int, Message]]:
+def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
         prompts = column_cells(table, names.index("prompt")) if "prompt" in names else []
-        trees = [(number, cell) for number, cell in prompts if isinstance(cell, dict)]
-        return trees if len(trees) > len(prompts) / 2 else []
-    messages = [
-        (number, dict(zip(names, cells, strict=False)) | {"replies": []})
-        for number, cells in filled_rows(table)
-    ]
-    replies = {str(one["message_id"]): one["replies"] for _, one in messages if one["message_id"]}
-    for _, message in messages:
-        replies.get(str(message["parent_id"]), []).append(message)
-    return [(number, one) for number, one in messages if str(one["parent_id"]) not in replies]
+        is_tree = bool(prompts) and isinstance(prompts[0][1], dict)
+        return [(n, cell if isinstance(cell, dict) else {}) for n, cell in prompts if is_tree]
+    rows = [(n, dict(zip(names, row, strict=False)) | {"replies": []}) for n, row in table.rows]
+    replies = {str(one["message_id"]): one["replies"] for _, one in rows if one.get("message_id")}
+    for _, message in rows:
+        replies.get(str(message.get("parent_id")), []).append(message)
+    return [(number, one) for number, one in rows if str(one.get("parent_id")) not in replies]
 
 
-def tree_conversations(trees: list[tuple[int, Message]], cfg: Config) -> Rows:
+def tree_conversations(roots: list[tuple[int, Message]], cfg: Config) -> Rows:
     """From every first message down to an answer: along the best replies, or along all of them."""
-    for number, root in trees:
+    for number, root in roots:
         language = str(root.get("lang") or cfg.LANGUAGE)
         if root.get("parent_id"):
             yield number, "the message that it answers is not in the file"
         elif cfg.LANGUAGE not in ("", language.partition("-")[0]):
             yield number, f"the language is {language}, not {cfg.LANGUAGE}"
-        elif fold(root.get("deleted", "")) != "true":
-            for path in tree_paths(root, cfg.CONVERSATION_PATHS == "all"):
-                roles = [known_role(message.get("role")) for message in path]
-                texts = [content_text(message.get("text")) or "" for message in path]
-                yield number, dialogue(list(zip(roles, texts, strict=True)))
-
-
-def rank_of(reply: Message) -> float:
-    rank = str(reply.get("rank"))
-    return float(rank) if re.fullmatch(r"-?\d+(\.\d+)?", rank) else math.inf  # nobody ranked it
-
-
-def tree_paths(root: Message, every: bool) -> Iterator[list[Message]]:
-    paths = [[root]]
-    while paths:
-        path = paths.pop()
-        replies = [
-            one for one in objects_in(path[-1], "replies") if fold(one.get("deleted", "")) != "true"
-        ]
-        replies.sort(key=rank_of)
-        if replies and len(path) < LONGEST_PATH:
-            paths += ([*path, one] for one in reversed(replies if every else replies[:1]))
         else:
-            yield path
+            for turns in tree_paths([], [root], cfg.CONVERSATION_PATHS == "all"):
+                yield number, learnable(turns)
+
+
+def tree_paths(turns: list[Turn], replies: list[Message], every: bool) -> Iterator[list[Turn]]:
+    """The turns of a path, with what follows it: the best reply, or each of them."""
+    live = [one for one in replies if fold(one.get("deleted", "")) != "true"]
+    live.sort(key=lambda one: (str(one.get("rank")) or "None").rjust(9))  # without a rank: last
+    live = live[: None if every else 1] if len(turns) < LONGEST_PATH else []
+    for reply in live:
+        yield from tree_paths([*turns, turn_of(reply)], objects_in(reply, "replies"), every)
+    if not live:
+        yield turns
 
 
 # -- Cleaning
 
-LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
 UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")  # kinds of characters: blanks, accents alone, …
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 MARKS = str.maketrans("", "", " _*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # these make no other text
 
 
-def clean(table: Table, rows: Rows) -> tuple[list[Pair], list[Note]]:
-    """Pairs as they will be taught, and a reason for every row that is left out."""
-    found, dropped = [], [Note(table.sheet, number, reason) for number, reason in table.unread]
-    blank = {number for number, row in table.rows if not any(row)}
-    for number, talk in rows:
-        if isinstance(talk, str):
-            dropped.append(Note(table.sheet, number, "blank" if number in blank else talk))
-        elif max(len(one["content"]) for one in talk) > LONGEST_TEXT:
-            dropped.append(Note(table.sheet, number, f"more than {LONGEST_TEXT:,} characters"))
-        else:
-            found.append(Pair(talk, table.sheet, number))
-    kept, copies = without_copies(found)
-    return kept, dropped + copies
+def is_seen(text: str) -> bool:
+    return any(unicodedata.category(c) not in UNSEEN and c not in FILLERS for c in text)
 
 
 def bare(text: str) -> str:
@@ -1991,33 +1558,45 @@ def bare(text: str) -> str:
     return re.sub(r"[.,-](?!\d)", "", fold(text).translate(MARKS)) or text
 
 
-def is_seen(text: str) -> bool:
-    return any(unicodedata.category(c) not in UNSEEN and c not in FILLERS for c in text)
-
-
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
-    first_seen: dict[tuple[str, ...], Pair] = {}
-    copies = []
+    """The first of each pair, and a note for every other."""
+    first_seen, copies = dict[tuple[str, ...], Pair](), list[Note]()
     for pair in pairs:
         first = first_seen.setdefault(tuple(bare(one["content"]) for one in pair.messages), pair)
         if first is not pair:
-            copies.append(
-                Note(pair.sheet, pair.row, f"a copy of an earlier row ({place_of(first, pair)})")
-            )
+            copies.append(Note(*pair[1:], f"a copy of an earlier row ({first.place})"))
     return list(first_seen.values()), copies
 
 
-def place_of(pair: Pair, seen_from: Pair) -> str:
-    return f"row {pair.row}" + (f" of {pair.sheet}" if pair.sheet != seen_from.sheet else "")
+def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
+    """Notes of one kind together, whatever row they point to; the most frequent kind first."""
+    kinds = defaultdict[str, list[Note]](list)
+    for note in notes:
+        kinds[note.reason.partition(" (row ")[0]].append(note)
+    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
+
+
+def grouped(notes: Sequence[Note], most: int = 1000) -> list[str]:
+    """One line per kind, with its rows, and their sheets where there are several."""
+    several, lines = len({note.sheet for note in notes}) > 1, list[str]()
+    for kind, found in by_kind(notes).items():
+        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
+        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if rows[8:] else "")
+        lines += [f"{kind}: {len(rows)} rows ({places})" if rows[1:] else f"{kind}: row {places}"]
+    more = f"and {len(lines) - most} more, in the report of the command check"
+    return lines[:most] + [more] * (len(lines) > most)
+
+
+def column_names(pairs: Pairs) -> dict[str, str | None]:
+    return dict(zip(("question_column", "answer_column"), [*pairs.used, None, None], strict=False))
 
 
 def say_pairs(pairs: Pairs) -> None:
-    header, sheet, columns = pairs.table.header, pairs.table.sheet, pairs.columns
-    place = f', sheet "{preview(sheet)}"' if sheet else ""
-    say("Data", f"{pairs.name}{place}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
-    if columns:
-        say("Columns", columns.reason)
-        unused = [name for i, name in enumerate(header) if name and i not in columns.used]
+    sheet = f', sheet "{preview(pairs.table.sheet)}"' if pairs.table.sheet else ""
+    say("Data", f"{pairs.name}{sheet}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
+    if pairs.columns:
+        say("Columns", pairs.columns.reason)
+        unused = [name for name in pairs.table.header if name and name not in pairs.used]
         for what, names in ("joined to the question", pairs.used[2:]), ("not used", unused):
             if names:
                 say("", f"{what}: " + ", ".join(f'"{preview(name)}"' for name in names[:8]))
@@ -2027,33 +1606,6 @@ def say_pairs(pairs: Pairs) -> None:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     if pairs.dropped:
         say("Left out", "\n".join(grouped(pairs.dropped, 4)))
-
-
-def column_names(pairs: Pairs) -> dict[str, str | None]:
-    question, answer, *_ = *pairs.used, None, None
-    return {"question_column": question, "answer_column": answer}
-
-
-def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
-    """Notes of one kind together, whatever row they point to; the most frequent kind first."""
-    kinds: dict[str, list[Note]] = {}
-    for note in notes:
-        kinds.setdefault(note.reason.partition(" (row ")[0], []).append(note)
-    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
-
-
-def grouped(notes: Sequence[Note], most: int = 1000) -> list[str]:
-    """One line per kind, with its rows, and their sheets where there are several."""
-    several, lines = len({note.sheet for note in notes}) > 1, []
-    for kind, found in by_kind(notes).items():
-        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
-        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if rows[8:] else "")
-        lines.append(
-            f"{kind}: {len(rows)} rows ({places})" if rows[1:] else f"{kind}: row {places}"
-        )
-    if lines[most:]:
-        lines[most:] = [f"and {len(lines) - most} more, in the report of the command check"]
-    return lines
 
 
 # -- Quality: what is taught, and yet looks wrong
@@ -2067,24 +1619,20 @@ ADVICE = {  # where the finding does not say it all
     "very unequal lengths": "see whether text slipped into the wrong cell",
     "another answer to the same question": "keep the right one, or make one of them",
     "a copy of an earlier row": "nothing, the first one is taught",
-    "no answer": "fill in the answers, or delete these rows",
 }
 # The second byte of a letter in UTF-8, 80 to BF, read as Windows-1252. What may follow a capital letter
 # with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
-    "left-over HTML": r"(?is)\A(?=.*?(?:</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l"
-    r"|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>"
-    r"|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});))"
+    "left-over HTML": r"(?is)\A(?=.*?(?:</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)"
+    r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});))"
     r"(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b))",
-    "control marks of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>"
-    r"|<</?SYS>>|\[/?INST\]|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
-    "broken letters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿"
-    rf"|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
-    "placeholder text": r"(?is)(?:\A|\0\n)(?:[\[({<*'\"]*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?"
-    r"|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder"
-    r"|(?:(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\b|(?:your|the)\s+(?:question|answer|text)\s+)"
-    r"(?:goes\s+)?here)[\])}>*'\"!:.]*|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
+    "control marks of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|<</?SYS>>|\[/?INST\]"
+    r"|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
+    "broken letters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
+    "placeholder text": r"(?is)(?:\A|\0\n)(?:[\[({<*'\"]*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder"
+    r"|(?:(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\b|(?:your|the)\s+(?:question|answer|text)\s+)(?:goes\s+)?here)[\])}>*'\"!:.]*"
+    r"|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
     "NULL instead of an answer": r"\0\n(?:NULL|null|None|NaN|nan|nil|#N/A)\Z",
     # in Chinese, Japanese and Korean one letter is a word
     "an answer of one letter": r"\A[^\0]+\0\W*[^\W\d_\u3040-\ud7ff]\W*\Z",
@@ -2109,9 +1657,8 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     for i, pair in enumerate(kept):
         asked[bare("\n".join(one["content"] for one in pair.messages[:-1]))].append(i)
     for same in (rows for rows in asked.values() if rows[1:]):
-        for i, other in zip(same, same[1:] + same[:1], strict=True):
-            place = place_of(kept[other], kept[i])
-            findings[i].append(f"another answer to the same question ({place})")
+        for i, other in zip(same, [*same[1:], same[0]], strict=True):
+            findings[i].append(f"another answer to the same question ({kept[other].place})")
     if {pair.answer for pair in kept} <= {*"0123456789"}:
         findings = [[*found, "an answer of one digit"] for found in findings]
     flagged = [Note(*pair[1:], what) for i, pair in enumerate(kept) for what in findings[i]]
@@ -2142,7 +1689,7 @@ def say_quality(quality: Quality, minimum: float) -> None:
     if quality.score < minimum:
         say("Warning", f"the quality is below {minimum} (MIN_QUALITY). What to do about it:")
         for kind in list(quality.parts)[:3]:
-            say("", f"{kind}: {ADVICE.get(kind, 'fix these rows, or delete them')}")
+            say("", f"{kind}: {ADVICE.get(kind, 'fix these rows, or fill them in')}")
 
 
 # ==================================================================================================
@@ -2151,9 +1698,14 @@ def say_quality(quality: Quality, minimum: float) -> None:
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
 FEWEST_TO_HOLD_OUT = 5  # of fewer questions than this, each is worth more taught than measured
-PROMPT_FORMAT = "Instruct: {question}\nOutput:"  # the question form of phi-2's model card
-CHAT_TEMPLATE = "chat template"  # in place of a form: the one that the tokenizer brings
-BLANK = "\ue000{}\ue001"  # stands for a text that is not there yet
+BLANK = "\ue000{}\ue001"  # stands for the text of a message while a template is looked at
+PHI_2_PROMPT = "Instruct: {question}\nOutput:"  # of phi-2's model card; it has no chat template
+PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are set to what stands around a question
+    "{%- set ns = namespace(system='') -%}{%- for m in messages -%}{%- if m['role'] == 'system' -%}"
+    "{%- set ns.system = m['content'] + '\\n\\n' -%}{%- elif m['role'] == 'user' -%}"
+    "{{- before + ns.system + m['content'] + after -}}{%- set ns.system = '' -%}"
+    "{%- else -%}{{- ' ' + m['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
+)
 
 
 class Example(TypedDict):
@@ -2163,179 +1715,103 @@ class Example(TypedDict):
     labels: list[int]
 
 
-def turns(
-    messages: Sequence[dict[str, str]], form: str = PROMPT_FORMAT
-) -> Iterator[tuple[str, bool]]:
-    """A conversation as pieces of text, each with whether it is the model's to say.
+def set_template(cfg: Config, tokenizer: Any) -> None:
+    """Give the tokenizer the one prompt: PROMPT_TEMPLATE, the model's own chat template, or phi-2's.
 
-    The texts are joined, not formatted, since a question may itself hold braces.
+    It is saved with the adapter, so that other programs ask as the training did.
     """
-    before, after = form.split("{question}")
-    for message in messages:
-        if message["role"] == "assistant":
-            yield " " + message["content"], True
-        else:
-            yield before + message["content"] + after, False
+    if tokenizer.chat_template and not cfg.PROMPT_TEMPLATE:
+        try:
+            talk = "".join(text for text, _ in pieces(tokenizer, ("user", "assistant") * 2))
+            if re.findall(BLANK.format("(.)"), talk) != ["0", "1", "2", "3"]:
+                raise ValueError("it leaves out what is said")
+            tokenizer.eos_token = special_tokens(tokenizer).findall(talk)[-1]  # what ends a turn
+            return
+        except Exception as error:  # a template is a program of its maker's
+            fault = preview(str(error), 100) or type(error).__name__
+            say("Note", f"the chat template of {cfg.MODEL_NAME} is not used: {fault}")
+    around = (cfg.PROMPT_TEMPLATE or PHI_2_PROMPT).split("{question}")
+    before, after = (json.dumps(text, ensure_ascii=False) for text in around)
+    names = f"{{%- set before = {before} -%}}{{%- set after = {after} -%}}"
+    tokenizer.chat_template = names + PROMPT_AS_TEMPLATE
 
 
-def encode(
-    tokenizer: Any, messages: Sequence[dict[str, str]], form: str = PROMPT_FORMAT
-) -> Example:
+@functools.lru_cache(maxsize=16)
+def special_tokens(tokenizer: Any) -> re.Pattern[str]:
+    tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+    longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
+    return re.compile(f"({'|'.join(longest_first) or '(?!)'})")
+
+
+@functools.lru_cache(maxsize=1024)
+def rendered(tokenizer: Any, template: str, roles: Sequence[str], asking: bool) -> str:
+    """With blanks, so that the template can neither trim a text nor take it for a part of its own."""
+    talk = [{"role": role, "content": BLANK.format(i)} for i, role in enumerate(roles)]
+    how = {"tokenize": False, "add_generation_prompt": asking, "chat_template": template}
+    return str(tokenizer.apply_chat_template(talk, **how))
+
+
+def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
+    """A conversation of these roles, cut where the model begins to speak and where its turn ends;
+    True for what it says. Before that stands exactly what stands there when it is asked."""
+    render = functools.partial(rendered, tokenizer, tokenizer.get_chat_template())
+    answers = [i for i, role in enumerate(roles) if role == "assistant"]
+    found, done = [], ""
+    for i in answers if roles[-1] == "assistant" else [*answers, len(roles)]:
+        asked = render(roles[:i], True)
+        if not asked.startswith(done):
+            raise ValueError("it tells earlier turns in another way later on")
+        found.append((asked.removeprefix(done), False))
+        if i < len(roles):
+            told = render(roles[: i + 1], False).removeprefix(asked)
+            lead, text, rest = told.partition(BLANK.format(i))
+            end = special_tokens(tokenizer).search(rest)
+            turn = (lead if lead.isspace() else "") + text + rest[: end.end() if end else 0]
+            found.append((turn if end else turn + tokenizer.eos_token, True))
+            done = asked + turn
+    return found
+
+
+def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """Ids and labels, made together: the answers are learnt, each with its end of turn.
 
-    The one place that knows how: training and every way of asking go through it. What people and
-    the model say is plain text: an answer that quotes "<|endoftext|>" does not end there.
+    Training and every way of asking go through it. All is cut into tokens together, as other programs
+    do, unless a prompt would get other tokens than when it is asked, or a text quotes a special token.
     """
-    if form == CHAT_TEMPLATE:
-        return encode_chat(tokenizer, messages)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for text, learnt in turns(messages, form):  # each cut into tokens by itself, as when asking
-        ids = plain_tokens(tokenizer, text)
-        if learnt:
-            ids = [*ids, tokenizer.eos_token_id]
-        input_ids += ids
-        labels += ids if learnt else [IGNORE] * len(ids)
-    return {"input_ids": input_ids, "labels": labels}
+    marks, texts = special_tokens(tokenizer), [message["content"] for message in messages]
+    quoting = any(map(marks.search, texts))
 
+    def cut(piece: str, plain: bool = False) -> list[int]:
+        text = re.sub(BLANK.format(r"(\d+)"), lambda number: texts[int(number[1])], piece)
+        how = {"add_special_tokens": False, "split_special_tokens": plain}
+        return list(tokenizer(text, **how)["input_ids"])
 
-def plain_tokens(tokenizer: Any, text: str) -> list[int]:
-    """Of a text in which nothing is a sign to the model."""
-    ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return list(ids)
-
-
-def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
-    """By the model's own chat template: what stands before an answer is what stands there when asking.
-
-    Prompts and answers are cut into tokens together, since a word after a mark is another token than
-    at the beginning of a text. Where a text spells out one of the marks, each piece is cut by itself.
-    """
-    plain = not any(marks_of(tokenizer).search(message["content"]) for message in messages)
     ids: list[int] = []
     labels: list[int] = []
     whole = ""
-    pieces = chat_pieces(tokenizer, tuple(message["role"] for message in messages))
-    for learnt, group in itertools.groupby(pieces, key=lambda piece: piece[1]):
-        parts = [part for part, _ in group]
-        whole += "".join(p if isinstance(p, str) else messages[p]["content"] for p in parts)
-        more = tokenizer(whole, add_special_tokens=False)["input_ids"]
-        if plain and more[: len(ids)] == ids:
-            more = more[len(ids) :]
-        else:
-            more = []
-            for part in parts:
-                if isinstance(part, str):
-                    more += tokenizer(part, add_special_tokens=False)["input_ids"]
-                else:
-                    more += plain_tokens(tokenizer, messages[part]["content"])
-        ids += more
-        labels += more if learnt else [IGNORE] * len(more)
+    for piece, learnt in pieces(tokenizer, tuple(message["role"] for message in messages)):
+        whole += piece
+        more = cut(whole)
+        if quoting or more[: len(ids)] != ids:  # then by itself, and what is between marks as text
+            parts = [cut(part, plain=not n % 2) for n, part in enumerate(marks.split(piece))]
+            more = [*ids, *itertools.chain(*parts)]
+        labels += more[len(ids) :] if learnt else [IGNORE] * (len(more) - len(ids))
+        ids = more
     return {"input_ids": ids, "labels": labels}
 
 
-@functools.lru_cache(maxsize=16)
-def marks_of(tokenizer: Any) -> re.Pattern[str]:
-    """What the tokenizer takes for a sign and not for text."""
-    marks = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) or "(?!)")
+def prompt_in_words(tokenizer: Any) -> str:
+    return pieces(tokenizer, ("user",))[0][0].replace(BLANK.format(0), "{question}")
 
 
-@functools.lru_cache(maxsize=256)
-def chat_pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str | int, bool]]:
-    """A talk of these roles in the chat template: literal text or the number of a message, and whether
-    that is learnt.
-
-    The template is asked once for each pattern of roles, with marked blanks in place of what is said. So
-    it can neither trim an answer nor take a part of it for its own.
-    """
-
-    def rendered(count: int, asking: bool) -> str:
-        talk = [{"role": role, "content": BLANK.format(i)} for i, role in enumerate(roles[:count])]
-        return str(
-            tokenizer.apply_chat_template(talk, tokenize=False, add_generation_prompt=asking)
-        )
-
-    pieces: list[tuple[str | int, bool]] = []
-    lead, end, is_told = around_an_answer(tokenizer)
-    done = ""
-    asking = [i for i, role in enumerate(roles) if role == "assistant"]
-    for i in asking if roles[-1] == "assistant" else [*asking, len(roles)]:
-        asked = rendered(i, asking=True)
-        if not asked.startswith(done):
-            raise ValueError("it tells earlier turns in another way later on")
-        parts = re.split(BLANK.format(r"(\d+)"), asked[len(done) :])
-        pieces += [(int(part) if n % 2 else part, False) for n, part in enumerate(parts) if part]
-        if i < len(roles):
-            pieces += [(part, True) for part in (lead, i, end) if part != ""]
-            done = asked + lead + BLANK.format(i) + (end if is_told else "")
-    return pieces
-
-
-@functools.lru_cache(maxsize=16)
-def around_an_answer(tokenizer: Any) -> tuple[str, str, bool]:
-    """What the chat template puts before an answer besides the prompt (at most a blank), what ends it, and
-    whether the template itself says so: where it has no sign for the end, that of the tokenizer is taught.
-    """
-    question, answer = (BLANK.format(role) for role in ("user", "assistant"))
-    asked = [{"role": "user", "content": question}]
-    prompt = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-    talk = [*asked, {"role": "assistant", "content": answer}]
-    before, _, tail = tokenizer.apply_chat_template(talk, tokenize=False).partition(answer)
-    lead = str(before.removeprefix(prompt))
-    end = marks_of(tokenizer).search(tail)
-    told = str(tail[: end.end()]) if end else str(tokenizer.eos_token)
-    return lead if lead.isspace() else "", told, bool(end)
-
-
-def end_sign(tokenizer: Any) -> str:
-    """The sign that ends an answer in the chat template."""
-    return marks_of(tokenizer).findall(around_an_answer(tokenizer)[1])[-1]
-
-
-def form_in_words(tokenizer: Any, form: str) -> str:
-    """The text around a single question."""
-    if form != CHAT_TEMPLATE:
-        return form
-    pieces = chat_pieces(tokenizer, ("user",))
-    return "".join(piece if isinstance(piece, str) else "{question}" for piece, _ in pieces)
-
-
-def template_fault(tokenizer: Any) -> str:
-    """Why the chat template of this tokenizer cannot be taught; nothing if it can."""
-    try:
-        pieces = chat_pieces(tokenizer, ("user", "assistant") * 2)
-        if [piece for piece, _ in pieces if isinstance(piece, int)] != [0, 1, 2, 3]:
-            return "it leaves out what is said"
-        end_sign(tokenizer)
-    except Exception as error:  # a template is a program of its maker's
-        return preview(str(error), 100) or type(error).__name__
-    return ""
-
-
-def form_of(cfg: Config, tokenizer: Any) -> str:
-    """How this model is asked: as the person says, by its chat template, or as phi-2 is."""
-    if cfg.PROMPT_TEMPLATE:
-        if tokenizer and (sign := marks_of(tokenizer).search(cfg.PROMPT_TEMPLATE)):
-            raise UserError(
-                f"PROMPT_TEMPLATE has {sign[0]}, a sign of this model, which would be taught as mere text.\n"
-                "Write it without such signs, or leave it out: then the model's own chat template is used."
-            )
-        return cfg.PROMPT_TEMPLATE
-    there = getattr(tokenizer, "chat_template", None)
-    return CHAT_TEMPLATE if there and not template_fault(tokenizer) else PROMPT_FORMAT
-
-
-def marked(tokenizer: transformers.PreTrainedTokenizerBase, example: Example) -> str:
+def marked(tokenizer: Any, example: Example) -> str:
     """An example as text, with what is learnt between [[ and ]]."""
-    pieces = []
-    for learnt, group in itertools.groupby(
-        zip(example["input_ids"], example["labels"], strict=True),
-        key=lambda both: both[1] != IGNORE,
-    ):
-        text = tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False)
-        pieces.append(f"[[{text}]]" if learnt else text)
-    return "".join(pieces)
+    tokens = zip(example["input_ids"], example["labels"], strict=True)
+    text = ""
+    for learnt, group in itertools.groupby(tokens, key=lambda one: one[1] != IGNORE):
+        part = tokenizer.decode([one for one, _ in group], clean_up_tokenization_spaces=False)
+        text += f"[[{part}]]" if learnt else part
+    return text
 
 
 def held_out(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
@@ -2363,13 +1839,13 @@ FLOORS = dict(
 
 
 def installed_version(package: str) -> str | None:
-    import platform
     from importlib import metadata
 
-    try:
-        return platform.python_version() if package == "python" else metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    if package == "python":
+        return sys.version.split()[0]
+    with suppress(metadata.PackageNotFoundError):
+        return metadata.version(package)
+    return None
 
 
 def installed_versions() -> dict[str, str | None]:
@@ -2383,35 +1859,27 @@ def is_below(version: str | None, floor: str) -> bool:
 
 
 class Device(NamedTuple):
-    """Where the model runs and in which numbers; `reason` is for the person."""
+    """Where the model runs and in which numbers, and what it can do."""
 
     kind: str  # "cuda", "mps" or "cpu"
     dtype: str  # of the computation; the weights of the adapter are float32 everywhere
     four_bit: bool
-    reason: str
+    reason: str  # for the person
+    flops: float = 0  # operations in a second
+    bandwidth: float = 0  # bytes in a second
+    memory: float = 0  # bytes that are free
 
 
-class Shape(NamedTuple):
-    """What the cost of a model and its adapter depends on."""
+class Outline(NamedTuple):
+    """What a model is made of, which can be known before its weights are here."""
 
     blocks: int
     hidden: int  # numbers for a token between the blocks
-    inner: int  # and within the wide part of a block
-    wide_numbers: int  # how often `inner` numbers are kept for the way back
-    weights: int  # in the matrices of all blocks
     vocabulary: int
-    parameters: int  # of the whole model
-    adapter: int  # weights that are learnt
-    dropped: float  # numbers for a token that the dropout takes in all blocks
-
-
-class Machine(NamedTuple):
-    """What a machine can do: operations and bytes in a second, and bytes of memory."""
-
-    name: str
-    flops: float
-    bandwidth: float
-    memory: float
+    parameters: int
+    linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
+    stateful: bool = False
+    adapted: Sequence[tuple[int, int]] = ()  # those of the layers that get an adapter
 
 
 class Plan(NamedTuple):
@@ -2426,279 +1894,176 @@ class Plan(NamedTuple):
     checkpointing: bool
     reason: str
     seconds: float | None = None  # of all steps
+    asking_seconds: float = 0  # of the questions at the end
     memory_gb: float | None = None  # at most
 
 
-def choose_device(cfg: Config, kind: str, capability: tuple[int, int] = (0, 0)) -> Device:
+# Reached with large products of 16-bit numbers, by arithmetic from public figures; none was timed here.
+GPUS = {  # capability; operations and bytes in a second, and bytes that are free
+    "T4": ((7, 5), (22e12, 240e9, 15.3e9)),
+    "L4": ((8, 9), (60e12, 240e9, 23.1e9)),
+    "A100": ((8, 0), (180e12, 1200e9, 41.9e9)),
+}
+# More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
+MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
+USABLE_MEMORY = {"cuda": 0.9, "mps": 0.8, "cpu": 0.8}  # of what is free; the rest is lost in gaps
+LIBRARIES = {"cuda": 0.6e9, "mps": 0.93e9, "cpu": 0.93e9}  # bytes
+ANSWERS_AT_ONCE = 8  # each remembers all of its tokens: phi-2 0.3 MB for one
+# Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
+PASSES = 10  # how often a kept number is written or read
+NARROW = 4  # how much longer an operation takes in products as narrow as an adapter's
+# Counted in a block: operations of a row, there and back; of each example in it; of a token told.
+OF_ROW, OF_EXAMPLE, OF_TOKEN = 400, 10, 125
+LAUNCH = 11e-6  # seconds in which Colab's processor starts one
+
+
+def choose_device(
+    cfg: Config, kind: str, capability: tuple[int, int] = (0, 0), *figures: float
+) -> Device:
+    """How a device is used; its figures are those of GPUS."""
     if kind == "mps" and cfg.LOAD_IN_4BIT:
         raise UserError("LOAD_IN_4BIT does not work on an Apple GPU. Leave it out.")
     if kind != "cuda" or cfg.MODEL_NAME == DEMO_MODEL:
-        if cfg.MODEL_NAME == DEMO_MODEL:
-            reason = "float32: the demo model is small"
-        else:
-            reason = "float32; " + ("an Apple GPU" if kind == "mps" else "no GPU, so this is slow")
-        return Device(kind, "float32", bool(cfg.LOAD_IN_4BIT), reason)
+        why = {"mps": "an Apple GPU", "cpu": "no GPU, so this is slow"}.get(kind)
+        why = "the demo model is small" if cfg.MODEL_NAME == DEMO_MODEL else why
+        return Device(kind, "float32", bool(cfg.LOAD_IN_4BIT), f"float32: {why}", *figures)
     # not torch.cuda.is_bf16_supported(): it says yes on a T4, where bfloat16 is emulated
     native = capability >= (8, 0)
     dtype, why = ("bfloat16", "native here") if native else ("float16", "too old for bfloat16")
     four_bit = cfg.LOAD_IN_4BIT is not False
-    weights = "weights in 4 bits to save memory" if four_bit else "weights in 16 bits, as set"
-    return Device(kind, dtype, four_bit, f"{dtype} ({why}); {weights}")
+    bits = "4 bits to save memory" if four_bit else "16 bits, as set"
+    return Device(kind, dtype, four_bit, f"{dtype} ({why}); weights in {bits}", *figures)
 
 
-def device_here(cfg: Config) -> tuple[str, Device]:
-    """What this machine has to compute with, by name, and how it is used."""
-    import torch
-
-    if torch.cuda.is_available():
-        device = choose_device(cfg, "cuda", torch.cuda.get_device_capability())
-        return torch.cuda.get_device_name(), device
-    device = choose_device(cfg, "mps" if torch.backends.mps.is_available() else "cpu")
-    return "the processor" if device.kind == "cpu" else "the Apple GPU", device
-
-
-def pick_device(cfg: Config) -> Device:
-    name, device = device_here(cfg)
-    say("Device", f"{name}, {device.reason}")
-    return device
-
-
-# More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
-MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
-USABLE_MEMORY = {"cuda": 0.9, "mps": 0.6, "cpu": 0.6}  # in the last two live other programs, too
-MOMENT = 0.05  # seconds to time one thing in; half a second gave the same figures
-LIBRARIES = 0.6e9  # bytes that they take, and CUDA for itself
-# Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
-PASSES = 10  # how often a kept number is written or read
-NARROW = 4  # how much longer an operation takes in products as narrow as an adapter's
-# Reached with large products of 16-bit numbers, by arithmetic from public figures; none was timed here.
-GPUS = {
-    "T4": ((7, 5), Machine("T4", 22e12, 240e9, 15.8e9)),
-    "L4": ((8, 9), Machine("L4", 60e12, 240e9, 23.6e9)),
-    "A100": ((8, 0), Machine("A100", 180e12, 1200e9, 42.4e9)),
-}
-
-
-def plan_run(
-    cfg: Config,
-    examples: Sequence[Example],
-    device: Device,
-    shape: Shape | None = None,
-    machine: Machine | None = None,
-) -> Plan:
-    """The steps, and how many tokens go through the model at once; neither changes the result."""
-    pairs = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
-    steps_per_epoch = math.ceil(len(examples) / pairs)
-    steps = cfg.MAX_STEPS or steps_per_epoch * cfg.NUM_EPOCHS
-    lengths = sorted((len(example["input_ids"]) for example in examples), reverse=True)
-    most = sum(lengths[:pairs])  # in any step
-    plan = Plan(
-        steps_per_epoch,
-        steps,
-        int(cfg.WARMUP_RATIO * steps),
-        sum(lengths),
-        pairs,
-        cfg.TOKENS_AT_ONCE or min(most, MOST_TOKENS_AT_ONCE[device.kind]),
-        bool(cfg.GRADIENT_CHECKPOINTING),
-        "as set" if cfg.TOKENS_AT_ONCE else "more would bring no speed",
-    )
-    if not (shape and machine):
-        return plan
-    plan = fitted(cfg, plan, lengths[0], shape, device, machine)
-    labels = sum(label != IGNORE for example in examples for label in example["labels"])
-    share = labels / plan.tokens_per_epoch
-    at_once = max(min(plan.tokens_at_once, most), lengths[0])
-    epoch = seconds_of(shape, device, machine, plan, lengths, labels) / processes()
-    return plan._replace(
-        seconds=epoch * steps / steps_per_epoch,
-        memory_gb=memory_of(shape, device, at_once, share, plan.checkpointing) / 1e9,
-    )
-
-
-def fitted(
-    cfg: Config, plan: Plan, longest: int, shape: Shape, device: Device, machine: Machine
-) -> Plan:
-    """As many tokens at once as memory holds; recomputing, where not even one pair fits without."""
-    usable = USABLE_MEMORY[device.kind] * machine.memory
-    fixed = memory_of(shape, device, 0, 0, checkpointing=False)
-    choices = [plan.checkpointing]
-    if cfg.GRADIENT_CHECKPOINTING is None:
-        choices = [False, True]
-    for checkpointing in choices:
-        per_token = memory_of(shape, device, 1, 1, checkpointing) - fixed
-        room = int(max(0, usable - fixed) / per_token)
-        if room >= longest:
-            break
-    reason = plan.reason
-    if not cfg.TOKENS_AT_ONCE and room < plan.tokens_at_once:
-        reason = f"as many as fit into {usable / 1e9:.0f} GB"
-        plan = plan._replace(tokens_at_once=max(room, longest))
-    if checkpointing:
-        reason += "; values are computed again instead of kept, " + (
-            "as set" if cfg.GRADIENT_CHECKPOINTING else "or one pair alone would not fit"
-        )
-    return plan._replace(checkpointing=checkpointing, reason=reason)
-
-
-def kept_bytes(shape: Shape, device: Device) -> float:
-    """For one token in one block, what is kept for the way back.
-
-    In the attention the question, key, value, what comes of them, and that in one piece; before it
-    the stream and what its norm makes of it, in float32 also where all else is in 16 bits; then the
-    wide part. The tests count the same in real models.
-    """
-    size = 4 if device.dtype == "float32" else 2
-    narrow = 7 if shape.wide_numbers < 3 else 9  # with a gate come two norms
-    norms = 0 if size == 4 else 4 * shape.hidden
-    return size * (narrow * shape.hidden + shape.wide_numbers * shape.inner) + norms
-
-
-def memory_of(
-    shape: Shape, device: Device, tokens: int, share: float, checkpointing: bool
-) -> float:
-    """Bytes at the worst moment, with so many tokens at once, of which this share is learnt."""
-    size = 4 if device.dtype == "float32" else 2
-    weights = shape.parameters * (0.65 if device.four_bit else size)  # parts are not in 4 bits
-    if is_sharded():
-        weights = weights / processes() + 2 * size * shape.weights / shape.blocks
-    adapter = shape.adapter * 4 * 4  # value, gradient, and two figures of the optimizer
-    block = kept_bytes(shape, device) + 8 * shape.dropped / shape.blocks
-    kept = shape.blocks * (4 * shape.hidden if checkpointing else block)
-    passing = block if checkpointing else 4 * size * shape.inner  # of the block under way
-    logits = share * shape.vocabulary * (4 + 4 + size)
-    return LIBRARIES + weights + adapter + tokens * (kept + passing + logits)
-
-
-def seconds_of(
-    shape: Shape,
-    device: Device,
-    machine: Machine,
-    plan: Plan,
-    lengths: Sequence[int],
-    labels: int,
-) -> float:
-    """For one epoch: the products of matrices, the moving of what lies between them, the weights."""
-    tokens, squares = sum(lengths), sum(length**2 for length in lengths)
-    through = 2 * tokens * shape.weights
-    products = through * (3 if plan.checkpointing else 2) + 6 * NARROW * tokens * shape.adapter
-    products += 7 * squares * shape.hidden * shape.blocks  # attention, there and back
-    products += 4 * labels * shape.hidden * shape.vocabulary
-    moved = PASSES * tokens * shape.blocks * kept_bytes(shape, device)
-    rows = math.ceil(tokens / plan.steps_per_epoch / plan.tokens_at_once) * plan.steps_per_epoch
-    if device.four_bit:  # made into 16 bits, there and back, whatever the tokens
-        moved += rows * 2 * 2.5 * shape.weights
-    return products / machine.flops + moved / machine.bandwidth
-
-
-def machine_here(device: Device, shape: Shape) -> Machine:
-    """What this machine can do, timed for a moment."""
+def device_here(cfg: Config) -> Device:
+    """What this machine has; a GPU that is not in the table counts as one that is."""
     import psutil
     import torch
 
-    dtype = getattr(torch, device.dtype)
-    hidden, inner = min(shape.hidden, 1024), min(shape.inner, 4096)  # larger is no faster
-    tokens = torch.randn(
-        min(1024, 2**31 // (hidden * inner)), hidden, dtype=dtype, device=device.kind
-    )
-    weight = torch.randn(hidden, inner, dtype=dtype, device=device.kind)
-    large = torch.zeros(2**24, dtype=dtype, device=device.kind)  # no cache holds it
-
-    def timed(act: Callable[[], Any]) -> float:
-        best, until = math.inf, time.perf_counter() + MOMENT
-        while time.perf_counter() < until:
-            start = time.perf_counter()
-            act()
-            if device.kind == "cuda":
-                torch.cuda.synchronize()
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    flops = 2 * tokens.numel() * inner / timed(lambda: tokens @ weight)
-    bandwidth = 2 * large.nbytes / timed(large.clone)
-    memory = psutil.virtual_memory().total / processes()
-    if device.kind == "cuda":
-        memory = torch.cuda.get_device_properties(0).total_memory
-    return Machine("here", flops, bandwidth, memory)
+    if torch.cuda.is_available():
+        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        like = "T4" if capability < (8, 0) else "A100"
+        _, (flops, bandwidth, _) = GPUS[next((gpu for gpu in GPUS if gpu in name), like)]
+        memory, _ = torch.cuda.mem_get_info()
+        device = choose_device(cfg, "cuda", capability, flops, bandwidth, memory)
+    else:
+        is_apple = torch.backends.mps.is_available()
+        name, kind = ("the Apple GPU", "mps") if is_apple else ("the processor", "cpu")
+        flops, bandwidth = (2e12, 60e9) if is_apple else (flops_of_processor(), 10e9)  # of an M1
+        memory = psutil.virtual_memory().available / processes()
+        device = choose_device(cfg, kind, (0, 0), flops, bandwidth, memory)
+    return device._replace(reason=f"{name}, {device.reason}")
 
 
-# -- Several processes, which a launcher has started: accelerate launch, or torchrun
+@functools.cache
+def flops_of_processor() -> float:
+    """Operations in a second, by a product that takes a fraction of one."""
+    import torch
+
+    square = torch.ones(1024, 1024)
+    for _ in range(2):  # the first wakes the threads
+        start = time.perf_counter()
+        square @ square
+    return 2 * 1024**3 / (time.perf_counter() - start)
+
+
+def cost_of_row(
+    cfg: Config, model: Outline, device: Device, recomputing: bool, *row: float
+) -> tuple[float, float]:
+    """Seconds there and back, and bytes at the worst moment, for so many tokens, tokens learnt and examples.
+
+    A block keeps for each token, for the way back, what its attention and norms need (in float32 also
+    where all else is in 16 bits) and its wide part; the tests count the same in real models.
+    """
+    tokens, learnt, examples = row
+    size = 4 if device.dtype == "float32" else 2
+    inner = max(inputs for inputs, _ in model.linear.values())
+    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in model.linear)
+    wide = (3 if gated else 1) + any(inputs == inner for inputs, _ in model.adapted)
+    kept = size * ((9 if gated else 7) * model.hidden + wide * inner)
+    kept += 0 if size == 4 else 4 * model.hidden
+    dropped = bool(cfg.LORA_DROPOUT) * sum(inputs for inputs, _ in model.adapted)
+    blocks, passing = model.blocks * kept + dropped, 4.0 * size * inner
+    if recomputing:
+        blocks, passing = model.blocks * 4 * model.hidden, kept + dropped / model.blocks
+    weights = sum(map(math.prod, model.linear.values()))
+    adapter = cfg.LORA_R * sum(map(sum, model.adapted))
+    memory = LIBRARIES[device.kind] + model.parameters * (0.65 if device.four_bit else size)
+    memory += 16 * adapter + tokens * (blocks + passing) + learnt * 12 * model.vocabulary
+    products = tokens * (2 * weights * (3 if recomputing else 2) + 6 * NARROW * adapter)
+    products += learnt * 4 * model.hidden * model.vocabulary
+    moved = PASSES * tokens * model.blocks * kept + (5 * weights if device.four_bit else 0)
+    launching = model.blocks * (OF_ROW + OF_EXAMPLE * examples) * LAUNCH
+    return max(products / device.flops + moved / device.bandwidth, launching), memory
+
+
+def seconds_to_ask(cfg: Config, model: Outline, device: Device, learnt: Sequence[int]) -> float:
+    """Untrained, the model goes on as long as it may; tuned, at most as long as what it has learnt."""
+    groups = math.ceil(min(cfg.EVAL_ANSWERS, len(learnt)) / ANSWERS_AT_ONCE)
+    tokens = groups * (cfg.MAX_TOKENS + min(cfg.MAX_TOKENS, max(learnt)))
+    size = 2.5 if device.four_bit else 4 if device.dtype == "float32" else 2
+    work = model.parameters * (2 * ANSWERS_AT_ONCE / device.flops + size / device.bandwidth)
+    return tokens * max(work, model.blocks * OF_TOKEN * LAUNCH)
+
+
+def plan_run(
+    cfg: Config, examples: Sequence[Example], device: Device, model: Outline | None = None
+) -> Plan:
+    """The steps, and how many tokens go through the model at once; neither changes the result."""
+    lengths = sorted((len(example["labels"]) for example in examples), reverse=True)
+    learnt = [sum(label != IGNORE for label in example["labels"]) for example in examples]
+    pairs = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    epoch = math.ceil(len(lengths) / pairs)
+    steps = cfg.MAX_STEPS or epoch * cfg.NUM_EPOCHS
+    figures = (epoch, steps, int(cfg.WARMUP_RATIO * steps), sum(lengths), pairs)
+    most, recompute = sum(lengths[:pairs]), cfg.GRADIENT_CHECKPOINTING
+    at_once = cfg.TOKENS_AT_ONCE or min(most, MOST_TOKENS_AT_ONCE[device.kind])
+    reason = "as set" if cfg.TOKENS_AT_ONCE else "more would bring no speed"
+    if model is None:
+        return Plan(*figures, at_once, bool(recompute), reason)
+    cost = functools.partial(cost_of_row, cfg, model, device)
+    usable = USABLE_MEMORY[device.kind] * device.memory
+    for recomputing in [False, True] if recompute is None else [recompute]:
+        fixed = cost(recomputing, 0, 0, 0)[1]
+        room = int(max(0, usable - fixed) / (cost(recomputing, 1, 1, 1)[1] - fixed))
+        if room >= lengths[0]:
+            break
+    if not cfg.TOKENS_AT_ONCE and room < at_once:
+        at_once, reason = max(room, lengths[0]), f"as many as fit into {usable / 1e9:.0f} GB"
+    if recomputing:
+        why = "as set" if recompute else "or one pair alone would not fit"
+        reason += f"; values are computed again instead of kept, {why}"
+    rows = math.ceil(sum(lengths) / epoch / at_once) * epoch
+    seconds, _ = cost(recomputing, *(n / rows for n in (sum(lengths), sum(learnt), len(lengths))))
+    tokens = max(min(at_once, most), lengths[0])
+    _, memory = cost(recomputing, tokens, tokens * sum(learnt) / sum(lengths), 1)
+    seconds *= rows * steps / epoch / processes()
+    asking = seconds_to_ask(cfg, model, device, learnt)
+    return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
+
+
+def in_time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+# -- Several processes: accelerate launch or torchrun starts one for each GPU, the Trainer shares the work
 
 ENDED = (
     "Another process of this training has ended, so this one ends, too.\n"
     "Run the same command again: it goes on from the newest checkpoint."
 )
-SHARDED = "FINETUNE_COLAB_SHARDED"  # in the environment: no process holds the whole model
 
 
-def is_sharded() -> bool:
-    """Whether accelerate was asked for FSDP."""
-    return SHARDED in os.environ
-
-
-def process_number() -> int:
-    """Of this process among those that were launched together; the first is 0, and so is a lone one."""
-    return int(os.environ.get("RANK", "0")) if "LOCAL_RANK" in os.environ else 0
+def processes() -> int:
+    """How many train together; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_first() -> bool:
     """Whether this is the process that speaks and writes."""
-    return process_number() == 0
-
-
-def processes() -> int:
-    """How many work together, between join_others and leave_others."""
-    if "torch" not in sys.modules:
-        return 1
-    from torch import distributed
-
-    met = distributed.is_available() and distributed.is_initialized()
-    return distributed.get_world_size() if met else 1
-
-
-def join_others() -> None:
-    """Meet the processes that were launched beside this one, each with a GPU of its own.
-
-    The libraries are not told of them. In each process the Trainer goes through the whole training;
-    only the rows of a step are shared out, and their gradients summed.
-    """
-    environment = os.environ
-    if "LOCAL_RANK" not in environment:
-        return
-    count, here = int(environment.get("WORLD_SIZE", "1")), int(environment["LOCAL_RANK"])
-    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
-        raise UserError(
-            "DeepSpeed does not work here. Use --multi_gpu or --use_fsdp of accelerate."
-        )
-    if int(environment.get("LOCAL_WORLD_SIZE", count)) != count:
-        raise UserError("The processes have to be on one machine: --num_machines 1")
-    on_cpu = environment.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" and count > 1:
-        environment[SHARDED] = "1"
-    for name in [name for name in environment if name.startswith("ACCELERATE_")]:
-        del environment[name]  # how to train is decided by the settings alone
-    environment["LOCAL_RANK"] = "-1"  # or else accelerate would share out the work in its own way
-    gpus = environment.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")
-    environment["CUDA_VISIBLE_DEVICES"] = "" if on_cpu else "".join(gpus[here : here + 1])
-    if count == 1:
-        return
-    from torch import distributed
-
-    # the first may be long about a download; that a process has ended, the others notice at once
-    distributed.init_process_group("gloo", timeout=datetime.timedelta(days=1))
-    environment["WORLD_SIZE"] = "1"
-    logging.getLogger("transformers.training_args").addFilter(
-        lambda record: "parallel_mode" not in record.getMessage()  # that it has not been told
-    )
-
-
-def leave_others() -> None:
-    """From here on each process is alone."""
-    if processes() > 1:
-        from torch import distributed
-
-        with suppress(UserError):
-            highest(0)  # so that none hangs up while another is still listening
-        distributed.destroy_process_group()
+    return processes() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
@@ -2714,107 +2079,40 @@ def only_first_speaks() -> Iterator[None]:
         yield
 
 
-def is_first_to_fail() -> bool:
-    """Whether it falls to this process to say why all of them end."""
-    if processes() == 1:
-        return is_first()
-    from torch import distributed
-
-    try:
-        return distributed.distributed_c10d._get_default_store().add("failed", 1) == 1
-    except RuntimeError:  # the process that kept the count has ended
-        return is_first()
-
-
 @contextmanager
-def explained_ends(sign: str = "") -> Iterator[None]:
-    """A connection breaks when the process at its other end does."""
-    try:
+def first_goes_first() -> Iterator[None]:
+    """The first process downloads, tidies up and refuses; the others then find it done."""
+    if processes() == 1:
         yield
-    except RuntimeError as error:
-        if sign not in str(error):
-            raise
-        LOG.info("The others: %s", error)
-        raise UserError(ENDED) from None
+        return
+    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
+        raise UserError("The processes have to be on one machine: --num_machines 1")
+    for kind in ("DeepSpeed", "FSDP"):
+        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "").lower() == "true":
+            raise UserError(f"{kind} does not work here. Launch with --multi_gpu instead.")
+    from datetime import timedelta
 
-
-def agree(find: Callable[[], Result]) -> Result:
-    """What the first process finds, in all of them; when it fails, all end."""
-    if processes() == 1:
-        return find()
-    from torch import distributed
-
-    told: list[Any] = [None]  # that it has failed
-    try:
-        if is_first():
-            told = [(find(),)]
-    finally:
-        with explained_ends():
-            distributed.broadcast_object_list(told)
-    if told[0] is None:
-        raise SystemExit(2)  # the first says why
-    return told[0][0]
-
-
-def highest(number: int) -> int:
-    """The highest of what the processes come with."""
-    if processes() == 1:
-        return number
     import torch
+    from accelerate import PartialState
 
-    numbers = torch.tensor([number])
-    with explained_ends():
-        torch.distributed.all_reduce(numbers, torch.distributed.ReduceOp.MAX)
-    return int(numbers)
-
-
-def summed(numbers: torch.Tensor) -> torch.Tensor:
-    """The sum of what the processes come with; the same in all of them, to the last bit."""
-    if processes() == 1:
-        return numbers
-    import torch
-
-    sums = numbers if numbers.is_cuda else numbers.cpu()
-    with explained_ends():
-        torch.distributed.all_reduce(sums, group=gpu_group() if numbers.is_cuda else None)
-    return sums.to(numbers.device)
-
-
-@functools.cache
-def gpu_group() -> Any:
-    """The way from GPU to GPU."""
-    from torch import distributed
-
-    return distributed.new_group(backend="nccl")
-
-
-def draw_apart(seed: int, step: int) -> None:
-    """For each process and step other random numbers, and the same whenever the step is repeated."""
-    if processes() > 1:
-        import torch
-
-        torch.manual_seed(random.Random(f"{seed} {step} {process_number()}").getrandbits(63))
-
-
-def refuse_uneven(device: Device) -> None:
-    """When there are fewer GPUs than processes, the last ones have none."""
-    import torch
-
-    if device.kind == "cuda" and not torch.cuda.is_available():
+    if 0 < torch.cuda.device_count() < processes():
         raise UserError(
-            f"{processes()} processes were launched, and there are fewer GPUs.\n"
+            f"{processes()} processes were launched, and there are {torch.cuda.device_count()} GPUs.\n"
             "Launch one for each GPU: --num_processes, or --nproc-per-node of torchrun"
         )
+    patience = timedelta(days=1)  # the first may be long about a download
+    together = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
+    with together.main_process_first():
+        yield
 
 
 # ==================================================================================================
 # 6  Models
 # ==================================================================================================
 
-LICENCES = {"microsoft/phi-2": "mit"}
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
-TOKENIZER_FILE = "tokenizer_config.json"  # by which a tokenizer is known to have been downloaded
+SHARING_ATTENTION = ("full_attention", "sliding_attention")  # kinds of layers in rows of several
 # These warn of what is done here in another way: kernels, the best adapter, the age of checkpoints.
 NOISY = (
     "bitsandbytes.backends.cpu.ops",
@@ -2827,149 +2125,166 @@ TARGET_GROUPS = {
     "attention": re.compile(r"\b(self_attn|attn|attention|self_attention)\."),
     "mlp": re.compile(r"\b(mlp|feed_forward|ffn)\."),
 }
-ADAPTER_GGUF = "adapter-f16.gguf"
-LLAMA_FLOOR = "0.2.18"  # of cyllama
-READ_AT_ONCE = 512  # tokens
-DEMO_BASE = "demo_base"  # it goes along with its adapter, in this folder: it is on no hub
 BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
 DEMO_STEPS = 100  # of reading before it is taught anything; fewer leave it without words
-DEMO_SHAPE: dict[str, Any] = {
-    "vocab_size": 1024,
-    "hidden_size": 320,  # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need
-    "intermediate_size": 1280,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+# 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need; MAX_LENGTH decides the length
+DEMO_SIZES = {"hidden_size": 320, "intermediate_size": 1280, "vocab_size": 1024}
+DEMO_SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32_768}
+DEMO_SHAPE: dict[str, Any] = DEMO_SIZES | {
     "partial_rotary_factor": 0.4,
-    "max_position_embeddings": 32_768,  # so that MAX_LENGTH decides, as with real models
     "resid_pdrop": 0.0,
+    "hidden_act": "gelu_pytorch_tanh",
     "bos_token_id": 0,
     "eos_token_id": 0,
 }
+
+
+def demo_folder() -> Path:
+    """The demo model, built on first use and then kept with the other caches of this computer."""
+    from pydoc_data import topics  # a book of plain English that every Python carries
+
+    book = "\n".join(text for _, text in sorted(topics.topics.items()))
+    book = re.sub(r"[ \t]+", " ", book)
+    recipe = repr((DEMO_SHAPE, DEMO_STEPS, book, installed_version("transformers")))
+    folder = cache_folder(f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}", "demo")
+    if not (folder / "model.safetensors").is_file():
+        say("Model", "building the demo model (once, under a minute)")
+        with atomic_folder(folder) as staged:
+            tokenizer = demo_tokenizer(book)
+            tokenizer.save_pretrained(staged)
+            demo_model(tokenizer.backend_tokenizer.encode(book).ids).save_pretrained(staged)
+    return folder
+
+
+def demo_tokenizer(book: str) -> transformers.PreTrainedTokenizerBase:
+    """Like phi-2's: byte pairs, so that no text is unknown, and one sign for every purpose."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    end, pairs = "<|endoftext|>", ByteLevelBPETokenizer()
+    size = DEMO_SHAPE["vocab_size"]
+    pairs.train_from_iterator([book], size, special_tokens=[end], show_progress=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=pairs._tokenizer,
+        model_max_length=DEMO_SHAPE["max_position_embeddings"],
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
+    )
+
+
+def demo_model(book: Sequence[int]) -> transformers.PreTrainedModel:
+    """A small Phi that has read one book: it knows words, and no answers."""
+    import torch
+    from transformers import PhiConfig, PhiForCausalLM, set_seed
+
+    set_seed(0)
+    model, ids = PhiForCausalLM(PhiConfig(**DEMO_SHAPE)), torch.tensor(book)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=DEMO_STEPS)
+    for _ in range(DEMO_STEPS):
+        starts = torch.randint(len(ids) - 128, (16,)).tolist()
+        batch = torch.stack([ids[start : start + 128] for start in starts])
+        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+    return model.eval()
+
+
+# -- The base model
+
+
+class UnreachableError(UserError):
+    """The model is not on this computer, and the Hub cannot be asked for it."""
+
+
+def local_base(cfg: Config) -> Path | None:
+    """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
+    folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_path(cfg.MODEL_NAME)
+    return folder if os.path.isdir(folder) else None
+
+
+def base_name(cfg: Config) -> str:
+    """The base model as others may read it: its name on the Hub, or its folder's without the path."""
+    folder = local_base(cfg)
+    return f"./{folder.resolve().name}" if folder else cfg.MODEL_NAME
 
 
 def model_revision(cfg: Config) -> str | None:
     return cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
 
 
-def local_base(cfg: Config) -> Path | None:
-    """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
-    folder = local_path(cfg.MODEL_NAME)
-    return folder if os.path.isdir(folder) and cfg.MODEL_NAME != DEMO_MODEL else None
+def base_source(cfg: Config) -> dict[str, Any]:
+    """Where transformers finds the base: a folder, or from now on this one commit on the Hub."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
-
-def base_name(cfg: Config) -> str:
-    """The base model as others may read it: its name on the Hub, or its folder's without the path."""
-    if cfg.MODEL_NAME == DEMO_MODEL:
-        return f"./{DEMO_BASE}"
-    folder = local_base(cfg)
-    return f"./{folder.resolve().name}" if folder else cfg.MODEL_NAME
-
-
-def pin_revision(cfg: Config) -> str:
-    """The commit of the model, which from here on is set: what is newest may change at any time."""
-    from huggingface_hub import hf_hub_download
-
-    config = hf_hub_download(cfg.MODEL_NAME, "config.json", revision=model_revision(cfg))
-    cfg.MODEL_REVISION = Path(config).parent.name  # where the Hub's client keeps this commit
-    return cfg.MODEL_REVISION
+    if folder := local_base(cfg):
+        return {"pretrained_model_name_or_path": str(folder), "trust_remote_code": False}
+    name, revision = cfg.MODEL_NAME, model_revision(cfg)
+    here = try_to_load_from_cache(name, "config.json", revision=revision)
+    commit = Path(here).parent.name if isinstance(here, str) else ""
+    if not commit or commit != revision:  # what is newest may change at any time
+        try:
+            commit = HfApi().model_info(name, revision=revision, timeout=10).sha or ""
+        except errors.HfHubHTTPError:
+            if not commit:
+                raise
+        except Exception as error:  # of the network, each library has its own
+            if not commit:
+                raise ConnectionError(f"no way to the Hub ({type(error).__name__})") from None
+    cfg.MODEL_REVISION = commit
+    # without code of the model's own, or else transformers asks, and a y runs it
+    return {"pretrained_model_name_or_path": name, "revision": commit, "trust_remote_code": False}
 
 
 @contextmanager
-def explained_model_errors(cfg: Config) -> Iterator[None]:
-    """Turn what the Hub's client says about a name or a network into one message."""
+def explained(what: str, advice: str) -> Iterator[None]:
+    """What a library says of the network or of a damaged file, as one message."""
     try:
         yield
     except (UserError, ModuleNotFoundError):
         raise
-    except Exception as error:  # of the Hub's client, the network, or a damaged file
+    except Exception as error:  # the Hub's client, zipfile, json, safetensors and peft have many
         found = f"{type(error).__name__}: {error}"
         full = isinstance(error, (RuntimeError, MemoryError))
         if full and re.search("memory|cuda|cublas", found, re.IGNORECASE):
             raise
-        revision = f" at revision {model_revision(cfg)}" if model_revision(cfg) else ""
-        advice = (
-            "Check MODEL_NAME and the internet connection, and run the same command again: what was "
-            "downloaded is kept. A model behind a licence needs HF_TOKEN and the licence accepted."
-        )
-        if local_base(cfg):
-            advice = (
-                "The folder has to hold a whole model, with its weights as .safetensors and no code of "
-                "its own. Copy it once more, or use another model."
-            )
-        elif type(error).__name__ == "HFValidationError":  # of huggingface_hub
-            found = (
-                "There is no such folder here, and the Hub has only names such as microsoft/phi-2."
-            )
-            advice = "Check MODEL_NAME, which is the folder of a model or its name on the Hub."
-        raise UserError(
-            f"The model {cfg.MODEL_NAME}{revision} could not be loaded.\n{preview(found, 200)}\n{advice}"
-        ) from None
+        if type(error).__name__ == "HFValidationError":  # the Hub's client knows no folders
+            found = "There is no such folder here."
+        refusal = UnreachableError if isinstance(error, ConnectionError) else UserError
+        raise refusal(f"{what}\n{preview(found, 200)}\n{advice}") from None
+
+
+def explained_model(cfg: Config) -> Any:
+    revision = f" at revision {model_revision(cfg)}" if model_revision(cfg) else ""
+    return explained(
+        f"The model {cfg.MODEL_NAME}{revision} could not be loaded.",
+        "MODEL_NAME has to be a name on the Hub, such as microsoft/phi-2, or the folder of a whole model, "
+        "with .safetensors and no code of its own. Check it and the internet connection, and run the same "
+        "command again: what was downloaded is kept. A model behind a licence needs HF_TOKEN and the "
+        "licence accepted.",
+    )
 
 
 def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    if cfg.MODEL_NAME == DEMO_MODEL:
-        return demo_tokenizer()
-    with explained_model_errors(cfg):
-        folder = local_base(cfg)
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder or cfg.MODEL_NAME),
-            revision=None if folder else pin_revision(cfg),
-            trust_remote_code=False,  # or else transformers asks, and a y runs the model's own code
-        )
+    with explained_model(cfg):
+        tokenizer = AutoTokenizer.from_pretrained(**base_source(cfg))
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
             raise OSError("it has no tokenizer")
-    if form_of(cfg, tokenizer) == CHAT_TEMPLATE:  # then this ends an answer, here and elsewhere
-        tokenizer.eos_token = end_sign(tokenizer)
+    set_template(cfg, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
     return tokenizer
 
 
-def is_within_reach(cfg: Config, file: str) -> bool:
-    """Whether this file of the model is here, or else the Hub answers."""
-    name, revision = cfg.MODEL_NAME, model_revision(cfg)
-    if name == DEMO_MODEL or os.path.exists(local_path(name)):
-        return True
-    from huggingface_hub import HfApi, errors, try_to_load_from_cache
-
-    try:
-        if not try_to_load_from_cache(name, file, revision=revision):
-            HfApi().model_info(name, timeout=10)
-    except (errors.HfHubHTTPError, ValueError):
-        pass  # the Hub has answered, or the name is none: what is wrong is said by load_tokenizer
-    except Exception:  # of the network, each library has its own
-        return False
-    return True
-
-
-class Outline(NamedTuple):
-    """What a model is made of, which can be known before its weights are here."""
-
-    blocks: int
-    hidden: int
-    vocabulary: int
-    parameters: int
-    linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
-    stateful: bool = False
-
-
 def known_outline(cfg: Config) -> Outline | None:
     """The outline of MODEL_NAME; None where its configuration cannot be had, or is none."""
-    if not is_within_reach(cfg, "config.json"):
-        return None
     from transformers import AutoConfig
 
     try:
-        if cfg.MODEL_NAME == DEMO_MODEL:
-            config = AutoConfig.for_model("phi", **DEMO_SHAPE)
-        else:
-            revision = model_revision(cfg)
-            config = AutoConfig.from_pretrained(
-                cfg.MODEL_NAME, revision=revision, trust_remote_code=False
-            )
+        config = AutoConfig.from_pretrained(**base_source(cfg))
         return usual_outline(config) or outline_of(without_weights(config))
     except Exception:  # it is found again, and explained, when the model is loaded
         return None
@@ -2982,41 +2297,31 @@ def usual_outline(config: Any) -> Outline | None:
     """
     if config.model_type not in ("phi", "llama", "mistral", "qwen2", "qwen3"):
         return None
-    hidden, inner = config.hidden_size, config.intermediate_size
+    hidden, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    attention = {"q_proj": (hidden, queries), "k_proj": (hidden, keys), "v_proj": (hidden, keys)}
-    if config.model_type == "phi":
-        attention["dense"] = (queries, hidden)
-        mlp = {"fc1": (hidden, inner), "fc2": (inner, hidden)}
-    else:
-        attention["o_proj"] = (queries, hidden)
-        mlp = {
-            "gate_proj": (hidden, inner),
-            "up_proj": (hidden, inner),
-            "down_proj": (inner, hidden),
-        }
+    phi = config.model_type == "phi"
+    sizes = {
+        "self_attn.q_proj": (hidden, queries),
+        "self_attn.k_proj": (hidden, keys),
+        "self_attn.v_proj": (hidden, keys),
+        "self_attn.dense" if phi else "self_attn.o_proj": (queries, hidden),
+        "mlp.fc1" if phi else "mlp.up_proj": (hidden, inner),
+        "mlp.fc2" if phi else "mlp.down_proj": (inner, hidden),
+    }
+    sizes |= {} if phi else {"mlp.gate_proj": (hidden, inner)}
     linear = {
-        f"model.layers.{block}.{part}.{name}": size
-        for block in range(config.num_hidden_layers)
-        for part, sizes in (("self_attn", attention), ("mlp", mlp))
-        for name, size in sizes.items()
+        f"model.layers.{i}.{name}": size for i in range(blocks) for name, size in sizes.items()
     }
     embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
     parameters = embeddings + sum(map(math.prod, linear.values()))  # norms and biases are nothing
-    return Outline(config.num_hidden_layers, hidden, config.vocab_size, parameters, linear)
+    return Outline(blocks, hidden, config.vocab_size, parameters, linear)
 
 
 def outline_of(model: transformers.PreTrainedModel) -> Outline:
-    words = model.get_input_embeddings()
-    return Outline(
-        blocks=model.config.get_text_config().num_hidden_layers,
-        hidden=words.embedding_dim,
-        vocabulary=words.num_embeddings,
-        parameters=model.num_parameters(),
-        linear=linear_layers(model),
-        stateful=model._is_stateful,
-    )
+    words, blocks = model.get_input_embeddings(), model.config.get_text_config().num_hidden_layers
+    sizes = (blocks, words.embedding_dim, words.num_embeddings, model.num_parameters())
+    return Outline(*sizes, linear_layers(model), model._is_stateful)
 
 
 def without_weights(config: Any) -> transformers.PreTrainedModel:
@@ -3027,49 +2332,39 @@ def without_weights(config: Any) -> transformers.PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
-def load_base(
-    cfg: Config, device: Device, folder: Path | None = None
-) -> transformers.PreTrainedModel:
-    """The model as it was published, from `folder` or from where MODEL_NAME says."""
+def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
+    """The model as it was published, but without dropout: the only one is to be LORA_DROPOUT."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
     for library in NOISY:
         logging.getLogger(library).setLevel(logging.ERROR)
-    if folder is None and cfg.MODEL_NAME == DEMO_MODEL:
-        folder = demo_folder()
-    folder = folder or local_base(cfg)
-    source = str(folder or cfg.MODEL_NAME)
-    with explained_model_errors(cfg):
-        revision = None if folder else pin_revision(cfg)
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
-        shape = AutoConfig.from_pretrained(source, **options)
+    dtype, options = getattr(torch, device.dtype), {}
+    if device.four_bit:
+        how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **how)
+        options["quantization_config"] = quantized
+    with explained_model(cfg):
+        source = base_source(cfg)
+        shape = AutoConfig.from_pretrained(**source)
         if getattr(shape, "hidden_act", "") == "gelu_new":
             shape.hidden_act = "gelu_pytorch_tanh"  # the same function as one kernel, not eight
-        for name in ("resid_pdrop", "embd_pdrop", "attention_dropout"):
-            if hasattr(shape, name):
-                setattr(shape, name, 0.0)  # phi-2 brings 0.1; the only dropout is LORA_DROPOUT
-        dtype = getattr(torch, device.dtype)
-        if device.four_bit:
-            options["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
-            )
+        for name, value in list(vars(shape).items()):
+            if name.endswith(("pdrop", "dropout")) and isinstance(value, float):
+                setattr(shape, name, 0.0)
         model, loaded = AutoModelForCausalLM.from_pretrained(
-            source,
+            **source,
+            **options,
             config=shape,
             dtype=dtype,  # "auto" would load phi-2 as float16 even on a processor
             # its default is sdpa, which sums in float32: plain attention overflows phi-2's float16
             use_safetensors=True,
-            device_map={"": "cpu" if is_sharded() else device.kind},
+            device_map={"": device.kind},
             output_loading_info=True,
-            **options,
         )
         if loaded["missing_keys"]:  # transformers would go on with weights of chance
             raise OSError(f"it lacks weights, among them {min(loaded['missing_keys'])}")
-        model.generation_config = GenerationConfig()  # how it answers is decided here alone
+    model.generation_config = GenerationConfig()  # how it answers is decided here alone
     return model
 
 
@@ -3082,33 +2377,29 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     import psutil
 
     each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
-    size = parameters * each * processes()
-    memory = psutil.virtual_memory()
+    size, memory = parameters * each * processes(), psutil.virtual_memory()
     if device.kind == "cuda" or size <= memory.available:
         return
     needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
-    if size <= memory.total:
-        free = f"{memory.available / 1e9:.1f} GB are free"
-        say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
-        return
-    raise UserError(
-        f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
-        "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
-    )
+    if size > memory.total:
+        raise UserError(
+            f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
+            "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
+        )
+    free = f"{memory.available / 1e9:.1f} GB are free"
+    say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
+
+
+# -- The adapter
 
 
 @contextmanager
 def usable_peft() -> Iterator[Any]:
     """The peft library, kept from what it stumbles over."""
-    from importlib import metadata
-
-    try:
-        old = tuple(map(int, metadata.version("torchao").split(".")[:2])) < (0, 16)
-    except (metadata.PackageNotFoundError, ValueError):
-        old = False
-    if old and "torchao" not in sys.modules:
-        # Colab's torchao is older than peft accepts, so that peft refuses every layer that is not
-        # in 4 bits. Nothing here needs torchao; None is Python's own mark of an absent module.
+    torchao = installed_version("torchao")
+    if torchao and is_below(torchao, "0.16") and "torchao" not in sys.modules:
+        # Colab's is older than peft accepts, so that peft refuses every layer that is not in 4 bits.
+        # Nothing here needs torchao; None is Python's own mark of an absent module.
         sys.modules["torchao"] = None  # type: ignore[assignment]
         say("Note", "the old torchao of this machine is left aside: peft does not work with it")
     with warnings.catch_warnings():
@@ -3122,89 +2413,56 @@ def usable_peft() -> Iterator[Any]:
 def linear_layers(base: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of all linear layers but the last, by their full names."""
     import torch
-    from transformers.pytorch_utils import Conv1D  # GPT-2's kind, which names its sizes otherwise
+    from transformers.pytorch_utils import Conv1D  # GPT-2's kind, whose weight lies the other way
 
-    head = base.get_output_embeddings()
-    return {
-        name: (module.nx, module.nf)
-        if isinstance(module, Conv1D)
-        else (module.in_features, module.out_features)
-        for name, module in base.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D) and module is not head
-    }
+    head, sizes = base.get_output_embeddings(), {}
+    for name, layer in base.named_modules():
+        if isinstance(layer, Conv1D):
+            sizes[name] = (layer.nx, layer.nf)
+        elif isinstance(layer, torch.nn.Linear) and layer is not head:
+            sizes[name] = (layer.in_features, layer.out_features)
+    return sizes
 
 
 def adapted_layers(
     cfg: Config, linear: dict[str, tuple[int, int]], stateful: bool = False
 ) -> list[str]:
     """Of these layers, the ones that LORA_TARGETS and LORA_LAYERS name."""
-    groups = [path for group, path in TARGET_GROUPS.items() if group in cfg.LORA_TARGETS]
-    named = set(cfg.LORA_TARGETS) - set(TARGET_GROUPS)
-    kinds = {name.rpartition(".")[2] for name in linear}
-    if unknown := sorted(named - kinds):
-        raise UserError(
-            f"LORA_TARGETS names {', '.join(unknown)}, which {cfg.MODEL_NAME} does not have.\n"
-            f"Its layers are: {', '.join(sorted(kinds))}; or {', '.join(TARGET_GROUPS)}"
-        )
     blocks = {name: int(number[1]) for name in linear if (number := re.search(r"\.(\d+)\.", name))}
-    chosen = blocks_named(cfg.LORA_LAYERS)
-    last = max(blocks.values(), default=-1)
-    if chosen and max(chosen) > last:
-        raise UserError(
-            f"LORA_LAYERS {cfg.LORA_LAYERS} names block {max(chosen)}; {cfg.MODEL_NAME} has 0 to {last}."
-        )
-    # models with a state take the weights out of this layer, so that its adapter would go unseen
-    unseen = "out_proj" if stateful else None
-
-    def is_wanted(name: str) -> bool:
-        kind = name.rpartition(".")[2]
-        grouped = any(path.search(name) for path in groups) and kind != unseen
-        return (grouped or kind in named) and (not chosen or blocks.get(name) in chosen)
-
-    layers = [name for name in linear if is_wanted(name)]
-    if not layers:
-        raise UserError(
-            f"LORA_TARGETS {', '.join(cfg.LORA_TARGETS)} finds nothing in {cfg.MODEL_NAME}.\n"
-            f"Its layers are: {', '.join(sorted(kinds))}"
-        )
+    chosen = blocks_named(cfg.LORA_LAYERS, max(blocks.values(), default=-1))
+    layers: list[str] = []
+    for target in cfg.LORA_TARGETS:
+        path = TARGET_GROUPS.get(target) or re.compile(rf"(^|\.){re.escape(target)}$")
+        found = [name for name in linear if path.search(name)]
+        if chosen:
+            found = [name for name in found if blocks.get(name) in chosen]
+        if stateful and target in TARGET_GROUPS:
+            # such models take the weights out of this layer, so that its adapter would go unseen
+            found = [name for name in found if not name.endswith(".out_proj")]
+        if not found:
+            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            raise UserError(
+                f"LORA_TARGETS names {target}, which {cfg.MODEL_NAME} does not have.\n"
+                f"Its layers are: {', '.join(kinds)}; or {', '.join(TARGET_GROUPS)}"
+            )
+        layers += [name for name in found if name not in layers]
     return layers
 
 
-def blocks_named(text: str) -> set[int]:
+def blocks_named(text: str, last: int) -> set[int]:
     """0,4-6 is the blocks 0, 4, 5 and 6; nothing is all of them."""
     parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
     chosen = {n for p in parts if p for n in range(int(p[1]), int(p[2] or p[1]) + 1)}
-    if text.strip() and not (all(parts) and chosen):
-        raise UserError(f"LORA_LAYERS {text!r} is no list of blocks, such as 16-31 or 0,1,30,31.")
+    if text.strip() and not (all(parts) and chosen and max(chosen) <= last):
+        raise UserError(
+            f"LORA_LAYERS {text!r} names no blocks such as 0,4-6; there are 0 to {last}."
+        )
     return chosen
 
 
-def plan_here(
-    cfg: Config, examples: Sequence[Example], shape: Shape | None, device: Device | None = None
-) -> Plan:
-    """The plan for this machine; without an estimate where the shape of the model is unknown."""
-    if shape is None:  # then nobody has to wait for torch, either
-        return plan_run(cfg, examples, device or Device("cpu", "float32", False, ""))
-    device = device or device_here(cfg)[1]
-    return plan_run(cfg, examples, device, shape, machine_here(device, shape))
-
-
-def shape_of(cfg: Config, model: Outline) -> Shape:
-    """What the cost of training depends on."""
-    adapted = [model.linear[name] for name in adapted_layers(cfg, model.linear, model.stateful)]
-    inner = max(inputs for inputs, _ in model.linear.values())
-    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in model.linear)
-    return Shape(
-        blocks=model.blocks,
-        hidden=model.hidden,
-        inner=inner,
-        wide_numbers=(3 if gated else 1) + any(inputs == inner for inputs, _ in adapted),
-        weights=sum(map(math.prod, model.linear.values())),
-        vocabulary=model.vocabulary,
-        parameters=model.parameters,
-        adapter=sum(cfg.LORA_R * sum(sizes) for sizes in adapted),
-        dropped=cfg.LORA_DROPOUT * sum(inputs for inputs, _ in adapted),
-    )
+def adapted_outline(cfg: Config, model: Outline) -> Outline:
+    layers = adapted_layers(cfg, model.linear, model.stateful)
+    return model._replace(adapted=[model.linear[name] for name in layers])
 
 
 def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
@@ -3238,299 +2496,12 @@ def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = T
     return model
 
 
-def shard(model: PeftModel, device: Device) -> None:
-    """Leave this process its part of the frozen weights; a block is put together while it works.
-
-    The adapter is whole in every process, as without sharding.
-    """
-    from torch import distributed
-    from torch.distributed import fsdp
-
-    learnt = {p for p in model.parameters() if p.requires_grad}
-    for parameter in learnt:
-        parameter.data = parameter.data.to(device.kind)
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module", UserWarning)  # nothing changes logits
-    group = gpu_group() if device.kind == "cuda" else distributed.group.WORLD
-    mesh = distributed.device_mesh.DeviceMesh.from_group(group, device.kind)
-    kinds = model.get_base_model()._no_split_modules or ()
-    blocks = [module for module in model.modules() if type(module).__name__ in kinds]
-    for module in (*blocks, model):
-        # True also for the last: saving, which only the first does, must find nothing to divide again
-        fsdp.fully_shard(module, mesh=mesh, ignored_params=learnt, reshard_after_forward=True)
-
-
-@dataclass
-class Tuned:
-    """A model that can answer as it was before its training and as it is after it."""
-
-    model: Any  # with an adapter that can be switched off, or with one that was merged
-    tokenizer: Any
-    form: str = PROMPT_FORMAT
-    examples: Sequence[str] = ()  # questions to begin with
-    load_untuned: Callable[[], Any] = lambda: None  # where the adapter was merged
-
-    @contextmanager
-    def untuned(self) -> Iterator[Any]:
-        """The model as it was: with an adapter, the same weights."""
-        if hasattr(self.model, "disable_adapter"):
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            yield self.load_untuned()
-
-    @property
-    def is_alone(self) -> bool:
-        """Whether there is no way back to the model as it was."""
-        return isinstance(self.model, LlamaCpp)
-
-    @property
-    def context(self) -> int:
-        return context_of(self.model, self.tokenizer)
-
-
-def context_of(model: Any, tokenizer: Any) -> int:
-    """Tokens that a question and its answer may have together."""
-    known = model if isinstance(model, LlamaCpp) else model.config
-    positions = getattr(known, "max_position_embeddings", None)
-    return int(min(tokenizer.model_max_length, positions or math.inf))
-
-
-def load_tuned(place: Path, four_bit: bool | None = None, quantize: str = "") -> Tuned:
-    """A finished run: its folder, its zip, or a folder with the merged model or a GGUF."""
-    with opened_model(place) as folder:
-        refuse_pickles(folder)
-        run = Run(place, folder)
-        if file := gguf_in(folder, quantize):
-            say("Device", f"the processor, in llama.cpp: {file.name}")
-            return run.tuned(LlamaCpp(file), run.refuse_untuned)
-        if four_bit is not None or is_merged(folder):  # whose sums 4 bits would round once more
-            run.cfg.LOAD_IN_4BIT = bool(four_bit)
-        device = pick_device(run.cfg)
-        if device.four_bit and device.kind == "cpu":  # the form in which bitsandbytes is fast there
-            device = device._replace(dtype="bfloat16")
-        load_untuned = functools.cache(lambda: run.load_base(device))
-        if is_merged(folder):
-            model = load_base(run.cfg, device, folder)
-        else:
-            model = run.with_adapter(load_untuned(), learning=False)
-        return run.tuned(model.eval(), load_untuned)
-
-
-class Run:
-    """A finished run, as far as later commands need it."""
-
-    def __init__(self, place: Path, folder: Path) -> None:
-        """The run is in `folder`, which the person knows as `place`: of a zip, what was in it."""
-        from transformers import AutoTokenizer
-
-        self.place, self.folder = place, folder
-        self.cfg, self.record = settings_of(folder, place), record_of(folder)
-        with explained_adapter_errors(place):
-            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            self.form: str = self.record["prompt_format"]
-            if self.form != CHAT_TEMPLATE and self.form.encode().count(b"{question}") != 1:
-                raise ValueError("its prompt_format has no place for a question")
-            examples = self.record.get("examples") or []
-            self.examples = [text for text in examples if isinstance(text, str)]
-            alone = is_merged(folder) or gguf_in(folder)
-            self.weights = {} if alone else adapter_weights(folder)
-        if self.tokenizer.pad_token_id is None:
-            self.tokenizer.pad_token = self.tokenizer.eos_token
-
-    def base_folder(self) -> Path | None:
-        home = self.place if self.place.is_dir() else self.place.absolute().parent
-        return base_of(self.folder, self.cfg, home)
-
-    def load_base(self, device: Device) -> transformers.PreTrainedModel:
-        return load_base(self.cfg, device, self.base_folder())
-
-    def with_adapter(self, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
-        # not by adapter_config.json, which can name code to run
-        model = add_lora(self.cfg, base, learning)
-        with explained_adapter_errors(self.place):
-            put_adapter(model, self.weights)
-        return model
-
-    def base_file(self, name: str) -> Path | None:
-        """One file of the base model, if it has it."""
-        from huggingface_hub import errors, hf_hub_download
-
-        folder = self.base_folder()
-        if folder or self.cfg.MODEL_NAME == DEMO_MODEL:
-            path = (folder or demo_folder()) / name
-            return path if path.is_file() else None
-        with explained_model_errors(self.cfg), suppress(errors.EntryNotFoundError):
-            revision = model_revision(self.cfg)
-            return Path(hf_hub_download(self.cfg.MODEL_NAME, name, revision=revision))
-        return None
-
-    @functools.cached_property
-    def shape(self) -> Any:
-        """The base's own config."""
-        from transformers import AutoConfig
-
-        path = (
-            self.folder / "config.json" if is_merged(self.folder) else self.base_file("config.json")
-        )
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-
-    @property
-    def stored_dtype(self) -> str:
-        """The numbers in which the base was published."""
-        return str(self.shape.dtype or "float16").removeprefix("torch.")
-
-    @functools.cached_property
-    def parameters(self) -> int:
-        return int(without_weights(self.shape).num_parameters())
-
-    def tuned(self, model: Any, load_untuned: Callable[[], Any]) -> Tuned:
-        return Tuned(model, self.tokenizer, self.form, self.examples, load_untuned)
-
-    def refuse_untuned(self) -> NoReturn:
-        raise UserError(
-            f"{self.place} holds the tuned model alone. To ask the base as well, name the folder that "
-            "the training has written: --output-dir ./model"
-        )
-
-
-def adapter_weights(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / ADAPTER)
-
-
-def gguf_in(folder: Path, quantize: str = "") -> Path | None:
-    """The model in this folder as a file for llama.cpp, quantised like this if there are several."""
-    files = [path for path in sorted(folder.glob("*.gguf")) if path.name != ADAPTER_GGUF]
-    return next(
-        (path for path in files if path.stem.endswith(f"-{quantize}")), next(iter(files), None)
-    )
-
-
-def llama_cpp() -> Any:
-    """llama.cpp's own interface; cyllama brings it ready-made for Linux, macOS and Windows."""
-    if is_below(installed_version("cyllama"), LLAMA_FLOOR):
-        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
-    from cyllama.llama import llama_cpp as library
-
-    library.disable_logging()
-    return library
-
-
-class LlamaCpp:
-    """A GGUF file in llama.cpp, on the processor. It takes and gives the tokens of the training."""
-
-    def __init__(self, path: Path) -> None:
-        self.library = library = llama_cpp()
-
-        class Model(library.LlamaModel):  # type: ignore[name-defined]
-            n_vocab = 0  # where some versions of cyllama look for it in vain
-
-        settings = library.LlamaModelParams()
-        settings.n_gpu_layers = 0
-        try:
-            self.model = Model(str(path), settings, verbose=False)
-        except Exception as error:
-            raise UserError(
-                f"llama.cpp cannot open {path.name}: {preview(str(error), 200)}\nExport it once more."
-            ) from None
-        self.vocabulary = self.model.get_vocab()
-        self.model.n_vocab = self.vocabulary.n_vocab
-        self.max_position_embeddings: int = self.model.n_ctx_train
-
-    def tokens(self, text: str, marks: bool) -> list[int]:
-        """As llama.cpp cuts a text, with whatever it puts before it; with marks as signs, or as text."""
-        return list(self.vocabulary.tokenize(text, True, marks))
-
-    def generate(
-        self,
-        prompt: list[int],
-        cfg: Config,
-        end: int,
-        heard: Callable[[list[int]], bool] | None = None,
-    ) -> list[int]:
-        """The tokens of an answer, its end included."""
-        import numpy as np
-
-        most = max(1, min(cfg.MAX_TOKENS, self.max_position_embeddings - len(prompt)))
-        reading, chance = Reading(self, len(prompt) + most), np.random.default_rng(cfg.SEED)
-        told: list[int] = []
-        while len(told) < most:
-            unread = told[-1:] or prompt
-            (logits,) = reading.logits(unread, len(unread) - 1)
-            told.append(choose(logits, told, cfg, chance))
-            if told[-1] == end or (heard and heard(list(told))):
-                break
-        return told
-
-    def mean_loss(self, examples: Sequence[Example]) -> float:
-        """Of a token to predict, over all examples together."""
-        import numpy as np
-
-        losses = []
-        for ids, labels in ((example["input_ids"], example["labels"]) for example in examples):
-            start = next(i for i, label in enumerate(labels) if label != IGNORE)
-            logits = Reading(self, len(ids)).logits(ids[:-1], start - 1)
-            for here, label in zip(logits, labels[start:], strict=True):
-                if label != IGNORE:
-                    losses.append(np.logaddexp.reduce(here) - here[label])
-        return float(np.mean(losses))
-
-
-class Reading:
-    """A text that llama.cpp reads piece by piece, with room for so many tokens."""
-
-    def __init__(self, model: LlamaCpp, room: int) -> None:
-        self.library, self.length = model.library, 0
-        settings = self.library.LlamaContextParams()
-        settings.n_ctx, settings.n_batch = room, READ_AT_ONCE
-        settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
-        self.session = self.library.LlamaContext(model.model, settings, verbose=False)
-
-    def logits(self, tokens: Sequence[int], first: int = 0) -> Iterator[Any]:
-        """Read on; what the model expects after each of these tokens from `first` on."""
-        import numpy as np
-
-        for start in range(0, len(tokens), READ_AT_ONCE):
-            part = list(tokens[start : start + READ_AT_ONCE])
-            batch = self.library.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
-            batch.set_batch(part, self.length, first < len(tokens) - 1)  # or else of the last alone
-            self.session.decode(batch)
-            self.length += len(part)
-            for i in range(max(0, first - start), len(part)):
-                yield np.array(self.session.get_logits_ith(i))
-
-
-def choose(logits: Any, told: Sequence[int], cfg: Config, chance: Any) -> int:
-    """The next token, by the rules and in the order of transformers."""
-    import numpy as np
-
-    if told and cfg.REPETITION_PENALTY != 1:
-        said = list(set(told))
-        raised = logits[said] > 0
-        logits[said] *= np.where(raised, 1 / cfg.REPETITION_PENALTY, cfg.REPETITION_PENALTY)
-    if not cfg.TEMPERATURE:
-        return int(logits.argmax())
-    logits = logits / cfg.TEMPERATURE
-    likeliest = np.argsort(-logits, kind="stable")
-    shares = np.exp(logits[likeliest] - np.logaddexp.reduce(logits))
-    shares = shares[np.cumsum(shares) - shares < cfg.TOP_P]
-    return int(chance.choice(likeliest[: len(shares)], p=shares / shares.sum()))
-
-
-@contextmanager
-def explained_adapter_errors(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:  # of safetensors, peft, tokenizers or the disk
-        raise UserError(
-            f"The adapter in {place} could not be loaded.\n{type(error).__name__}: "
-            f"{preview(str(error), 150)}\nUnpack its zip once more, or train again."
-        ) from None
-
-
-def is_merged(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
+    """Give the model these weights of an adapter, and make sure that they are all of them."""
+    with usable_peft() as peft:
+        found = peft.set_peft_model_state_dict(model, weights)
+    if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
+        raise ValueError("the adapter has other layers than LORA_TARGETS")
 
 
 def layers_in(adapter: Path) -> list[str]:
@@ -3549,49 +2520,166 @@ def layers_in_words(layers: Sequence[str]) -> str:
     return f"{', '.join(kinds)} of {len(blocks)} blocks"
 
 
-def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Give the model these weights of an adapter, and make sure that they are all of them."""
-    with usable_peft() as peft:
-        found = peft.set_peft_model_state_dict(model, weights)
-    if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
-        raise ValueError("its layers are others than those of LORA_TARGETS")
+# -- A finished run
 
 
-@contextmanager
-def opened_model(place: Path) -> Iterator[Path]:
-    """The folder of a model; of a zip, one that lasts as long as it is needed."""
-    if os.path.isdir(place):
-        yield place
-        return
-    if not os.path.exists(place):
+@dataclass
+class Run:
+    """A finished run: it answers as the model did before its training, and as it does after it."""
+
+    cfg: Config  # of its training
+    tokenizer: Any
+    model: Any = None  # with an adapter that can be switched off, or with one that was merged
+    place: Path = Path()  # as the person knows it
+    folder: Path = Path()  # of its files: of a zip, what was in it
+    record: dict[str, Any] = field(default_factory=dict)  # its run.json
+    adapter: dict[str, torch.Tensor] = field(
+        default_factory=dict
+    )  # of which merged weights have none
+
+    @contextmanager
+    def untuned(self) -> Iterator[Any]:
+        """The model as it was: with an adapter, the same weights."""
+        if hasattr(self.model, "disable_adapter"):
+            with self.model.disable_adapter():
+                yield self.model
+        else:
+            yield self.base
+
+    @functools.cached_property
+    def base(self) -> transformers.PreTrainedModel:
+        return load_base(self.base_settings, self.device).eval()
+
+    @functools.cached_property
+    def device(self) -> Device:
+        device = device_here(self.cfg)
+        say("Device", device.reason)
+        fast = device.four_bit and device.kind == "cpu"  # as bitsandbytes is there, in this form
+        return device._replace(dtype="bfloat16") if fast else device
+
+    @functools.cached_property
+    def base_settings(self) -> Config:
+        """The settings with the folder where the base is now, unless it is on the Hub."""
+        name, home = self.cfg.MODEL_NAME, self.place.absolute()
+        if not name.startswith("./"):
+            return self.cfg
+        home = home if home.is_dir() else home.parent
+        noted = self.folder / BASE_PLACE
+        known = Path(os.fsdecode(noted.read_bytes())) if noted.is_file() else home / name
+        for folder in (home / name, known):
+            if os.path.isdir(folder):
+                return changed(self.cfg, MODEL_NAME=str(folder))
         raise UserError(
-            f"There is no model in {place} yet.\nTrain one first, or name the folder or the zip of a "
-            "training: --output-dir PLACE"
+            f"{home} needs its base model, the folder {known.name}, which is not in {known.parent}\n"
+            f"Copy that folder into {home}"
         )
-    with tempfile.TemporaryDirectory(prefix="finetune", ignore_cleanup_errors=True) as unpacked:
-        try:
-            with zipfile.ZipFile(place) as archive:
-                need = sum(member.file_size for member in archive.infolist())
-                if need > shutil.disk_usage(unpacked).free:
-                    raise OSError(f"there is no room for its {need / 1e9:.1f} GB in {unpacked}")
-                archive.extractall(unpacked)  # never outside, never more than the sizes declared
-        except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
+
+    @functools.cached_property
+    def shape(self) -> Any:
+        """The base's own config."""
+        from transformers import AutoConfig
+
+        if is_merged(self.folder):
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
+        with explained_model(self.base_settings):
+            return AutoConfig.from_pretrained(**base_source(self.base_settings))
+
+    @property
+    def stored_dtype(self) -> str:
+        """The numbers in which the base was published."""
+        return str(self.shape.dtype or "float16").removeprefix("torch.")
+
+    @functools.cached_property
+    def parameters(self) -> int:
+        return int(without_weights(self.shape).num_parameters())
+
+    def with_adapter(self, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
+        # not by adapter_config.json, which can name code to run
+        model = add_lora(self.cfg, base, learning)
+        with explained_run(self.place):
+            put_adapter(model, self.adapter)
+        return model
+
+
+def context_of(model: Any, tokenizer: Any) -> int:
+    """Tokens that a question and its answer may have together."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return int(min(tokenizer.model_max_length, positions or math.inf))
+
+
+def is_merged(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
+
+
+def load_tuned(place: Path, four_bit: bool | None = None) -> Run:
+    """A finished run with its weights: from its folder, its zip, or merged weights."""
+    run = open_run(place)
+    merged = is_merged(run.folder)
+    if not merged and not run.adapter:
+        raise UserError(
+            f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp, as its "
+            "README.md says.\nTo ask it here, name the folder of the training: --output-dir ./model"
+        )
+    if four_bit is not None or merged:  # whose sums 4 bits would round once more
+        run.cfg.LOAD_IN_4BIT = bool(four_bit)
+    if merged:
+        run.model = load_base(changed(run.cfg, MODEL_NAME=str(run.folder)), run.device).eval()
+    else:
+        run.model = run.with_adapter(run.base, learning=False).eval()
+    return run
+
+
+def open_run(place: Path) -> Run:
+    """A finished run without its weights: its folder, its zip, or what `export` has made of it."""
+    from safetensors.torch import load_file
+    from transformers import AutoTokenizer
+
+    unpacked = tempfile.TemporaryDirectory(prefix="finetune", ignore_cleanup_errors=True)
+    with explained_run(place):
+        folder = place if os.path.isdir(place) else unzipped_run(place, Path(unpacked.name))
+        if pickles := [path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES]:
             raise UserError(
-                f"{place} cannot be unpacked: {preview(str(error), 150)}\n"
-                "Name the folder or the zip of a finished training: --output-dir PLACE"
-            ) from None
-        inner = [record.parent for record in Path(unpacked).glob("*/run.json")]
-        yield inner[0] if len(inner) == 1 else Path(unpacked)  # somebody zipped the folder itself
+                f"{place} holds {min(pickles)}, a kind of file that can run programs.\nIt is not from this "
+                "script. Delete it, if you trust the other files, or train again."
+            )
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        settings = record["settings"]
+        known = TYPES.keys() & settings.keys() | {"MODEL_NAME"}
+        cfg = checked({name: settings[name] for name in known})
+        record["examples"] = [str(text) for text in record.get("examples") or []]
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        set_template(cfg, tokenizer)  # which the first edition did not save
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        with_adapter = (folder / "adapter_config.json").is_file()
+        adapter = load_file(folder / ADAPTER) if with_adapter else {}
+    run = Run(cfg, tokenizer, None, place, folder, record, adapter)
+    weakref.finalize(run, unpacked.cleanup)
+    return run
 
 
-def refuse_pickles(folder: Path) -> None:
-    """This script writes no file that can run a program when it is read, so somebody else did."""
-    found = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES)
-    if found:
-        raise UserError(
-            f"{folder} holds {', '.join(found[:3])}, a kind of file that can run programs.\n"
-            "It is not from this script. Delete it, if you trust the other files, or train again."
-        )
+def explained_run(place: Path) -> Any:
+    return explained(
+        f"{place} could not be loaded as a finished run: its run.json, tokenizer or adapter is missing or "
+        "damaged.",
+        "Train a model first, or name the folder or the zip of a training with --output-dir. If it was "
+        "damaged on its way, copy or unpack it once more.",
+    )
+
+
+def unzip(path: Path, folder: Path) -> None:
+    """Unpack a zip of unknown origin: nothing outside the folder, nor more than the disk can hold."""
+    with zipfile.ZipFile(path) as archive:
+        need = sum(member.file_size for member in archive.infolist())
+        if need > shutil.disk_usage(folder).free:
+            raise OSError(f"there is no room for its {need / 1e9:.1f} GB in {folder}")
+        archive.extractall(folder)  # never outside, never more than the sizes declared
+
+
+def unzipped_run(place: Path, folder: Path) -> Path:
+    """The folder of a run in this zip, which is unpacked into `folder`."""
+    unzip(place, folder)
+    inner = [record.parent for record in folder.glob("*/run.json")]
+    return inner[0] if len(inner) == 1 else folder  # somebody zipped the folder itself
 
 
 def record_of(folder: Path) -> dict[str, Any]:
@@ -3602,43 +2690,45 @@ def record_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def settings_of(folder: Path, place: Path | None = None) -> Config:
-    """The settings of the finished run in this folder, which the person may know as `place`."""
-    try:
-        settings = record_of(folder)["settings"]
-        str(settings["MODEL_NAME"])
-        return checked({name: settings[name] for name in TYPES if name in settings})
-    except (KeyError, TypeError, UserError) as error:
-        raise UserError(
-            f"{place or folder} holds no finished run: its run.json cannot be used.\n{preview(repr(error), 150)}\n"
-            "Name the folder that a training has written, such as ./model"
-        ) from None
+def may_share_rows(model: Any) -> bool:
+    """Whether several examples may lie in one row: what a token sees of others is left to attention."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
+    usual = base.config._attn_implementation in ("sdpa", FLAT_ATTENTION)
+    exchangeable = base._supports_attention_backend and base._supports_sdpa and usual
+    return exchangeable and not base._is_stateful and kinds <= {*SHARING_ATTENTION}
 
 
-def base_of(folder: Path, cfg: Config, home: Path) -> Path | None:
-    """The folder of the base model that a finished run was made with, unless it is on the Hub.
+def flatten(examples: Sequence[Example], shared: bool = True) -> dict[str, Any]:
+    """Lay examples end to end in one row, without a single token of padding.
 
-    The run is in `folder`; `home` is where a person would put the base beside it.
+    Positions start again with each example, attention stays inside each (see padding_free), and the
+    model's last layer runs only at the positions that have something to predict. A model whose rows
+    cannot be shared gets one example as it is.
     """
-    if cfg.MODEL_NAME == DEMO_MODEL:
-        return folder / DEMO_BASE if (folder / DEMO_BASE).is_dir() else None
-    if not cfg.MODEL_NAME.startswith("./"):
-        return None
-    place, beside = folder / BASE_PLACE, home / cfg.MODEL_NAME
-    known = Path(os.fsdecode(place.read_bytes())) if place.is_file() else beside
-    for base in (beside, known):
-        if os.path.isdir(base):
-            return base
-    raise UserError(
-        f"{home} needs its base model, the folder {beside.name}, which is not in {known.parent}\n"
-        f"Copy that folder into {home}"
-    )
+    import torch
+
+    lengths = [len(example["input_ids"]) for example in examples]
+    ids = torch.tensor([token for example in examples for token in example["input_ids"]])
+    labels = torch.tensor([label for example in examples for label in example["labels"]])
+    row = {
+        "input_ids": ids[None],
+        "labels": labels[None],  # the first of each example is a prompt's, so nothing leaks across
+        "use_cache": False,
+    }
+    if not shared:
+        return row
+    return row | {
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "logits_to_keep": (labels != IGNORE).nonzero()[:, 0] - 1,  # position i predicts i + 1
+        "lengths": lengths,
+    }
 
 
 def attend_in_each_example(
     module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, tokens of all examples, size of a head); key and value alike
-    key: torch.Tensor,
+    query: torch.Tensor,  # (1, heads, tokens of all examples, size of a head)
+    key: torch.Tensor,  # (1, perhaps fewer heads, …), and value alike
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
@@ -3650,41 +2740,47 @@ def attend_in_each_example(
 ) -> tuple[torch.Tensor, None]:
     """Causal attention over a row of examples laid end to end, each seeing itself only."""
     import torch
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    def window(length: int) -> torch.Tensor | None:
-        if not sliding_window or length <= sliding_window:
-            return None
-        seen = torch.ones(length, length, dtype=torch.bool, device=query.device)
-        return seen.tril().triu(1 - sliding_window)[None, None]
+    # not left to enable_gqa, with which a T4 takes the way that keeps every score
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
+    seen = []
+    for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
+        window, length = None, q.shape[2]
+        if sliding_window and length > sliding_window:
+            within = torch.ones(length, length, dtype=torch.bool, device=q.device)
+            window = within.tril().triu(1 - sliding_window)
+        seen.append(
+            torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, window, dropout, is_causal=window is None, scale=scaling
+            )
+        )
+    return torch.cat(seen, dim=2).transpose(1, 2).contiguous(), None
 
-    parts = zip(*(states.split(lengths, dim=2) for states in (query, key, value)), strict=True)
-    seen = [
-        sdpa_attention_forward(
-            module, *part, window(length), dropout=dropout, scaling=scaling, is_causal=True
-        )[0]
-        for length, part in zip(lengths, parts, strict=True)
-    ]
-    return torch.cat(seen, dim=1), None
 
+@contextmanager
+def padding_free(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Let the model read rows as `flatten` makes them: of several examples, or else of one.
 
-def switched_off(size: int, share: float, device: torch.device) -> torch.Tensor:
-    """The places that dropout sets to zero among so many, drawn by the gaps between them.
-
-    That takes a random number for each of these, not for every value. Places beyond the end are `size`.
+    What every block adds to is in float32 on a GPU, also where the blocks compute in 16 bits.
     """
-    import torch
+    from transformers import AttentionInterface, AttentionMaskInterface
 
-    draws = int(size * share + 10 * math.sqrt(size * share) + 10)  # too few once in 10^20 times
-    gaps = torch.rand(draws, device=device).neg_().add_(1).log_().div_(math.log1p(-share))
-    return gaps.long().add_(1).cumsum(0).sub_(1).clamp_(max=size)
+    usual = model.config._attn_implementation
+    if may_share_rows(model):
+        AttentionInterface.register(FLAT_ATTENTION, attend_in_each_example)
+        AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
+        model.set_attn_implementation(FLAT_ATTENTION)
 
+    def widen(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor:
+        return words.float() if words.is_cuda else words
 
-def without(values: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """A copy with zeros at these places."""
-    copy = values.new_empty(values.numel() + 1)  # the last takes the places beyond the end
-    copy[:-1] = values.flatten()
-    return copy.index_fill_(0, places, 0)[:-1].view_as(values)
+    hook = model.get_input_embeddings().register_forward_hook(widen)
+    try:
+        yield
+    finally:
+        hook.remove()
+        model.set_attn_implementation(usual)
 
 
 @functools.cache
@@ -3692,8 +2788,8 @@ def joint_layer() -> Any:
     """A frozen layer and its adapter as one operation: y = W x + b + scale * B A dropout(x).
 
     Left to itself, peft makes ten operations of this, each with a copy of its input or output, some
-    of which are kept for the way back. Here only x itself is kept, once for all layers that read it,
-    with the places that the dropout took; and where nobody asks for the gradient of x, as in the
+    of which are kept for the way back. Here only x is kept, once for all layers that read it, with a
+    bit for each place that dropout spares; and where nobody asks for the gradient of x, as in the
     first layers, it is not computed.
     """
     import torch
@@ -3713,27 +2809,27 @@ def joint_layer() -> Any:
             rows = x.reshape(-1, x.shape[-1]).to(dtype)
             bias = None if base.bias is None else base.bias.to(dtype)
             y = torch.nn.functional.linear(rows, weight_of(base, dtype), bias)
-            off = None
+            mask = None
             if dropout:
-                off = switched_off(rows.numel(), dropout, rows.device)
-                rows = without(rows, off)
+                mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout)
+                rows = rows * mask
             inner = rows @ a.to(dtype).T
             y.addmm_(inner, b.to(dtype).T, alpha=scale / (1 - dropout))
-            ctx.save_for_backward(x, off, inner, a, b)
+            ctx.save_for_backward(x, mask, inner, a, b)
             ctx.base, ctx.scale, ctx.dtype = base, scale / (1 - dropout), dtype
             return y.view(*x.shape[:-1], -1)
 
         @staticmethod
         def backward(ctx: Any, dy: torch.Tensor) -> Any:
-            x, off, inner, a, b = ctx.saved_tensors
+            x, mask, inner, a, b = ctx.saved_tensors
             rows, dy = x.reshape(-1, x.shape[-1]).to(ctx.dtype), dy.reshape(-1, dy.shape[-1])
-            rows = rows if off is None else without(rows, off)
             d_inner = (dy @ b.to(ctx.dtype)).mul_(ctx.scale)
-            d_a, d_b = d_inner.T @ rows, (dy.T @ inner).mul_(ctx.scale)
+            d_a = d_inner.T @ (rows if mask is None else rows * mask)
+            d_b = (dy.T @ inner).mul_(ctx.scale)
             d_x = None
             if ctx.needs_input_grad[0]:
                 d_x = d_inner @ a.to(ctx.dtype)
-                d_x = d_x if off is None else without(d_x, off)
+                d_x = d_x if mask is None else d_x.mul_(mask)
                 d_x = d_x.addmm_(dy, weight_of(ctx.base, ctx.dtype)).view(x.shape).to(x.dtype)
             return d_x, d_a.to(a.dtype), d_b.to(b.dtype), None, None, None, None
 
@@ -3750,8 +2846,21 @@ def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(base.weight.data, state).to(dtype)
 
 
-def is_plain_adapter(layer: Any) -> bool:
-    """Whether this is a layer with one LoRA adapter, of the kind that `joint_layer` computes."""
+def joint_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the layer's own forward computes, with `joint_layer`."""
+    import torch
+
+    if layer.disable_adapters or layer.merged:
+        return type(layer).forward(layer, x)
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    dropout = getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0
+    return joint_layer()(x, a, b, layer.get_base_layer(), layer.scaling["default"], dropout, dtype)
+
+
+def has_joint_form(layer: Any) -> bool:
+    """Whether this is a layer with one ordinary LoRA adapter."""
     from peft.tuners.lora import LoraLayer
 
     if not isinstance(layer, LoraLayer) or layer.active_adapters != ["default"]:
@@ -3762,35 +2871,12 @@ def is_plain_adapter(layer: Any) -> bool:
     return known and not special and not layer.fan_in_fan_out
 
 
-def joint_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What the layer's own forward computes, with `joint_layer`."""
-    import torch
-
-    if layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    base = layer.get_base_layer()
-    return joint_layer()(
-        x,
-        layer.lora_A["default"].weight,
-        layer.lora_B["default"].weight,
-        base,
-        layer.scaling["default"],
-        getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0,
-        dtype,
-    )
-
-
 @contextmanager
-def joint_layers(model: PeftModel, wanted: bool = True, compiled: bool = False) -> Iterator[None]:
+def joint_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
     """Compute each layer and its adapter as one, wherever that is possible."""
-    import torch
-
-    compute = torch.compiler.disable(joint_forward) if compiled else joint_forward
-    layers: list[Any] = [layer for layer in model.modules() if wanted and is_plain_adapter(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if wanted and has_joint_form(layer)]
     for layer in layers:
-        layer.forward = functools.partial(compute, layer)
+        layer.forward = functools.partial(joint_forward, layer)
     try:
         yield
     finally:
@@ -3799,250 +2885,18 @@ def joint_layers(model: PeftModel, wanted: bool = True, compiled: bool = False) 
 
 
 @contextmanager
-def compiled_parts(model: PeftModel, wanted: bool) -> Iterator[None]:
-    """Let torch compile what lies between the attentions, whose rows differ from step to step."""
-    blocks = model.get_base_model()._no_split_modules or () if wanted else ()
-    attention = TARGET_GROUPS["attention"]
-    parts = [
-        part
-        for block in model.modules()
-        if type(block).__name__ in blocks
-        for name, part in block.named_children()
-        if not attention.match(f"{name}.")
-    ]
-    for part in parts:
-        part.compile(dynamic=True)
-    try:
-        yield
-    finally:
-        for part in parts:
-            part._compiled_call_impl = None
-
-
-def flatten(examples: Sequence[Example]) -> dict[str, Any]:
-    """Lay examples end to end in one row, without a single token of padding.
-
-    Positions start again with each example, attention stays inside each (see flat_rows), and the
-    model's last layer runs only at the positions that have something to predict.
-    """
-    import torch
-
-    lengths = [len(example["input_ids"]) for example in examples]
-    labels = torch.tensor([label for example in examples for label in example["labels"]])
-    return {
-        "input_ids": torch.tensor(
-            [[token for example in examples for token in example["input_ids"]]]
-        ),
-        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
-        "labels": labels[None],  # the first of each example is a prompt's, so nothing leaks across
-        "logits_to_keep": (labels != IGNORE).nonzero()[:, 0] - 1,  # position i predicts i + 1
-        "lengths": lengths,
-        "use_cache": False,
-    }
-
-
-@contextmanager
-def flat_rows(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Let the model read rows as `flatten` makes them: of several examples, or else of one."""
-    with in_full(model), (laid_flat if may_share_rows(model) else laid_alone)(model):
-        yield
-
-
-def may_share_rows(model: Any) -> bool:
-    """Whether two examples in one row give what each gives alone: tried once, on the model itself."""
-    import torch
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if hasattr(base, "may_share_rows"):
-        return bool(base.may_share_rows)
-    if base._is_stateful or base.config._attn_implementation != "sdpa":
-        base.may_share_rows = False
-        return False
-    texts = (list(range(12)), list(range(20)))
-    examples = [Example(input_ids=text, labels=[IGNORE, *text[1:]]) for text in texts]
-
-    def logits(row: Sequence[Example]) -> torch.Tensor:
-        inputs = flatten(row)
-        del inputs["labels"]
-        there = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in inputs.items()}
-        return model(**there).logits[0].float()
-
-    try:
-        with without_learning(model), in_full(model):
-            with laid_alone(model):
-                alone = torch.cat([logits([example]) for example in examples])
-            with laid_flat(model):
-                together = logits(examples)
-    except (torch.OutOfMemoryError, MemoryError):  # the training will not fit, either, and says so
-        return True
-    # in a Phi of 32 blocks, rounding to 16 bits makes 0.08, and examples that see each other make 4
-    tolerance = 0.01 if model.get_input_embeddings().weight.dtype == torch.float32 else 0.25
-    base.may_share_rows = bool((together - alone).abs().max() / alone.std() <= tolerance)
-    return base.may_share_rows
-
-
-@contextmanager
-def laid_alone(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Rows of one example, in the model's usual way, which needs nothing of what lies flat."""
-    kept: list[torch.Tensor] = []
-
-    def usual(_: Any, args: Any, inputs: dict[str, Any]) -> Any:
-        rest = {k: v for k, v in inputs.items() if k not in ("position_ids", "lengths")}
-        kept[:] = [rest.pop("logits_to_keep")] if "logits_to_keep" in rest else []  # when nested
-        return args, rest
-
-    def keep(_: Any, __: Any, outputs: Any) -> None:
-        for places in kept:
-            outputs.logits = outputs.logits[:, places]
-
-    hooks = [
-        model.register_forward_pre_hook(usual, with_kwargs=True),
-        model.register_forward_hook(keep),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
-def laid_flat(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
-    from transformers import AttentionInterface, AttentionMaskInterface
-
-    usual = model.config._attn_implementation
-    if usual == FLAT_ATTENTION:
-        yield
-        return
-    lengths: list[int] = []
-
-    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:  # some models do not hand them on
-        lengths[:] = inputs["lengths"]
-
-    def attend(*states: Any, **options: Any) -> Any:
-        return attend_in_each_example(*states, **options | {"lengths": list(lengths)})
-
-    AttentionInterface.register(FLAT_ATTENTION, attend)
-    AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
-    model.set_attn_implementation(FLAT_ATTENTION)
-    hook = model.register_forward_pre_hook(note, with_kwargs=True)
-    try:
-        yield
-    finally:
-        hook.remove()
-        model.set_attn_implementation(usual)
-
-
-@contextmanager
-def without_learning(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
+def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     """As the model is when it answers or is measured: in the numbers of the training."""
     import torch
 
     was_training, dtype = model.training, model.get_input_embeddings().weight.dtype
-    half, kind = dtype != torch.float32, model.device.type
-    numbers = in_float32() if half and kind == "cpu" else torch.autocast(kind, dtype, enabled=half)
     model.eval()
     try:
-        with torch.no_grad(), numbers:
+        half = dtype != torch.float32
+        with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=half):
             yield
     finally:
         model.train(was_training)
-
-
-def in_float32() -> Any:
-    """Weights in 16 bits, computed with in 32: processors are slow or inexact otherwise."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    wider = (torch.nn.functional.linear, torch.nn.functional.layer_norm)
-
-    def widened(value: Any) -> Any:
-        return value.float() if isinstance(value, torch.Tensor) else value
-
-    class Wider(TorchFunctionMode):
-        def __torch_function__(self, called: Any, _: Any, args: Any, kwargs: Any = None) -> Any:
-            kwargs = kwargs or {}
-            if called in wider:
-                args = list(map(widened, args))
-                kwargs = {name: widened(value) for name, value in kwargs.items()}
-            return called(*args, **kwargs)
-
-    return Wider()
-
-
-@contextmanager
-def in_full(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
-    """In float32 what every block adds to, also where the blocks compute in 16 bits."""
-    hook = model.get_input_embeddings().register_forward_hook(lambda *args: args[-1].float())
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def demo_text() -> str:
-    """A book of plain English that every Python carries: the language's own help pages."""
-    from pydoc_data import topics
-
-    return re.sub(r"[ \t]+", " ", "\n".join(topics.topics[name] for name in sorted(topics.topics)))
-
-
-def demo_tokenizer() -> transformers.PreTrainedTokenizerBase:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    end = "<|endoftext|>"
-    cutter = Tokenizer(models.BPE())
-    cutter.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    cutter.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()  # every byte: no text is ever unknown
-    size = DEMO_SHAPE["vocab_size"]
-    cutter.train_from_iterator(
-        [demo_text()],
-        trainers.BpeTrainer(
-            vocab_size=size, special_tokens=[end], initial_alphabet=alphabet, show_progress=False
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=cutter,
-        eos_token=end,
-        bos_token=end,
-        pad_token=end,
-        model_max_length=DEMO_SHAPE["max_position_embeddings"],
-    )
-
-
-def demo_folder() -> Path:
-    """The demo model, built on first use and then kept with the other caches of this computer."""
-    import transformers
-
-    recipe = repr((DEMO_SHAPE, DEMO_STEPS, demo_text(), transformers.__version__))
-    folder = cache_folder(f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}")
-    if not (folder / "model.safetensors").is_file():
-        say("Model", "building the demo model (once, under a minute)")
-        with atomic_folder(folder) as staged:
-            train_demo_model().save_pretrained(staged)
-    return folder
-
-
-def train_demo_model() -> transformers.PreTrainedModel:
-    """A small Phi that has read one book: it knows words, and no answers."""
-    import torch
-    from transformers import PhiConfig, PhiForCausalLM, set_seed
-
-    set_seed(0)
-    model = PhiForCausalLM(PhiConfig(**DEMO_SHAPE, hidden_act="gelu_pytorch_tanh"))
-    ids = torch.tensor(demo_tokenizer().backend_tokenizer.encode(demo_text()).ids)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=DEMO_STEPS)
-    for _ in range(DEMO_STEPS):
-        starts = torch.randint(len(ids) - 128, (16,)).tolist()
-        batch = torch.stack([ids[start : start + 128] for start in starts])
-        model(input_ids=batch, labels=batch, use_cache=False).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-    return model.eval()
 
 
 # ==================================================================================================
@@ -4055,7 +2909,6 @@ class Prepared:
     """Everything that training needs of the data; made without a GPU and without the weights."""
 
     tokenizer: Any  # the model's; None for `check` without internet
-    form: str  # how a question is asked
     pairs: Pairs
     quality: Quality
     tokens: list[int]  # of each pair that is kept; none without a tokenizer
@@ -4071,13 +2924,13 @@ def prepare(cfg: Config, pairs: Pairs, offline: bool = False) -> Prepared:
 
     When the Hub cannot be reached, `check` does without the tokenizer, and nothing is tokenized.
     """
-    known = not offline or is_within_reach(cfg, TOKENIZER_FILE)
-    tokenizer = load_tokenizer(cfg) if known else None
-    form = form_of(cfg, tokenizer)
-    if form == PROMPT_FORMAT and getattr(tokenizer, "chat_template", None):
-        fault = template_fault(tokenizer)
-        say("Note", f"the chat template of {cfg.MODEL_NAME} is not used: {fault}")
-    examples = [encode(tokenizer, pair.messages, form) for pair in pairs.kept if tokenizer]
+    try:
+        tokenizer = load_tokenizer(cfg)
+    except UnreachableError:
+        if not offline:
+            raise
+        tokenizer = None
+    examples = [encode(tokenizer, pair.messages) for pair in pairs.kept if tokenizer]
     longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
     lengths = [len(example["labels"]) for example in examples]
     fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
@@ -4097,7 +2950,6 @@ def prepare(cfg: Config, pairs: Pairs, offline: bool = False) -> Prepared:
     here = [not one for one in away]
     return Prepared(
         tokenizer,
-        form,
         pairs,
         quality,
         tokens=list(itertools.compress(lengths, fits)),
@@ -4142,353 +2994,97 @@ def pairs_to_ask(data: Prepared) -> list[Pair]:
 
 def dealt(examples: Sequence[Example], count: int) -> list[list[Example]]:
     """The same examples in so many rows, all about as long."""
-    import heapq
-
     rows: list[list[Example]] = [[] for _ in range(count)]
-    shortest = [(0, number) for number in range(count)]  # a heap of tokens and rows
+    tokens = [0] * count
     for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
-        length, number = shortest[0]
-        rows[number].append(example)
-        heapq.heapreplace(shortest, (length + len(example["input_ids"]), number))
+        shortest = tokens.index(min(tokens))
+        rows[shortest].append(example)
+        tokens[shortest] += len(example["input_ids"])
     return rows
 
 
-def rows_of(examples: Sequence[Example], most: int) -> list[list[Example]]:
-    """The same examples in as few rows as can be of so many tokens at most, all about as long."""
-
-    def tokens(row: Sequence[Example]) -> int:
-        return sum(len(example["input_ids"]) for example in row)
-
-    if not examples:
-        return []
-    longest = max(len(example["input_ids"]) for example in examples)
-    most = max(most, longest)
-    for count in range(math.ceil(tokens(examples) / most), len(examples) + 1):
+def pack(examples: Sequence[Example], most: int) -> list[list[Example]]:
+    """The same examples in as few rows as can be of so many tokens at most; of one each if that is 0."""
+    if not most:
+        return [[example] for example in examples]
+    lengths = [len(example["input_ids"]) for example in examples]
+    most = max([most, *lengths])
+    rows: list[list[Example]] = []
+    for count in range(math.ceil(sum(lengths) / most), len(examples) + 1):
         rows = dealt(examples, count)
-        if max(map(tokens, rows)) <= most:
+        if all(sum(len(one["input_ids"]) for one in row) <= most for row in rows):
             break
     return rows
 
 
-def own_rows(examples: Sequence[Example], most: int) -> list[list[Example]]:
-    """Of these, the rows that this process computes; of one example each if `most` is 0."""
-    rows = [
-        rows_of(share, most) if most else [[example] for example in share]
-        for share in (dealt(examples, processes()) if processes() > 1 else [examples])
-    ]
-    own = rows[process_number() if processes() > 1 else 0]
-    # the processes put every block together for each row, so that they must have equally many
-    idle = max(map(len, rows)) - len(own) if is_sharded() else 0
-    return own + idle * [[Example(input_ids=[0], labels=[IGNORE])]]
+class Steps:
+    """What the Trainer takes for its data: every step of an epoch, cut into a share for each process."""
 
+    def __init__(self, examples: Sequence[Example], pairs: int, seed: int) -> None:
+        self.examples, self.pairs, self.seed = examples, pairs, seed
+        self.set_epoch(0)
 
-def lay_out(examples: Sequence[Example], most: int) -> dict[str, Any]:
-    """One step: its rows, of one example each if `most` is 0, and what the Trainer counts."""
-    whole, rows = flatten(examples), [flatten(row) for row in own_rows(examples, most)]
-    return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
+    def set_epoch(self, epoch: int) -> None:
+        order = random.Random(f"{self.seed} {epoch}").sample(self.examples, len(self.examples))
+        self.batches = [order[i : i + self.pairs] for i in range(0, len(order), self.pairs)]
 
+    def __len__(self) -> int:
+        return len(self.batches) * processes()
 
-@contextmanager
-def noisy_words(model: PeftModel, alpha: float) -> Iterator[None]:
-    """NEFTune: in training, noise on the words; the weaker, the longer the example."""
-    import torch
-
-    lengths: list[int] = []
-
-    def note(_: Any, __: Any, inputs: dict[str, Any]) -> None:
-        lengths[:] = inputs["lengths"]
-
-    def noise(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor | None:
-        if not model.training:
-            return None
-        each = [torch.full((n, 1), alpha / math.sqrt(n * words.shape[-1])) for n in lengths]
-        return words + torch.empty_like(words).uniform_(-1, 1) * torch.cat(each).to(words.device)
-
-    hooks = []
-    if alpha:
-        hooks += [model.register_forward_pre_hook(note, with_kwargs=True)]
-        hooks += [model.get_input_embeddings().register_forward_hook(noise)]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    def __getitem__(self, index: int) -> list[Example]:
+        step, process = divmod(index, processes())  # as accelerate hands them out
+        nothing = Example(input_ids=[0], labels=[IGNORE])  # where pairs are fewer than processes
+        return dealt(self.batches[step], processes())[process] or [nothing]
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the tokens to learn, summed; logits are there for these tokens only."""
+    """Cross entropy of the tokens to learn, summed."""
     import torch
 
-    return torch.nn.functional.cross_entropy(
-        logits[0].float(), labels[labels != IGNORE], reduction="sum"
-    )
-
-
-def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """This batch's share of the mean over all tokens of the step, however the step was cut up."""
-    loss = summed_loss(outputs.logits, labels) / num_items_in_batch
-    if not math.isfinite(loss.item()):
-        raise UserError(NOT_A_NUMBER)
-    return loss
+    learnt = (labels[0] != IGNORE).nonzero()[:, 0]
+    if logits.shape[1] != len(learnt):  # the model could not be told which to compute
+        logits = logits[:, learnt - 1]
+    targets = labels[0, learnt]
+    return torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
 
 
 def mean_loss(model: PeftModel, examples: Sequence[Example], tokens_at_once: int) -> float:
     """Mean loss of a token to predict, over all examples together."""
     import torch
 
-    total, tokens = 0.0, 0
-    most = tokens_at_once if may_share_rows(model) else 0
-    with all_or_none(), without_learning(model), flat_rows(model):
-        for row in own_rows(examples, most):
-            batch = flatten(row)
-            batch = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
-            labels = batch.pop("labels")
-            total += summed_loss(model(**batch).logits, labels).item()
+    total, tokens, shared = 0.0, 0, may_share_rows(model)
+    with evaluating(model), padding_free(model):
+        for examples_of_row in pack(examples, tokens_at_once if shared else 0):
+            row = flatten(examples_of_row, shared)
+            row = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in row.items()}
+            labels = row.pop("labels")
+            total += summed_loss(model(**row).logits, labels).item()
             tokens += int((labels != IGNORE).sum())
-    total, tokens = summed(torch.tensor([total, tokens], dtype=torch.float64)).tolist()
     return total / tokens
 
 
-class CommonMemoryError(MemoryError):
-    """Memory ran out, and all processes know of it."""
+# -- Files of a run
+
+LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
+
+
+def log_path(cfg: Config) -> Path:
+    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
 
 
 @contextmanager
-def all_or_none() -> Iterator[None]:
-    """What fails in here in one process fails in all: none may wait for another in vain."""
-    if processes() == 1:
-        yield
-        return
-    if is_sharded():  # they need one another on the way, too: the one that fails can only end
-        with explained_ends("by peer"):
-            yield
-        return
-    from torch import distributed
-
-    own: Exception | None = None
+def warned(what: str) -> Iterator[None]:
+    """Around what may fail without harm to the training."""
     try:
         yield
     except Exception as error:
-        own = error
-    kind = "memory" if own and memory_fault(own) else type(own).__name__
-    found: list[Any] = [None] * processes()
-    with explained_ends():
-        distributed.all_gather_object(found, (kind, str(own)) if own else None)
-    faults = [(fault[0] != "memory", *fault) for fault in found if fault]
-    if not faults:
-        return
-    _, kind, text = max(faults)
-    if kind == "memory":
-        raise CommonMemoryError(text or "out of memory")
-    if own and not isinstance(own, UserError):
-        raise own  # with its traceback
-    raise UserError(text if kind == "UserError" else f"A process failed: {kind}: {text}")
+        say("Warning", f"{what}: {error}")
 
 
-def summed_gradients(model: PeftModel, loss: Any) -> Any:
-    """Give this process the gradients of all rows of the step, and their loss; it may have had none."""
-    if processes() == 1:
-        return loss
-    import torch
-
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in learnt]
-    loss = torch.as_tensor(loss, dtype=torch.float32, device=learnt[0].device)
-    # in one piece, which takes the time of one
-    sums = summed(torch.cat([part.flatten() for part in (*gradients, loss)]))
-    for p, gradient in zip(learnt, sums[:-1].split([p.numel() for p in learnt]), strict=True):
-        p.grad = gradient.view_as(p)
-    return sums[-1].clone()
-
-
-# -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
-
-COMMIT = "COMMIT.json"
-BEST_ADAPTER = "best_adapter.safetensors"  # with it, a checkpoint needs no other to end the run
-STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json"}
-LOADABLE = (".safetensors", *PICKLES)  # what a library might take up by its name
-FORM = 2  # of a checkpoint; to be raised when an earlier one cannot be taken up any more
-TAKEN_UP = "taken_up.json"  # which checkpoint the person has named, and where it lay
-NEWEST_KEPT = 2  # and the best one
-PROJECT = "finetune_colab"  # under which a service that shows curves files them
-MIRROR_PAUSES = (1, 4)  # seconds between the tries to write to the mirror
-# The settings that decide the result. Runs that differ in others are the same run.
-DECIDING = (
-    "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LORA_LAYERS USE_RSLORA USE_DORA LORA_INIT LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
-    "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM NEFTUNE_ALPHA SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
-).split()
-
-
-class Checkpoint(NamedTuple):
-    """A saved state of the training that is whole: its files are those its COMMIT.json names."""
-
-    folder: Path
-    record: dict[str, Any]
-
-    @property
-    def step(self) -> int:
-        return int(self.record["step"])
-
-    @property
-    def best_adapter(self) -> Path:
-        """The adapter with the lowest validation loss so far."""
-        return self.folder / (BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)
-
-
-def fingerprint(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def base_identity(cfg: Config) -> str:
-    """What tells one base model from another."""
-    with explained_model_errors(cfg):
-        folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_base(cfg)
-        if folder is None:
-            return pin_revision(cfg)
-        shape = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        for name in ("_name_or_path", "transformers_version"):  # who saved it, and where
-            shape.pop(name, None)
-        weights = sorted(folder.glob("*.safetensors"))
-        return fingerprint([shape, *map(checksum, weights)])
-
-
-def taught(data: Prepared) -> Any:
-    """The tokens of all pairs; with a chat template, which may tell today's date, what leads to them."""
-    if data.form != CHAT_TEMPLATE:
-        return [data.train, data.held_out]
-    answers = [
-        [label for label in example["labels"] if label != IGNORE]
-        for example in (*data.train, *data.held_out)
-    ]
-    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.held_out_pairs)]
-    return [data.tokenizer.chat_template, pairs, answers]
-
-
-def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
-    """Everything that decides the adapter. Where it is equal, a checkpoint may be taken up."""
-    return {
-        **{name: getattr(cfg, name) for name in DECIDING},
-        "PAIRS IN A STEP": cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS,
-        "OPTIMIZER": optimizer_name(cfg, device),
-        "LOAD_IN_4BIT": device.four_bit,
-        "the base model": base_identity(cfg),
-        "the data": fingerprint(taught(data)),
-        "the script": FORM,
-    }
-
-
-def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
-    """What sets two runs apart, for the person."""
-    return [
-        f"{name} {as_text(value)} (there {as_text(there.get(name))})" if name.isupper() else name
-        for name, value in here.items()
-        if value != there.get(name)
-    ]
-
-
-def checkpoint_bytes(trainable: int) -> int:
-    """For each weight its value, that of the best adapter, and two figures of the optimizer."""
-    return 4 * 4 * trainable
-
-
-def seal(folder: Path, record: dict[str, Any]) -> Checkpoint:
-    """Make a folder a checkpoint: COMMIT.json, written last, vouches for every other file."""
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    for path in paths:
-        fsync(path)
-    record = record | {
-        "files": {path.name: [path.stat().st_size, checksum(path)] for path in paths}
-    }
-    write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
-    fsync(folder.parent)
-    return Checkpoint(folder, record)
-
-
-def record_in(content: bytes) -> dict[str, Any] | None:
-    """What a COMMIT.json says; None when it is not as it was written."""
-    try:
-        sealed = json.loads(content)
-        record, files = sealed["record"], sealed["record"]["files"]
-        plain = all(
-            Path(name).name == name and isinstance(size, int) and isinstance(digest, str)
-            for name, (size, digest) in files.items()
-        )
-        whole = sealed["sha256"] == fingerprint(record) and set(files) >= STATE_FILES
-        known = isinstance(record["step"], int) and isinstance(record["best_step"], int | None)
-        known &= isinstance(record["identity"], dict)
-        known &= set(record["tally"]) == {one.name for one in fields(Tally)}
-        return record if whole and plain and known else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return None
-
-
-def flaw_of(path: Path, size: int, digest: str) -> str:
-    if path.is_symlink() or not path.is_file():
-        return f"{path.name} is missing"
-    if path.stat().st_size != size:
-        return f"{path.name} has {path.stat().st_size:,} bytes instead of {size:,}"
-    return f"{path.name} is damaged" if digest and checksum(path) != digest else ""
-
-
-def verified(folder: Path, thorough: bool = True) -> Checkpoint | str:
-    """A checkpoint, or what is wrong with it. Not thorough: sizes only, for those written just now."""
-    try:
-        record = record_in((folder / COMMIT).read_bytes())
-        if record is None:
-            return f"{COMMIT} is damaged"
-        for name, (size, digest) in record["files"].items():
-            if flaw := flaw_of(folder / name, size, digest if thorough else ""):
-                return flaw
-        for path in folder.iterdir():
-            loadable = path.is_dir() or path.suffix.lower() in LOADABLE
-            hidden = path.name.startswith(".")  # .ipynb_checkpoints: a notebook was opened there
-            if path.name not in record["files"] and loadable and not hidden:
-                return f"{path.name} was not saved with it"
-    except FileNotFoundError:
-        return "it was never finished" if folder.exists() else "it is not there"
-    except OSError as error:
-        return f"it cannot be read ({error.strerror})"
-    return Checkpoint(folder, record)
-
-
-def numbered(folder: Path) -> list[tuple[int, Path]]:
-    """The checkpoints in a folder, whole or not, newest first: by step, since clocks jump."""
-    steps = {path: re.fullmatch(r"checkpoint-(\d+)", path.name) for path in folder.glob("*")}
-    found = [(int(match[1]), path) for path, match in steps.items() if match and path.is_dir()]
-    return sorted(found, reverse=True)
-
-
-def copied(source: Checkpoint, folder: Path) -> Checkpoint:
-    """A copy of a checkpoint in another folder, read back before it takes its name."""
-    target = folder / f"checkpoint-{source.step}"
-    if target.is_dir():
-        present = verified(target)
-        if isinstance(present, Checkpoint) and present.record == source.record:
-            return present
-        set_aside(target, "incomplete" if isinstance(present, str) else "unused")
-    with atomic_folder(target) as staged:
-        for name in (*source.record["files"], COMMIT):
-            shutil.copyfile(source.folder / name, staged / name)
-            fsync(staged / name)
-        if isinstance(copy := verified(staged), str):
-            raise OSError(f"the copy of {target.name} came back wrong: {copy}")
-    return copy._replace(folder=target)
-
-
-def way_on(cfg: Config) -> str:
+def resume_hint(cfg: Config) -> str:
     """What to type after an end that came too early."""
     without = "" if cfg.RESUME else ", without --no-resume,"
     return f"the same command{without} goes on from there"
-
-
-def retried(act: Callable[[], Result]) -> Result:
-    """On a mounted drive, what fails now may work in a moment."""
-    for pause in MIRROR_PAUSES:
-        try:
-            return act()
-        except OSError:
-            time.sleep(pause)
-    return act()
 
 
 def short_path(path: Path) -> str:
@@ -4515,277 +3111,284 @@ def unused(path: Path) -> Path:
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
-def set_aside(path: Path, word: str) -> Path:
+def quarantine(path: Path, name: str, why: object) -> None:
     """Rename what is not used: nothing is deleted that somebody might want."""
-    return path.rename(unused(path.with_name(path.name.replace("checkpoint", word))))
+    aside = path.rename(unused(path.with_name(name)))
+    say("Checkpoint", f"{short_path(path)} is not used: {why}. It is now {aside.name}.")
 
 
-def whole(folder: Path, thorough: bool = True) -> Iterator[Checkpoint]:
-    """The whole checkpoints in a folder, newest first."""
-    for _, path in numbered(folder):
-        if isinstance(found := verified(path, thorough), Checkpoint):
-            yield found
+# -- What makes two runs the same
+
+# The settings that decide the result, beside those that identity_of works out
+DECIDING = (
+    "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LORA_LAYERS USE_RSLORA USE_DORA LORA_INIT LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
+    "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM NEFTUNE_ALPHA SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
+).split()
 
 
-def prune(folder: Path, best_step: int | None) -> None:
-    """Of those that are whole, keep the newest two and the best; what is torn is not counted."""
-    for checkpoint in [*whole(folder, thorough=False)][NEWEST_KEPT:]:
-        if checkpoint.step != best_step:
-            checkpoint.folder.with_suffix(".zip").unlink(missing_ok=True)
-            # under another name first: half of a removed checkpoint must not look like a torn one
-            remove(set_aside(checkpoint.folder, "removed"))
+def fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def unzipped(path: Path, folder: Path) -> Checkpoint | str:
-    """The checkpoint in a zip of unknown origin: the files that its COMMIT.json names, and no others."""
+def base_fingerprint(cfg: Config) -> str:
+    with explained_model(cfg):
+        folder = local_base(cfg)
+        if folder is None:
+            return str(base_source(cfg)["revision"])
+        files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
+        return fingerprint([checksum(path) for path in sorted(files)])
+
+
+def training_fingerprint(data: Prepared) -> str:
+    """Not of the prompts' tokens but of what leads to them: a template may tell today's date."""
+    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.held_out_pairs)]
+    answers = [[t for t in one["labels"] if t != IGNORE] for one in (*data.train, *data.held_out)]
+    return fingerprint([data.tokenizer.chat_template, pairs, answers])
+
+
+def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
+    """Everything that decides the adapter. Where it is equal, a checkpoint may be resumed."""
+    return {
+        **{name: getattr(cfg, name) for name in DECIDING},
+        "PAIRS IN A STEP": cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS,
+        "OPTIMIZER": optimizer_name(cfg, device),
+        "LOAD_IN_4BIT": device.four_bit,
+        "the base model": base_fingerprint(cfg),
+        "the data": training_fingerprint(data),
+        "the script": 3,  # to be raised when an earlier checkpoint can no longer be resumed
+    }
+
+
+def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+    """What sets two runs apart, for the person: settings with their values."""
+    return [
+        name if name.islower() else f"{name} {as_text(value)} (there {as_text(there.get(name))})"
+        for name, value in here.items()
+        if value != there.get(name)
+    ]
+
+
+# -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
+
+COMMIT = "COMMIT.json"
+BEST_ADAPTER = "best_adapter.safetensors"  # with it, one checkpoint is enough to end the run
+STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json"}
+COMMITTED = {"step": int, "best_step": int | None, "identity": dict, "tally": dict, "files": dict}
+BYTES_PER_WEIGHT = 16  # its value, that of the best adapter, and two figures of the optimizer
+NEWEST_KEPT = 2  # and the best one
+COPY_PAUSES = (1, 4, None)  # seconds: on a mounted drive, what fails now may work in a moment
+
+
+class Checkpoint(NamedTuple):
+    """A saved state of the training, whose files are those that its COMMIT.json names."""
+
+    folder: Path
+    step: int
+    record: dict[str, Any]
+
+    @property
+    def best_adapter(self) -> Path:
+        """The adapter with the lowest validation loss so far."""
+        return self.folder / (BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What COMMIT.json says. It may be damaged, or made by a stranger: then ValueError."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            members = {Path(member.filename).name: member for member in archive.infolist()}
-            with archive.open(members[COMMIT]) as file:
-                content = file.read(1_000_000)
-            record = record_in(content)
-            if record is None:
-                return f"{COMMIT} is damaged"
-            sizes = {name: size for name, (size, _) in record["files"].items()}
-            if sum(sizes.values()) > shutil.disk_usage(folder).free:
-                return f"there is no room for its {sum(sizes.values()) / 1e9:.1f} GB in {folder}"
-            for name, size in sizes.items():
-                if members[name].file_size != size:  # more than this is never unpacked
-                    return f"{name} has another size than {COMMIT} says"
-                with archive.open(members[name]) as file, (folder / name).open("wb") as target:
-                    shutil.copyfileobj(file, target)
-        (folder / COMMIT).write_bytes(content)
-    except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
-        return f"it is damaged, or no zip of a checkpoint ({type(error).__name__})"
-    return verified(folder)
+        commit = json.loads((folder / COMMIT).read_bytes())
+        record = commit["record"]
+        valid = commit["sha256"] == fingerprint(record) and set(record["files"]) >= STATE_FILES
+        valid &= any(name.startswith("rng_state") for name in record["files"])  # of each process
+        valid &= all(isinstance(record[name], kind) for name, kind in COMMITTED.items())
+        valid &= set(record["tally"]) == {one.name for one in fields(Tally)}
+        for name, (size, digest) in record["files"].items():
+            valid &= Path(name).name == name and isinstance(size, int) and isinstance(digest, str)
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        valid = False
+    if not valid:
+        raise ValueError(f"its {COMMIT} is missing or damaged")
+    return record
 
 
-LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
-
-
-def log_path(cfg: Config) -> Path:
-    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
-
-
-class Keeper:
-    """Keeps the checkpoints of one run: in a folder of its own, and in the mirror when there is one."""
+class Checkpoints:
+    """The checkpoints of one run: in a folder of its own, and in the mirror when there is one."""
 
     def __init__(self, cfg: Config, identity: dict[str, Any]) -> None:
         self.cfg, self.identity = cfg, identity
-        self.folder = local_path(cfg.CHECKPOINT_DIR).resolve() / fingerprint(identity)[:12]
-        mirror = cfg.CHECKPOINT_MIRROR
-        self.mirror = local_path(mirror).resolve() / self.folder.name if mirror else None
+        folders = filter(None, (cfg.CHECKPOINT_DIR, cfg.CHECKPOINT_MIRROR))
+        self.places = [local_path(one).resolve() / fingerprint(identity)[:12] for one in folders]
+        self.folder, self.mirrors = self.places[0], self.places[1:]
+        self.last: Checkpoint | None = None
+        self.best_adapter = b""  # goes into every checkpoint
         self.saved_at = time.monotonic()
         self.log = log_path(cfg)
 
-    def path_of(self, step: int) -> Path:
-        return self.folder / f"checkpoint-{step}"
-
     def starting_point(self) -> Checkpoint | None:
-        """The checkpoint to go on from, if there is one; what is not used is set aside."""
+        """The newest valid checkpoint: of those here, in the mirror, and the one that is named."""
         self.say_other_run()
+        for place in filter(Path.exists, () if self.cfg.RESUME else self.places):
+            with warned(f"{place} is in the way") if place in self.mirrors else nullcontext():
+                quarantine(place, f"{place.name}.unused", "RESUME is off")
         self.folder.mkdir(parents=True, exist_ok=True)
-        if self.mirror:
-            with suppress(OSError):  # what is wrong with it is said when it is used
-                self.mirror.parent.mkdir(exist_ok=True)
-        for folder in filter(None, (self.folder, self.mirror)):
-            for leftover in (*folder.glob("removed-*"), *folder.glob("*.partial")):
-                with suppress(OSError):
-                    remove(leftover)
-        torn = self.sorted_out()
-        if self.cfg.RESUME_FROM_CHECKPOINT:
-            return self.imported(local_path(self.cfg.RESUME_FROM_CHECKPOINT), torn)
-        if self.cfg.RESUME:
-            return self.newest(torn)
-        self.retire(0)
-        remove(self.folder / TAKEN_UP)
-        return None
+        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
+            others = [self.named(Path(unpacked))] if self.cfg.RESUME_FROM_CHECKPOINT else []
+            step = max((one.step for one in self.valid(self.folder)), default=0)
+            for mirror in self.mirrors if self.cfg.RESUME else ():
+                others += itertools.islice(self.valid(mirror, above=step), 1)
+            for other in others:
+                if other.step > step:
+                    say("Checkpoint", f"step {other.step} is newer and is fetched from elsewhere")
+                    self.copy(other, self.folder)
+        if not self.latest() and any(any(place.glob("incomplete-*")) for place in self.places):
+            say("Warning", "no checkpoint is valid, so the training starts from the beginning")
+        return self.last
 
     def say_other_run(self) -> None:
-        """Name what has changed since the most similar run whose checkpoints lie beside."""
-        if self.folder.exists():
-            return
-        others = {}
+        """Name what has changed since the most similar of the runs beside a new one."""
+        others = []
         for path in self.folder.parent.glob("*/checkpoint-*/" + COMMIT):
-            with suppress(OSError):
-                if record := record_in(path.read_bytes()):
-                    others[path.parents[1]] = differences(self.identity, record["identity"])
-        if others:
-            folder, changed = min(others.items(), key=lambda other: len(other[1]))
-            say(
-                "New run",
-                f"other than the one in {short_path(folder)}, which stays as it is: {', '.join(changed)}",
-            )
+            with suppress(ValueError, OSError):
+                if changed := differences(self.identity, read_record(path.parent)["identity"]):
+                    others.append((len(changed), short_path(path.parents[1]), ", ".join(changed)))
+        if others and not self.folder.exists():
+            _, other, changes = min(others)
+            say("New run", f"other than the one in {other}, which stays as it is: {changes}")
 
-    def own(self, path: Path) -> Checkpoint | str:
-        found = verified(path)
-        if isinstance(found, Checkpoint) and found.record["identity"] != self.identity:
-            return "it belongs to another run"
-        if isinstance(found, Checkpoint) and path.name != f"checkpoint-{found.step}":
-            return f"it is a copy of checkpoint-{found.step}"
-        return found
+    def verify(self, folder: Path, thorough: bool = True) -> Checkpoint:
+        """The checkpoint in a folder, or ValueError; thorough: by contents, not only by sizes."""
+        record = read_record(folder)
+        if changed := differences(self.identity, record["identity"]):
+            raise ValueError(f"it belongs to another run. What differs: {', '.join(changed)}")
+        for name, (size, digest) in record["files"].items():
+            path = folder / name
+            right = path.is_file() and not path.is_symlink() and path.stat().st_size == size
+            if not right or (thorough and checksum(path) != digest):
+                raise ValueError(f"its {name} is missing or damaged")
+        for path in folder.iterdir():
+            loadable = path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)
+            if loadable and path.name not in record["files"] and not path.name.startswith("."):
+                raise ValueError(f"{path.name} was not saved with it")
+        return Checkpoint(folder, record["step"], record)
 
-    def sorted_out(self) -> int:
-        """Set aside what is torn or not of this run, and say how many that were."""
-        torn = 0
-        for _, path in numbered(self.folder):
-            if isinstance(flaw := self.own(path), str):
-                torn += 1
-                aside = set_aside(path, "incomplete")
-                say(
-                    "Checkpoint", f"{short_path(path)} is not used: {flaw}. It is now {aside.name}."
-                )
-        return torn
+    def valid(self, place: Path, above: int = 0, thorough: bool = True) -> Iterator[Checkpoint]:
+        """Valid checkpoints, newest first: by step, since clocks jump. Others get another name."""
+        numbers = [path.name.removeprefix("checkpoint-") for path in place.glob("checkpoint-*/")]
+        for step in sorted((int(n) for n in numbers if n.isdecimal()), reverse=True):
+            path = place / f"checkpoint-{step}"
+            if step <= above:
+                return
+            try:
+                found = self.verify(path, thorough)
+                if found.step != step:
+                    raise ValueError(f"it is a copy of checkpoint-{found.step}")
+                yield found
+            except (ValueError, OSError) as flaw:
+                with warned(f"{path} is not used: {flaw}, but keeps its name"):
+                    quarantine(path, f"incomplete-{step}", flaw)
 
-    def newest(self, torn: int) -> Checkpoint | None:
-        """The newest whole checkpoint, here or in the mirror."""
-        here = next(whole(self.folder, thorough=False), None)
-        for step, path in numbered(self.mirror) if self.mirror else ():
-            if here and step <= here.step:
-                break
-            found = self.own(path)
-            if isinstance(found, Checkpoint):
-                return self.fetched(found)
-            say("Warning", f"{path} is not used: {found}.")
-            torn += 1
-        if torn and not here:
-            say("Warning", "no checkpoint is whole, so the training starts from the beginning.")
-        return here
-
-    def fetched(self, mirrored: Checkpoint) -> Checkpoint:
-        say("Mirror", f"{mirrored.folder.name} is fetched from {mirrored.folder.parent}")
+    def named(self, unpacked: Path) -> Checkpoint:
+        """What the person names: a folder with a checkpoint or several, or a zip of it."""
+        place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
         try:
-            return retried(lambda: copied(mirrored, self.folder))
-        except OSError as error:
-            need = sum(size for size, _ in mirrored.record["files"].values())
+            if place.is_file():
+                unzip(place, unpacked)
+            inside = (unpacked if place.is_file() else place).rglob(COMMIT)
+            if not (found := [self.verify(path.parent) for path in inside]):
+                raise ValueError(f"there is no {COMMIT}")
+            return max(found, key=lambda one: one.step)
+        except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
             raise UserError(
-                f"{mirrored.folder.name} could not be fetched from the mirror to {self.folder}: {error}.\n"
-                f"{room(self.folder, need)}Make room, or wait until the drive answers, and run the same "
-                'command again. To train without what lies there: --checkpoint-mirror ""'
+                f"RESUME_FROM_CHECKPOINT {place} cannot be used: {preview(str(error), 500)}.\n"
+                "Name a folder checkpoint-N of this run or a zip of it, or leave the setting out."
             ) from None
 
     def latest(self) -> Checkpoint | None:
-        return next(whole(self.folder), None)
+        """The newest valid one here, to go on from."""
+        self.last = next(self.valid(self.folder), None)
+        self.best_adapter = self.last.best_adapter.read_bytes() if self.last else b""
+        return self.last
 
-    def imported(self, place: Path, torn: int) -> Checkpoint | None:
-        """The checkpoint that the person names, copied to the others of this run.
-
-        When it was named before, the run has begun there, and goes on from its newest checkpoint.
-        """
-        mark, name, before = self.folder / TAKEN_UP, str(place.resolve()), {}
-        with suppress(OSError, ValueError, TypeError):
-            before = dict(json.loads(mark.read_text(encoding="utf-8")))
-        if before.get("place") == name and not place.exists():
-            return self.newest(torn)
-        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
-            found = self.named(place, Path(unpacked))
-            seal = fingerprint(found.record)
-            if before.get("seal") == seal:
-                return self.newest(torn)
-            try:
-                start = copied(found, self.folder)
-            except OSError as error:
-                raise UserError(f"{place} could not be copied to {self.folder}: {error}") from None
-        self.retire(start.step)
-        write_json(mark, {"place": name, "seal": seal})
-        return start
-
-    def named(self, place: Path, unpacked: Path) -> Checkpoint:
-        """The checkpoint in a folder, in a folder of checkpoints, or in a zip."""
-        if place.is_file():
-            found = unzipped(place, unpacked)
-        elif (place / COMMIT).exists() or not numbered(place):
-            found = verified(place)
-        else:
-            found = verified(numbered(place)[0][1])
-        if isinstance(found, str):
-            raise UserError(
-                f"RESUME_FROM_CHECKPOINT {place} cannot be used: {found}.\n"
-                "Name a folder checkpoint-N or its zip, or leave the setting out."
-            )
-        if changed := differences(self.identity, found.record["identity"]):
-            raise UserError(
-                f"{place} belongs to another run. What differs: {', '.join(changed)}.\n"
-                "Run with the settings and the data of that run, or leave the checkpoint out."
-            )
-        return found
-
-    def retire(self, step: int) -> None:
-        """Put checkpoints beyond this step out of the way of those to come."""
-        for folder in filter(None, (self.folder, self.mirror)):
-            try:
-                for number, path in numbered(folder):
-                    if number > step:
-                        aside = set_aside(path, "unused")
-                        say("Checkpoint", f"{short_path(path)} is not used and is now {aside.name}")
-            except OSError as error:
-                if folder == self.folder:
-                    raise
-                say("Warning", f"the mirror {folder} cannot be changed: {error}")
-
-    @contextmanager
-    def saving(self, state: Any, record: dict[str, Any]) -> Iterator[None]:
-        """Around the Trainer's own saving: afterwards the checkpoint counts, or there is none."""
+    def save(self, state: Any, tally: dict[str, Any], write: Callable[[], None]) -> None:
+        """What the Trainer writes becomes a checkpoint, or nothing of it stays."""
         step, best = state.global_step, state.best_global_step
-        folder = self.path_of(step)
+        folder = self.folder / f"checkpoint-{step}"
+        if self.last and self.last.step == step:
+            return  # what is saved is never changed
         try:
-            yield
+            write()
             (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-            if best not in (None, step):
-                shutil.copyfile(self.adapter_of(best), folder / BEST_ADAPTER)
-            record = record | {"step": step, "best_step": best, "identity": self.identity}
-            newest = seal(folder, record)
+            if best == step:
+                self.best_adapter = (folder / ADAPTER).read_bytes()
+            elif best is not None:
+                (folder / BEST_ADAPTER).write_bytes(self.best_adapter)
+            paths = sorted(folder.iterdir())
+            for path in paths:
+                fsync(path)
+            record = {"step": step, "best_step": best, "identity": self.identity, "tally": tally}
+            record["files"] = {path.name: [path.stat().st_size, checksum(path)] for path in paths}
+            write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
+            fsync(self.folder)
+            self.last = Checkpoint(folder, step, record)
         except Exception as error:  # a full disk has as many faces as there are libraries
             shutil.rmtree(folder, ignore_errors=True)
-            need = checkpoint_bytes(record["tally"]["trainable"])
-            raise UserError(self.not_saved(step, need, error)) from error
+            disk = room(self.folder, BYTES_PER_WEIGHT * tally["trainable"])
+            raise UserError(
+                f"The checkpoint of step {step} could not be written to {self.folder}: "
+                f"{preview(repr(error), 200)}.\n{disk}Training stopped; earlier checkpoints are kept.\n"
+                "Make room on the disk (old folders in CHECKPOINT_DIR may go), or move CHECKPOINT_DIR "
+                f"to another and name it with --checkpoint-dir; then {resume_hint(self.cfg)}."
+            ) from error
         self.saved_at = time.monotonic()
-        try:
-            prune(self.folder, best)
-        except OSError as error:
-            say("Warning", f"an old checkpoint could not be deleted: {error}")
-        self.copy_out(newest)
+        self.copy_and_prune(self.last)
 
-    def adapter_of(self, best_step: int) -> Path:
-        for found in whole(self.folder):
-            if found.record["best_step"] == best_step:
-                return found.best_adapter
-        raise OSError(f"no checkpoint holds the best adapter any more, that of step {best_step}")
+    def copy_and_prune(self, newest: Checkpoint) -> None:
+        """After a checkpoint is safe; none of this may cost the training."""
+        name = newest.folder.name
+        with warned("an old checkpoint could not be deleted"):
+            self.prune(self.folder, newest)
+        if self.cfg.ARCHIVE_CHECKPOINTS:
+            with (
+                warned(f"{name}.zip could not be written"),
+                atomic_write(newest.folder.with_suffix(".zip")) as staged,
+                zipfile.ZipFile(staged, "w", strict_timestamps=False) as archive,
+            ):
+                for path in newest.folder.iterdir():
+                    archive.write(path, path.name)
+        for mirror in self.mirrors:
+            with warned(f"{name} could not be copied to the mirror"):
+                mirror.parent.mkdir(exist_ok=True)  # no parents=True: a drive may be unmounted
+                mirror.mkdir(exist_ok=True)
+                self.prune(mirror, self.copy(newest, mirror))
 
-    def not_saved(self, step: int, need: int, error: Exception) -> str:
-        last = self.latest()
-        kept = f"{last.folder.name} is whole" if last else "there is no earlier one"
-        return (
-            f"The checkpoint of step {step} could not be written to {self.folder}: "
-            f"{type(error).__name__}: {preview(str(error), 200)}.\n"
-            f"{room(self.folder, need)}Training stopped; {kept}.\n"
-            "Make room on the disk (old folders in CHECKPOINT_DIR may go), or move CHECKPOINT_DIR to "
-            f"another and name it with --checkpoint-dir; then {way_on(self.cfg)}."
-        )
+    def copy(self, source: Checkpoint, place: Path) -> Checkpoint:
+        """A copy in another place, read back before it gets its name."""
+        target = place / f"checkpoint-{source.step}"
+        for pause in COPY_PAUSES:
+            try:
+                with atomic_folder(target) as staged:
+                    for name in (*source.record["files"], COMMIT):
+                        shutil.copyfile(source.folder / name, staged / name)
+                    self.verify(staged)
+                break
+            except (OSError, ValueError) as error:
+                if not pause:
+                    raise UserError(
+                        f"{target.name} could not be copied to {place}: {error}.\nMake room, or wait "
+                        "until the drive answers, and run the same command again. To train without what "
+                        'lies in the mirror: --checkpoint-mirror ""'
+                    ) from None
+                time.sleep(pause)
+        return source._replace(folder=target)
 
-    def copy_out(self, newest: Checkpoint) -> None:
-        """To the mirror and the zip; neither may ever cost the training."""
-        try:
-            if self.cfg.ARCHIVE_CHECKPOINTS:
-                with (
-                    atomic_write(newest.folder.with_suffix(".zip")) as staged,
-                    zipfile.ZipFile(staged, "w", strict_timestamps=False) as archive,
-                ):
-                    for name in (*newest.record["files"], COMMIT):
-                        archive.write(newest.folder / name, name)
-        except Exception as error:
-            say("Warning", f"{newest.folder.name}.zip could not be written: {error}")
-        try:
-            if self.mirror:
-                retried(lambda: self.to_mirror(newest))
-        except OSError as error:
-            say("Warning", f"{newest.folder.name} could not be copied to the mirror: {error}")
-
-    def to_mirror(self, newest: Checkpoint) -> None:
-        assert self.mirror
-        self.mirror.mkdir(exist_ok=True)  # not its parents: an unmounted drive is not an empty one
-        copied(newest, self.mirror)
-        prune(self.mirror, newest.record["best_step"])
+    def prune(self, place: Path, newest: Checkpoint) -> None:
+        """Keep the newest two that are valid, and the best."""
+        for checkpoint in [*self.valid(place, thorough=False)][NEWEST_KEPT:]:
+            if checkpoint.step != newest.record["best_step"]:
+                checkpoint.folder.with_suffix(".zip").unlink(missing_ok=True)
+                # half of a deleted one must not look like a torn one
+                checkpoint.folder.rename(place / f"removed-{checkpoint.step}")
+        for leftover in (*place.glob("removed-*"), *place.glob("*.partial")):
+            remove(leftover)
 
 
 NOT_A_NUMBER = (
@@ -4811,7 +3414,6 @@ class Interruption:
 
     def __init__(self) -> None:
         self.asked = 0
-        self.agreed = 0
         self.usual: dict[int, Any] = {}
 
     def __enter__(self) -> Interruption:
@@ -4828,11 +3430,6 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.usual.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def agree(self) -> int:
-        """Whether somebody has asked, of this process or another: all of them stop at the same step."""
-        self.agreed = highest(self.asked)
-        return self.agreed
 
     def receive(self, number: int, _: Any) -> None:
         if self.asked:
@@ -4854,40 +3451,25 @@ def memory_fault(error: BaseException) -> str:
     return "full" if isinstance(error, MemoryError) or full else ""
 
 
-def smaller(plan: Plan, longest: int) -> Plan | None:
-    """The same steps with less in memory at once; None when nothing is left to try."""
-    if plan.tokens_at_once > longest:
-        return plan._replace(tokens_at_once=max(longest, plan.tokens_at_once // 2))
-    return None if plan.checkpointing else plan._replace(checkpointing=True)
+Way = TypeVar("Way")
+Result = TypeVar("Result")
 
 
-def with_less_memory(plan: Plan, longest: int, error: BaseException) -> Plan:
-    """What to go on with after this error, said; raised again when it is about something else."""
-    fault = memory_fault(error)
-    if not fault:
-        raise error
-    # then the others are at another place, and do not know of it
-    alone = processes() > 1 and not isinstance(error, CommonMemoryError)
-    if fault == "broken" or alone:
-        who = "A process" if alone else "The GPU"
-        raise UserError(
-            f"{who} ran out of memory and answers no more: {preview(str(error), 100)}\n"
-            "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
-            f"add --tokens-at-once {max(longest, plan.tokens_at_once // 2)}, then "
-            "--gradient-checkpointing; neither changes the result."
-        ) from None
-    less = smaller(plan, longest)
-    if less is None:
-        raise UserError(
-            f"Memory ran out with one pair at a time: {preview(str(error), 100)}\n"
-            f"{LEVERS} The checkpoints so far are kept."
-        ) from None
-    if less.checkpointing == plan.checkpointing:
-        how = f"{less.tokens_at_once:,} tokens at once, not {plan.tokens_at_once:,}"
-    else:
-        how = "values are computed again instead of kept, which is slower"
-    say("Memory", f"it ran out, so the training goes on with less: {how}; the result is the same")
-    return less
+def halvings(most: int, least: int) -> list[int]:
+    """From most to least, each half of the one before."""
+    return [most] if most <= least else [most, *halvings(max(least, most // 2), least)]
+
+
+def as_many_as_fit(act: Callable[[Way], Result], ways: Sequence[Way]) -> Result:
+    """Do something in the first of these ways for which memory is enough."""
+    for way in ways:
+        try:
+            return act(way)
+        except (RuntimeError, MemoryError) as error:
+            if memory_fault(error) != "full" or way is ways[-1] or processes() > 1:
+                raise
+        release_memory()  # not before here, since the error holds on to what filled it
+    raise AssertionError("there is a way at least")
 
 
 def release_memory() -> None:
@@ -4899,21 +3481,20 @@ def release_memory() -> None:
             backend.empty_cache()
 
 
-def longest_row(data: Prepared, plan: Plan) -> list[Example]:
-    """A row that needs as much memory as any of the training."""
-    longest_first = sorted(data.train, key=lambda example: -len(example["input_ids"]))
-    return rows_of(longest_first[: plan.pairs], plan.tokens_at_once)[0]
-
-
-def try_longest_row(trainer: transformers.Trainer, data: Prepared, plan: Plan) -> None:
-    """Forwards and backwards, before anything else: if it is too much, then now."""
-    import torch
-
-    row = longest_row(data, plan)
-    tokens = sum(label != IGNORE for example in row for label in example["labels"])
-    with torch.random.fork_rng():
-        trainer.training_step(trainer.model_wrapped, {"rows": [flatten(row)]}, tokens)
-    trainer.model.zero_grad()
+def largest_row(examples: Sequence[Example], plan: Plan) -> list[Example]:
+    """Without meaning: as many tokens, and as many of them learnt, as any row of the training may have."""
+    lengths = sorted((len(example["labels"]) for example in examples), reverse=True)[: plan.pairs]
+    learnt = [sum(label != IGNORE for label in example["labels"]) for example in examples]
+    room = max(lengths[0], min(plan.tokens_at_once, sum(lengths)))
+    share = max(n / len(example["labels"]) for n, example in zip(learnt, examples, strict=True))
+    share = min(share, sum(sorted(learnt)[-plan.pairs :]) / room)
+    row: list[Example] = []
+    for length in lengths:
+        size = min(length, room)
+        room -= size
+        count = min(size - 1, math.ceil(share * size))  # the first token is never learnt
+        row += [{"input_ids": [0] * size, "labels": [IGNORE] * (size - count) + [0] * count}]
+    return [example for example in row if example["input_ids"]]
 
 
 def measured_loss(
@@ -4921,24 +3502,29 @@ def measured_loss(
 ) -> float | None:
     """The mean loss with as many tokens at once as fit; None when not even one pair does."""
     longest = max(len(example["input_ids"]) for example in examples)
-    while True:
-        try:
-            loss = mean_loss(model, examples, tokens_at_once)
-            if not math.isfinite(loss):
-                raise UserError(NOT_A_NUMBER)
-            return loss
-        except (RuntimeError, MemoryError) as error:
-            if memory_fault(error) != "full" or is_sharded():
-                raise
-        release_memory()  # not before here, since the error holds on to what filled it
-        if tokens_at_once <= longest:
-            break
-        tokens_at_once //= 2
+    try:
+        loss = as_many_as_fit(
+            lambda most: mean_loss(model, examples, most), halvings(tokens_at_once, longest)
+        )
+    except (RuntimeError, MemoryError) as error:
+        if memory_fault(error) != "full":
+            raise
+    else:
+        if not math.isfinite(loss):
+            raise UserError(NOT_A_NUMBER)
+        return loss
+    release_memory()
     say("Warning", "memory ran out while the validation loss was measured; it is left out")
     return None
 
 
 # -- The training itself
+
+FIRST_SCALE = 4096.0  # of the gradients in float16; torch's 65,536 overflows in the first steps
+MOST_IN_VAIN = 3  # steps in a row whose gradient was no number
+
+
+PROJECT = "finetune_colab"  # under which a service that shows curves files them
 
 
 def monitored(cfg: Config, run: str) -> str:
@@ -4954,24 +3540,25 @@ def monitored(cfg: Config, run: str) -> str:
     return cfg.REPORT_TO
 
 
-def training_arguments(
-    cfg: Config, plan: Plan, device: Device, measured: bool, folder: Path
-) -> transformers.TrainingArguments:
+def training_arguments(fit: Fit) -> transformers.TrainingArguments:
     from transformers import TrainingArguments
 
+    cfg, plan, device, folder = fit.cfg, fit.plan, fit.device, fit.keeper.folder
+    measured = bool(fit.data.held_out)
     on_gpu = device.kind == "cuda"
     new = hasattr(TrainingArguments, "activation_checkpointing")  # what newer versions call it
     checkpointing = "activation_checkpointing" if new else "gradient_checkpointing"
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=plan.steps,
-        per_device_train_batch_size=plan.pairs,  # as one batch, which lay_out divides
+        per_device_train_batch_size=1,  # Steps has made the batches
         learning_rate=cfg.LEARNING_RATE,
         lr_scheduler_type=cfg.LR_SCHEDULER,
         warmup_steps=plan.warmup_steps,
         optim=optimizer_name(cfg, device),
         weight_decay=cfg.WEIGHT_DECAY,
         max_grad_norm=cfg.MAX_GRAD_NORM,
+        neftune_noise_alpha=cfg.NEFTUNE_ALPHA or None,
         fp16=on_gpu and device.dtype == "float16",
         bf16=on_gpu and device.dtype == "bfloat16",
         use_cpu=device.kind == "cpu",
@@ -4990,77 +3577,284 @@ def training_arguments(
         report_to=monitored(cfg, folder.name) if is_first() else "none",
         project=PROJECT,
         run_name=folder.name,
+        ddp_find_unused_parameters=False,
         **({checkpointing: True} if plan.checkpointing else {}),
     )
     arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
     return arguments
 
 
-def build_trainer(
-    cfg: Config,
-    model: PeftModel,
-    data: Prepared,
-    device: Device,
-    plan: Plan,
-    keeper: Keeper,
-    tally: Tally,
-) -> transformers.Trainer:
-    from transformers import Trainer
-
-    packed = cfg.PACKING and may_share_rows(model)
-
-    class AnswerTrainer(Trainer):
-        def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-            """Row by row: the gradient of a step is the sum of theirs, and so is the loss."""
-            step = super().training_step
-            with all_or_none():
-                loss = sum(step(model, row, num_items_in_batch) for row in inputs["rows"])
-            return summed_gradients(model, loss)
-
-        def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-            """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
-            loss = measured_loss(model, data.held_out, plan.tokens_at_once)
-            if loss is not None:
-                self.log({"eval_loss": loss})
-            metrics = {"eval_loss": math.inf if loss is None else loss}  # unknown is never the best
-            self.control: transformers.TrainerControl = self.callback_handler.on_evaluate(
-                self.args, self.state, self.control, metrics
-            )
-            self.control.should_save = True
-            self.control.should_training_stop |= is_finished(cfg, self.state)
-            return metrics
-
-        def _save_checkpoint(self, model: Any, trial: Any) -> None:
-            write = functools.partial(super()._save_checkpoint, model, trial)
-            agree(lambda: save_checkpoint(cfg, self, keeper, tally, write))
-
-        def _load_scaler(self, checkpoint: str | None) -> None:
-            if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
-                super()._load_scaler(checkpoint)
-
-    return AnswerTrainer(
-        model,
-        training_arguments(cfg, plan, device, bool(data.held_out), keeper.folder),
-        train_dataset=data.train,
-        eval_dataset=data.held_out or None,
-        data_collator=functools.partial(lay_out, most=plan.tokens_at_once if packed else 0),
-        compute_loss_func=step_loss,
-    )
+def shares_rows(cfg: Config, model: PeftModel) -> bool:
+    """Whether pairs share a row in this training; the Trainer's noise knows but one length in a row."""
+    return cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
 
 
-def save_checkpoint(
-    cfg: Config,
-    trainer: transformers.Trainer,
-    keeper: Keeper,
-    tally: Tally,
-    write: Callable[[], None],
-) -> None:
-    if (keeper.path_of(trainer.state.global_step) / COMMIT).exists():
-        return  # it is saved, and what is saved is never changed
-    refuse_nan(trainer.model)
-    tally.finished = is_finished(cfg, trainer.state)
-    with keeper.saving(trainer.state, {"tally": tally.record()}):
-        write()
+def lay_out(shares: Sequence[Sequence[Example]], most: int, shared: bool = True) -> dict[str, Any]:
+    """This process's share of one step: its rows, and what the Trainer counts."""
+    (examples,) = shares
+    rows = [flatten(row, shared) for row in pack(examples, most)]
+    whole = flatten(examples, shared=False)
+    return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
+
+
+def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    """This row's share of the mean over all tokens of the step, however the step was cut up."""
+    return summed_loss(outputs.logits, labels) / num_items_in_batch
+
+
+class AnswerTrainer(Trainer):
+    """The Trainer, with steps of rows without padding and checkpoints that count only when whole."""
+
+    fit: Fit
+    control: Any
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        from torch.utils.data import SequentialSampler
+
+        return SequentialSampler(train_dataset or self.train_dataset)  # Steps has drawn the order
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Row by row: the gradient of a step is the sum of theirs, and so is the loss."""
+        step, (*rows, last) = super().training_step, inputs["rows"]
+        with self.accelerator.no_sync(model):  # processes exchange their gradients once a step
+            losses = [step(model, row, num_items_in_batch) for row in rows]
+        loss: Any = sum([*losses, step(model, last, num_items_in_batch)])
+        self.fit.lost_loss |= not math.isfinite(loss)
+        return loss.nan_to_num(0, 0, 0)  # with a NaN, the Trainer's sum would stay one for ever
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """What is no number is in no table and no picture."""
+        if "loss" in logs and self.fit.lost_loss:
+            logs, self.fit.lost_loss = logs | {"loss": math.nan}, False
+        finite = {name: figure for name, figure in logs.items() if math.isfinite(figure)}
+        super().log(finite, *args, **kwargs)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
+        fit = self.fit
+        loss = measured_loss(fit.model, fit.data.held_out, fit.plan.tokens_at_once)
+        loss = fit.first_says(math.inf if loss is None else loss)  # unknown is never the best
+        self.log({"eval_loss": loss})
+        metrics = {"eval_loss": loss}
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        self.control.should_save = True
+        self.control.should_training_stop |= is_finished(fit.cfg, self.state)
+        return metrics
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        fit, step, is_last = self.fit, self.state.global_step, is_finished(self.fit.cfg, self.state)
+        if fit.in_vain and is_last:
+            raise UserError(NOT_A_NUMBER)
+        if fit.in_vain or fit.saved_step == step:
+            return
+        refuse_nan(fit.model)
+        fit.saved_step, fit.tally.finished = step, is_last
+
+        def write() -> None:
+            super(AnswerTrainer, self)._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+
+        if is_first():
+            fit.keeper.save(self.state, fit.tally.record(), write)
+        else:
+            write()
+        self.accelerator.wait_for_everyone()
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
+            super()._load_scaler(checkpoint)
+
+
+class Pace(TrainerCallback):
+    """Counts time and speed, leaves out steps that are no number, and says when to save and stop."""
+
+    fit: Fit
+    training_bar: Any = None  # where the Trainer shows one; not in a notebook's kernel
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
+        if args.device.type != "cpu":
+            self.fit.try_largest_row()
+        self.begun = state.global_step, self.fit.tally.seconds
+        self.shown: dict[str, str] = {}
+        if self.training_bar:
+            self.training_bar.set_description("Training")
+            self.training_bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+        self.mark_speed(state)
+
+    def mark_speed(self, state: Any) -> None:
+        self.since = time.perf_counter(), state.num_input_tokens_seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        tally, asking = self.fit.tally, self.fit.plan.asking_seconds
+        tally.start()
+        steps, seconds = state.global_step - self.begun[0], tally.seconds - self.begun[1]
+        left = seconds / max(1, steps) * (state.max_steps - state.global_step)
+        if steps == 3 and left + asking > 60:
+            then = f" and {in_time(asking)} for the questions at the end"
+            with tqdm.external_write_mode():
+                say("Estimate", f"by the first three steps: {in_time(left)} more{then}")
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.fit.refuse_or_skip_nan()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_step_end(args, state, control, **kwargs)
+        fit = self.fit
+        overdue = time.monotonic() - fit.keeper.saved_at > 60 * fit.cfg.SAVE_MINUTES
+        save, fit.stop.asked = fit.highest(is_first() and overdue, fit.stop.asked)
+        control.should_save |= bool(save or fit.stop.asked)
+        control.should_training_stop |= bool(fit.stop.asked)
+        if control.should_evaluate or control.should_save or control.should_training_stop:
+            fit.tally.pause()
+            control.should_log = True  # a checkpoint holds the losses of all steps up to it
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.mark_speed(state)  # measuring and saving are no time of training
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.mark_speed(state)
+        (self.fit.stop.asked,) = self.fit.highest(self.fit.stop.asked)  # while measuring or saving
+        control.should_training_stop |= bool(self.fit.stop.asked)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        """Everything to the log, the losses into the progress bar."""
+        figures = {"step": state.global_step} | (logs or {})
+        if "learning_rate" in figures:
+            start, tokens = self.since
+            self.mark_speed(state)
+            figures["tokens_per_second"] = (self.since[1] - tokens) / (self.since[0] - start)
+        shown = (
+            f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
+            for k, v in figures.items()
+            if not k.startswith("train_")  # the Trainer's own sums, of this sitting only
+        )
+        LOG.info("%-11s%s", "Measured", ", ".join(shown))
+        names = {"loss": "loss", "eval_loss": "validation"}
+        self.shown |= {names[k]: f"{v:.3f}" for k, v in figures.items() if k in names}
+        if self.training_bar:
+            self.training_bar.set_postfix(self.shown, refresh=False)
+
+
+@dataclass
+class Fit:
+    """One go at the training: to its end, or as far as the person and the memory allow."""
+
+    cfg: Config
+    model: PeftModel
+    data: Prepared
+    device: Device
+    plan: Plan
+    keeper: Checkpoints
+    tally: Tally
+    stop: Interruption = field(default_factory=Interruption)
+    lost_loss: bool = False  # that of a step since the last entry of the log was no number
+    in_vain: int = 0  # steps in a row whose gradient was no number
+    saved_step: int = 0
+
+    def run(self, start: Checkpoint | None) -> None:
+        self.trainer = self.built_trainer()
+        with (
+            joint_layers(self.model, self.cfg.FAST_ADAPTER),
+            padding_free(self.model),
+            self.stop,
+            self.explained_errors(start),
+        ):
+            self.trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
+        if self.stop.asked:
+            state = self.trainer.state
+            step = f"Step {state.global_step} of {state.max_steps}"
+            raise Stopped(self.stop.asked, f"{step} is saved, and {resume_hint(self.cfg)}.")
+
+    def built_trainer(self) -> Any:
+        import torch
+        import transformers
+
+        most = self.plan.tokens_at_once if shares_rows(self.cfg, self.model) else 0
+        shared = may_share_rows(self.model)
+        trainer: Any = type("Trainer", (AnswerTrainer, transformers.Trainer), {"fit": self})(
+            self.model,
+            training_arguments(self),
+            train_dataset=Steps(self.data.train, self.plan.pairs, self.cfg.SEED),
+            eval_dataset=self.data.held_out or None,
+            data_collator=functools.partial(lay_out, most=most, shared=shared),
+            compute_loss_func=step_loss,
+        )
+        if trainer.accelerator.scaler:
+            trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FIRST_SCALE)
+        bar = trainer.pop_callback(transformers.ProgressCallback)
+        usual = transformers.ProgressCallback if bar else transformers.TrainerCallback
+        trainer.add_callback(type("Pace", (Pace, usual), {"fit": self}))
+        return trainer
+
+    @contextmanager
+    def explained_errors(self, start: Checkpoint | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.stop.asked and memory_fault(error):
+                raise Stopped(self.stop.asked) from None
+            if self.cfg.REPORT_TO in type(error).__module__:
+                raise UserError(
+                    f"REPORT_TO {self.cfg.REPORT_TO} does not work here: {preview(str(error), 200)}\n"
+                    "Mend that, or train without it."
+                ) from error
+            known = isinstance(error, UserError) or memory_fault(error)
+            if self.tally.begun or not start or known:
+                raise
+            raise UserError(
+                f"{short_path(start.folder)} is whole, but cannot be taken up here: "
+                f"{type(error).__name__}: {preview(str(error), 150)}\n"
+                f"It was written with {other_versions(self.tally.versions)}.\n"
+                "Install those versions, or start again from the beginning with --no-resume."
+            ) from error
+
+    def try_largest_row(self) -> None:
+        """Forwards and backwards, before anything else: if it is too much, then now."""
+        import torch
+
+        batch = self.trainer.data_collator([largest_row(self.data.train, self.plan)])
+        tokens = int((batch["labels"] != IGNORE).sum())
+        with torch.random.fork_rng():
+            self.trainer.training_step(self.trainer.model_wrapped, batch, tokens)
+        self.model.zero_grad()
+
+    def refuse_or_skip_nan(self) -> None:
+        """One overflow costs its step alone; several in a row are the end."""
+        import torch
+
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        is_finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
+        self.in_vain = 0 if is_finite else self.in_vain + 1
+        self.tally.skipped_steps += not is_finite
+        if self.in_vain == MOST_IN_VAIN:
+            raise UserError(NOT_A_NUMBER)
+        if self.in_vain and not self.trainer.accelerator.scaler:  # which leaves the step out itself
+            for gradient in gradients:
+                gradient.zero_()
+
+    def first_says(self, figure: float) -> float:
+        """What the first process found, in all of them: rounding must not part their ways."""
+        import torch
+        from accelerate.utils import broadcast
+
+        if processes() == 1:
+            return figure
+        return float(broadcast(torch.tensor(figure, device=self.trainer.args.device)))
+
+    def highest(self, *figures: int) -> list[int]:
+        """The highest that any process has: all of them save and stop after the same step."""
+        import torch
+
+        if processes() == 1:
+            return [*figures]
+        own = torch.tensor([figures], device=self.trainer.args.device)
+        return list(self.trainer.accelerator.gather(own).amax(0).tolist())
 
 
 def is_finished(cfg: Config, state: Any) -> bool:
@@ -5102,6 +3896,7 @@ class Tally:
     peak_memory_gb: float | None = None
     foreseen_seconds: float | None = None
     foreseen_memory_gb: float | None = None
+    skipped_steps: int = 0  # whose gradient was no number
     finished: bool = False
     versions: dict[str, str | None] = field(default_factory=dict)  # that wrote the checkpoint
 
@@ -5127,128 +3922,61 @@ class Tally:
         return asdict(self)
 
 
-def figures_to_log() -> Any:
-    """Everything that is measured, and the speed since the last entry."""
-    from transformers import TrainerCallback
-
-    class Figures(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self.since = time.perf_counter(), state.num_input_tokens_seen
-
-        on_evaluate = on_save = on_train_begin  # what these take is no time of training
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            figures = {"step": state.global_step} | (logs or {})
-            if "loss" in figures:
-                start, tokens = self.since
-                self.since = time.perf_counter(), state.num_input_tokens_seen
-                figures["tokens_per_second"] = (self.since[1] - tokens) / (self.since[0] - start)
-            shown = (
-                f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
-                for k, v in figures.items()
-                if not k.startswith("train_")  # the Trainer's own sums, of this sitting only
-            )
-            LOG.info("%-11s%s", "Measured", ", ".join(shown))
-
-    return Figures
-
-
-def pace(
-    trainer: transformers.Trainer,
-    cfg: Config,
-    data: Prepared,
-    plan: Plan,
-    keeper: Keeper,
-    tally: Tally,
-    stop: Interruption,
-) -> transformers.TrainerCallback:
-    """Counts the time, and says when to save and to stop."""
-    from transformers import TrainerCallback
-
-    class Pace(TrainerCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
-            if args.device.type != "cpu":
-                try_longest_row(trainer, data, plan)
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            draw_apart(cfg.SEED, state.global_step)
-            tally.start()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            overdue = agree(lambda: time.monotonic() - keeper.saved_at > 60 * cfg.SAVE_MINUTES)
-            control.should_save |= bool(overdue or stop.agree())
-            control.should_training_stop |= bool(stop.agreed)
-            if control.should_evaluate or control.should_save or control.should_training_stop:
-                tally.pause()
-                control.should_log = True  # a checkpoint holds the losses of all steps up to it
-
-        def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop |= bool(stop.agree())  # while measuring or saving
-
-    return Pace()
-
-
-def show_losses(trainer: transformers.Trainer) -> None:
-    """In the progress bar rather than below it."""
-    from transformers import ProgressCallback
-
-    class LossBar(ProgressCallback):
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            super().on_train_begin(args, state, control, **kwargs)
-            self.shown: dict[str, str] = {}
-            self.training_bar.set_description("Training")
-            self.training_bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            names = {"loss": "loss", "eval_loss": "validation"}
-            self.shown |= {names[k]: f"{v:.3f}" for k, v in (logs or {}).items() if k in names}
-            if self.training_bar:
-                self.training_bar.set_postfix(self.shown, refresh=False)
-
-    if trainer.pop_callback(ProgressCallback):  # a notebook kernel has a table instead: left alone
-        trainer.add_callback(LossBar)
-
-
 def train_adapter(
-    cfg: Config,
-    model: PeftModel,
-    data: Prepared,
-    device: Device,
-    plan: Plan,
-    keeper: Keeper,
-    start: Checkpoint | None = None,
+    cfg: Config, model: PeftModel, data: Prepared, device: Device, plan: Plan, keeper: Checkpoints
 ) -> Checkpoint:
-    """Train from `start`, or from the beginning, and return the last checkpoint.
+    """Train from the newest checkpoint, or from the beginning, and return the last one.
 
-    When memory runs out, the same steps are done with less at once, from the newest checkpoint on.
+    When memory runs out, the same steps are done with less at once.
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for parameter in learnt.values():
-        parameter.data.copy_(summed(parameter.data * is_first()))  # all begin as the first does
     untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
-    first = start.record["tally"] if start else first_figures(model, data, plan)
+    first = {} if keeper.last else first_figures(model, data, plan)
     longest = max(len(example["input_ids"]) for example in data.train)
-    if not (cfg.PACKING and may_share_rows(model)):
-        plan = plan._replace(tokens_at_once=longest)  # a pair, then, and no more
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
-    while True:
-        tally = Tally(**(start.record["tally"] if start else first))
-        tally.tokens_at_once, tally.device = plan.tokens_at_once, device.kind
-        tally.log = keeper.log.name
-        try:
-            run_trainer(cfg, model, data, device, plan, keeper, tally, start)
-            break
-        except (RuntimeError, MemoryError) as error:
-            plan = with_less_memory(plan, longest, error)
-        release_memory()  # not before here, since the error holds on to what filled it
-        start = agree(keeper.latest)
+    most = plan.tokens_at_once if shares_rows(cfg, model) else longest
+    ways = [plan._replace(tokens_at_once=count) for count in halvings(most, longest)]
+    if not plan.checkpointing:
+        ways.append(ways[-1]._replace(checkpointing=True))
+    tried: list[Plan] = []
+
+    def attempt(way: Plan) -> None:
+        if tried:
+            say_less_memory(tried[-1], way)
+        tried.append(way)
         for name, parameter in learnt.items():
             parameter.data.copy_(untrained[name])
-    last = agree(keeper.latest)
+        start = keeper.latest()
+        tally = Tally(**(start.record["tally"] if start else first))
+        tally.tokens_at_once, tally.device = way.tokens_at_once, device.kind
+        tally.log = keeper.log.name
+        Fit(cfg, model, data, device, way, keeper, tally).run(start)
+
+    try:
+        as_many_as_fit(attempt, ways)
+    except (RuntimeError, MemoryError) as error:
+        if memory_fault(error) == "full" and processes() == 1:
+            raise
+        if not memory_fault(error):
+            raise
+        raise UserError(
+            f"{'A process' if processes() > 1 else 'The GPU'} ran out of memory and answers no more: "
+            f"{preview(str(error), 100)}\n"
+            "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
+            f"add --tokens-at-once {max(longest, tried[-1].tokens_at_once // 2)}, then "
+            "--gradient-checkpointing; neither changes the result."
+        ) from None
+    last = keeper.latest()
     assert last, "the Trainer saves its last step"
     return last
+
+
+def say_less_memory(before: Plan, now: Plan) -> None:
+    less = f"{now.tokens_at_once:,} tokens at once, not {before.tokens_at_once:,}"
+    if now.checkpointing != before.checkpointing:
+        less = "values are computed again instead of kept, which is slower"
+    say("Memory", f"it ran out, so the training goes on with less: {less}; the result is the same")
 
 
 def first_figures(model: PeftModel, data: Prepared, plan: Plan) -> dict[str, Any]:
@@ -5262,53 +3990,6 @@ def first_figures(model: PeftModel, data: Prepared, plan: Plan) -> dict[str, Any
             say("Before", f"validation loss of the untrained model: {loss:.3f}")
         figures["base_loss"] = loss
     return figures
-
-
-def run_trainer(
-    cfg: Config,
-    model: PeftModel,
-    data: Prepared,
-    device: Device,
-    plan: Plan,
-    keeper: Keeper,
-    tally: Tally,
-    start: Checkpoint | None,
-) -> None:
-    """One go at the training: to its end, or as far as the person and the memory allow."""
-    trainer = build_trainer(cfg, model, data, device, plan, keeper, tally)
-    with (
-        joint_layers(model, cfg.FAST_ADAPTER, cfg.TORCH_COMPILE),
-        compiled_parts(model, cfg.TORCH_COMPILE),
-        noisy_words(model, cfg.NEFTUNE_ALPHA),
-        flat_rows(model),
-        Interruption() as stop,
-    ):
-        trainer.add_callback(pace(trainer, cfg, data, plan, keeper, tally, stop))
-        trainer.add_callback(figures_to_log())
-        show_losses(trainer)
-        try:
-            trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
-        except Exception as error:
-            if stop.asked and memory_fault(error):
-                raise Stopped(stop.asked) from None
-            source = type(error).__module__
-            if cfg.REPORT_TO in source or source.startswith(("torch._dynamo", "torch._inductor")):
-                name = f"REPORT_TO {cfg.REPORT_TO}" if cfg.REPORT_TO in source else "TORCH_COMPILE"
-                raise UserError(
-                    f"{name} does not work here: {preview(str(error), 200)}\n"
-                    "Mend that, or train without it."
-                ) from error
-            if tally.begun or not start or memory_fault(error) or isinstance(error, UserError):
-                raise
-            raise UserError(
-                f"{short_path(start.folder)} is whole, but cannot be taken up here: "
-                f"{type(error).__name__}: {preview(str(error), 150)}\n"
-                f"It was written with {other_versions(tally.versions)}.\n"
-                "Install those versions, or start again from the beginning with --no-resume."
-            ) from error
-    if stop.agree():
-        step = f"Step {trainer.state.global_step} of {trainer.state.max_steps}"
-        raise Stopped(stop.agreed, f"{step} is saved, and {way_on(cfg)}.")
 
 
 def other_versions(there: dict[str, str | None]) -> str:
@@ -5359,8 +4040,6 @@ def outcome(cfg: Config, last: Checkpoint) -> Trained:
 
 def peak_memory_gb(kind: str) -> float | None:
     """The most memory in use so far: the GPU's where there is one, or else this process's."""
-    import importlib.util
-
     import torch
 
     if kind == "cuda":
@@ -5381,7 +4060,6 @@ def peak_memory_gb(kind: str) -> float | None:
 # 8  Answering
 # ==================================================================================================
 
-ANSWERS_AT_ONCE = 8  # each remembers all of its tokens: phi-2 0.3 MB for one
 EXAMPLES_SHOWN = 3
 
 
@@ -5396,15 +4074,16 @@ def asked_by_user(question: str) -> dict[str, str]:
     return {"role": "user", "content": question.encode("utf-8", "replace").decode()}
 
 
-def prompt_of(tuned: Tuned, messages: Sequence[dict[str, str]], cfg: Config) -> list[int]:
+def prompt_of(tuned: Run, messages: Sequence[dict[str, str]], cfg: Config) -> list[int]:
     """A conversation as tokens; of one that has grown too long, its latest turns."""
-    most = max(tuned.context - cfg.MAX_TOKENS, tuned.context // 2)
+    context = context_of(tuned.model, tuned.tokenizer)
+    most = max(context - cfg.MAX_TOKENS, context // 2)
     for start, first in enumerate(messages):
         if first["role"] == "assistant":
             continue
         question = f"{cfg.SYSTEM}\n\n{first['content']}" if cfg.SYSTEM else first["content"]
         talk = [asked_by_user(question), *messages[start + 1 :]]
-        ids = encode(tuned.tokenizer, talk, tuned.form)["input_ids"]
+        ids = encode(tuned.tokenizer, talk)["input_ids"]
         if len(ids) <= most:
             return ids
     raise UserError(
@@ -5449,9 +4128,6 @@ def generate(
 
     After each token of a single answer, `heard` gets all so far, and may end it by saying True.
     """
-    if isinstance(model, LlamaCpp):
-        end = tokenizer.eos_token_id
-        return [model.generate(prompt, cfg, end, heard) for prompt in prompts]
     import torch
     from transformers import StoppingCriteria
 
@@ -5467,7 +4143,7 @@ def generate(
     how = manner_of(cfg, tokenizer, start, most)
     how["stopping_criteria"] = [Listener()] if heard else None
     by_chance = cfg.TEMPERATURE > 0
-    with without_learning(model), in_full(model), torch.random.fork_rng(enabled=by_chance):
+    with evaluating(model), torch.random.fork_rng(enabled=by_chance):
         if by_chance:
             torch.manual_seed(cfg.SEED)
         rows = model.generate(**batch.to(model.device), **how)
@@ -5508,13 +4184,15 @@ def in_text(tokenizer: Any, ids: list[int]) -> Answer:
 
 
 def growing_answer(
-    tuned: Tuned, messages: Sequence[dict[str, str]], cfg: Config
+    tuned: Run, messages: Sequence[dict[str, str]], cfg: Config
 ) -> Generator[Answer]:
     """An answer again and again while it grows, then as it is. Closing this ends it."""
     import queue
 
     prompt = prompt_of(tuned, messages, cfg)
     grown: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
+    from concurrent.futures import ThreadPoolExecutor
+
     unwanted = threading.Event()
 
     def heard(ids: list[int]) -> bool:
@@ -5579,7 +4257,7 @@ class Talk(NamedTuple):
     reference: str = ""  # the answer wanted, which the model does not see
 
 
-def ask_both(tuned: Tuned, talks: Sequence[Talk], cfg: Config) -> Comparison:
+def ask_both(tuned: Run, talks: Sequence[Talk], cfg: Config) -> Comparison:
     """Ask the model as it was and as it is, and measure how near it comes to the answers wanted.
 
     A question that is too long is left out, and said. Ctrl+C ends it with what is done by then.
@@ -5608,7 +4286,7 @@ def ask_both(tuned: Tuned, talks: Sequence[Talk], cfg: Config) -> Comparison:
 
 
 def ask_group(
-    tuned: Tuned, group: Sequence[tuple[Talk, list[int]]], cfg: Config, result: Comparison
+    tuned: Run, group: Sequence[tuple[Talk, list[int]]], cfg: Config, result: Comparison
 ) -> None:
     sides = []
     for side in (tuned.untuned(), nullcontext(tuned.model)):
@@ -5625,13 +4303,13 @@ def ask_group(
         result.asked.append(Asked(*texts, loss_before, loss_after, *shared))
 
 
-def loss_of_answer(tuned: Tuned, model: Any, talk: Talk, prompt: list[int]) -> float | None:
+def loss_of_answer(tuned: Run, model: Any, talk: Talk, prompt: list[int]) -> float | None:
     """The mean loss of the answer wanted, after exactly what the model was asked."""
     answered = [*talk.messages, {"role": "assistant", "content": talk.reference}]
-    labels = encode(tuned.tokenizer, answered, tuned.form)["labels"]
+    labels = encode(tuned.tokenizer, answered)["labels"]
     wanted = labels[max(i for i, label in enumerate(labels) if label == IGNORE) + 1 :]
     ids = prompt + wanted
-    if not talk.reference or len(ids) > tuned.context:
+    if not talk.reference or len(ids) > context_of(model, tuned.tokenizer):
         return None
     example: Example = {"input_ids": ids, "labels": [IGNORE] * len(prompt) + wanted}
     with suppress(UserError):  # one that is no number is not shown
@@ -5795,9 +4473,8 @@ PLACES = (
 
 def public_settings(cfg: Config) -> dict[str, Any]:
     """The settings as others may read them: without keys, and without folders of this computer."""
-    model = cfg.MODEL_NAME if cfg.MODEL_NAME == DEMO_MODEL else base_name(cfg)
     public = {name: public_place(getattr(cfg, name)) for name in PLACES}
-    return vars(cfg) | public | {"MODEL_NAME": model}
+    return vars(cfg) | public | {"MODEL_NAME": base_name(cfg)}
 
 
 def public_place(place: str) -> str:
@@ -5835,8 +4512,8 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
     pairs = [pair.messages for pair in data.pairs.kept]
     return {
         "settings": public_settings(cfg),
-        "prompt_format": data.form,
-        "base_model": public_settings(cfg)["MODEL_NAME"],
+        "prompt_format": prompt_in_words(data.tokenizer),
+        "base_model": base_name(cfg),
         "base_revision": model_revision(cfg),
         "device": device._asdict(),
         "dataset": {
@@ -5872,7 +4549,7 @@ def quality_record(quality: Quality) -> dict[str, Any]:
 
 def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
     source, revision = base_name(cfg), model_revision(cfg)
-    toy, local = cfg.MODEL_NAME == DEMO_MODEL, source.startswith("./")
+    local = source.startswith("./")
     name = preview(source.removeprefix("./"), 100).replace("<", "&lt;")
     figures = {
         "Pairs trained on / held out": f"{len(data.train_pairs)} / {len(data.held_out_pairs)}",
@@ -5886,12 +4563,11 @@ def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
     rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
     return CARD.format(
         base_model="" if local else f"base_model: {source}\n",
-        base="the built-in demo model" if toy else name,
-        copy=f"Copy `{name}`, the base model, into this folder.\n" if local and not toy else "",
+        base=name,
+        copy=f"The folder `{name}`, the base model, has to lie in this folder.\n" if local else "",
         source=json.dumps(source),
         revision=f", revision={json.dumps(revision)}" if revision and not local else "",
-        prompt=form_in_words(data.tokenizer, data.form),
-        prompt_code=repr(form_in_words(data.tokenizer, data.form)),
+        prompt=prompt_in_words(data.tokenizer),
         rows=rows,
     )
 
@@ -5935,8 +4611,9 @@ base = AutoModelForCausalLM.from_pretrained({source}, dtype=dtype{revision})
 model = PeftModel.from_pretrained(base, ".").to(device).eval()
 tokenizer = AutoTokenizer.from_pretrained(".")
 
-prompt = {prompt_code}.replace("{{question}}", "What is overfitting?")
-inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False).to(device)
+talk = [{{"role": "user", "content": "What is overfitting?"}}]
+asked = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}}
+inputs = tokenizer.apply_chat_template(talk, **asked).to(device)
 output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
 answer = output[0, inputs["input_ids"].shape[1]:]
 print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
@@ -6063,10 +4740,10 @@ def save_run(
         adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
         adapter.save_pretrained(str(staged))
         data.tokenizer.save_pretrained(staged)
-        if cfg.MODEL_NAME == DEMO_MODEL:
-            shutil.copytree(demo_folder(), staged / DEMO_BASE)
         if base := local_base(cfg):
             (staged / BASE_PLACE).write_bytes(os.fsencode(base.resolve()))
+            if base.is_relative_to(cache_folder()):  # the demo model, which nobody has elsewhere
+                shutil.copytree(base, staged / base.name, copy_function=shutil.copyfile)
         card = model_card(cfg, data, trained)
         (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         write_json(staged / SAMPLE, sample_of(data))
@@ -6446,16 +5123,17 @@ TALK_HELP = (
 )
 
 
-def model_to_ask(cfg: Config) -> Tuned:
+def model_to_ask(cfg: Config) -> Run:
     """The model in OUTPUT_DIR; for --base, where there is none, that of MODEL_NAME."""
     place = local_path(cfg.OUTPUT_DIR)
     if cfg.BASE and not os.path.exists(place):
-        device = pick_device(cfg)
-        base = load_base(cfg, device).eval()
-        return Tuned(base, load_tokenizer(cfg), load_untuned=lambda: base)
-    tuned = load_tuned(place, cfg.LOAD_IN_4BIT, cfg.QUANTIZE)
+        tokenizer = load_tokenizer(cfg)
+        run = Run(cfg, tokenizer)
+        run.model = run.base
+        return run
+    run = load_tuned(place, cfg.LOAD_IN_4BIT)
     say("Model", f"{short_path(place)}{', as it was before its training' if cfg.BASE else ''}")
-    return tuned
+    return run
 
 
 def can_be_asked() -> bool:
@@ -6480,7 +5158,7 @@ class Told(NamedTuple):
     interrupted: bool
 
 
-def tell(tuned: Tuned, messages: Messages, cfg: Config) -> Told:
+def tell(tuned: Run, messages: Messages, cfg: Config) -> Told:
     """Print an answer as it grows. Ctrl+C ends it."""
     parts = growing_answer(tuned, messages, cfg)
     start, answer, interrupted = time.perf_counter(), Answer("", 0, stopped=False), False
@@ -6519,7 +5197,7 @@ def edit_lines() -> None:
         import readline  # noqa: F401  gives input() arrow keys and a history
 
 
-def converse(tuned: Tuned, cfg: Config) -> int:
+def converse(tuned: Run, cfg: Config) -> int:
     """A talk at the terminal, in which an answer knows what was said before."""
     edit_lines()
     say("Chat", TALK_HELP)
@@ -6538,7 +5216,7 @@ def converse(tuned: Tuned, cfg: Config) -> int:
             cfg, messages = next_turn(tuned, cfg, messages, line)
 
 
-def next_turn(tuned: Tuned, cfg: Config, messages: Messages, line: str) -> tuple[Config, Messages]:
+def next_turn(tuned: Run, cfg: Config, messages: Messages, line: str) -> tuple[Config, Messages]:
     """What one line makes of the talk."""
     command, _, rest = line.partition(" ")
     if command == "/reset":
@@ -6717,7 +5395,7 @@ def serve(cfg: Config) -> int:
     return 0
 
 
-def page_of(tuned: Tuned, cfg: Config) -> Any:
+def page_of(tuned: Run, cfg: Config) -> Any:
     """Two tabs: a talk with the tuned model, and one question for both."""
     import gradio as gr
 
@@ -6742,7 +5420,7 @@ def page_of(tuned: Tuned, cfg: Config) -> Any:
             )
             speed.render()
             show_examples(tuned, talk.textbox)
-        with gr.Tab("Compare", visible=not tuned.is_alone):
+        with gr.Tab("Compare"):
             question = gr.Textbox(**box, label="Question")
             with gr.Row():
                 ask, stop = gr.Button("Ask both", variant="primary"), gr.Button("Stop")
@@ -6762,7 +5440,7 @@ def page_of(tuned: Tuned, cfg: Config) -> Any:
     return page.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
 
 
-def page_answers(tuned: Tuned, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What the two tabs do with a question."""
     import html
 
@@ -6797,24 +5475,22 @@ def page_answers(tuned: Tuned, cfg: Config) -> tuple[Callable[..., Any], Callabl
     return reply, both
 
 
-def show_examples(tuned: Tuned, box: Any) -> None:
+def show_examples(tuned: Run, box: Any) -> None:
     import gradio as gr
 
-    if tuned.examples:
-        gr.Examples(list(tuned.examples), box)
+    if examples := tuned.record["examples"]:
+        gr.Examples(examples, box)
 
 
-def page_controls(tuned: Tuned, cfg: Config) -> list[Any]:
+def page_controls(tuned: Run, cfg: Config) -> list[Any]:
     """What a visitor may choose; in the order of PAGE_SETTINGS."""
     import gradio as gr
 
-    bounds = LIMITS
+    bounds, context = LIMITS, context_of(tuned.model, tuned.tokenizer)
     return [
         gr.Slider(*bounds["TEMPERATURE"], cfg.TEMPERATURE, step=0.05, label="Temperature"),
         gr.Slider(*bounds["TOP_P"], cfg.TOP_P, step=0.01, label="Top p"),
-        gr.Slider(
-            1, max(tuned.context, cfg.MAX_TOKENS), cfg.MAX_TOKENS, step=1, label="Max tokens"
-        ),
+        gr.Slider(1, max(context, cfg.MAX_TOKENS), cfg.MAX_TOKENS, step=1, label="Max tokens"),
         gr.Slider(
             *bounds["REPETITION_PENALTY"],
             cfg.REPETITION_PENALTY,
@@ -6846,6 +5522,10 @@ def said(history: Sequence[dict[str, Any]]) -> Messages:
 # ==================================================================================================
 
 EXPORTED = re.compile(r"-(merged|gguf|space)$|\.zip$")  # what a name of OUTPUT_DIR may end with
+ADAPTER_GGUF = "adapter-f16.gguf"
+LLAMA_FLOOR = "0.2.18"  # of cyllama
+READ_AT_ONCE = 512  # tokens
+TOKENIZER_FILE = "tokenizer_config.json"
 SHARD = "2GB"  # of merged weights: an upload that breaks off loses no more
 CONVERTERS = (  # llama.cpp's own, as they lie in the source archive of its Python package
     "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca77"
@@ -6953,29 +5633,27 @@ def export_merged(cfg: Config, final: Path) -> Path:
     """The base with the adapter in its weights, as transformers, vLLM and llama.cpp read it."""
     place = local_path(cfg.OUTPUT_DIR)
     refuse_other_folder(final, "merged")
-    with opened_model(place) as folder:
-        refuse_pickles(folder)
-        run = Run(place, folder)
-        if not run.weights:
-            raise UserError(f"{place} has no adapter to merge.\nName the folder of a training.")
-        examples = examples_to_measure(run)
-        need = run.parameters * bytes_of(run.stored_dtype) + SMALL_FILES
-        with explained_export_errors(final, need):
-            model, losses, way = least_lossy_merge(cfg, run, examples)
-            refuse_loss("merged", losses[way], losses["adapter"])
-            earlier = place_for_earlier(final, run.record.get("run", ""))
-            with atomic_folder(final, earlier) as staged:
-                model.save_pretrained(staged, max_shard_size=SHARD)
-                write_companions(run, staged)
-                measured = {"way": way, **losses, "rows": len(examples)}
-                write_export_record(staged, run, "merged", merged=measured)
+    run = open_run(place)
+    if not run.adapter:
+        raise UserError(f"{place} has no adapter to merge.\nName the folder of a training.")
+    examples = examples_to_measure(run)
+    need = run.parameters * bytes_of(run.stored_dtype) + SMALL_FILES
+    with explained_export_errors(final, need):
+        model, losses, way = least_lossy_merge(cfg, run, examples)
+        refuse_loss("merged", losses[way], losses["adapter"])
+        earlier = place_for_earlier(final, run.record.get("run", ""))
+        with atomic_folder(final, earlier) as staged:
+            model.save_pretrained(staged, max_shard_size=SHARD)
+            write_companions(run, staged)
+            measured = {"way": way, **losses, "rows": len(examples)}
+            write_export_record(staged, run, "merged", merged=measured)
     return final
 
 
 def examples_to_measure(run: Run) -> list[Example]:
     try:
         kept = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
-        return [encode(run.tokenizer, talk, run.form) for talk in kept]
+        return [encode(run.tokenizer, talk) for talk in kept]
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(
             f"{run.place} has no rows to measure with ({SAMPLE}).\n"
@@ -6998,17 +5676,17 @@ def least_lossy_merge(
         raise UserError("MERGE_INTO 4bit is for runs that were trained on weights in 4 bits.")
     ways = ["16bit", "4bit"] if in_4_bits else ["16bit"]
     ways = ways if cfg.MERGE_INTO == "auto" else [cfg.MERGE_INTO]
-    here = device_here(run.cfg)[1]
+    here = device_here(run.cfg)
     exact = Device("cuda" if here.kind == "cuda" else "cpu", run.stored_dtype, False, "")
     refuse_small_memory(run.cfg, exact, run.parameters)
     trained = here._replace(four_bit=True) if in_4_bits else exact
 
     def merged(way: str) -> Any:
-        base = run.load_base(exact._replace(four_bit=way == "4bit"))
+        base = load_base(run.base_settings, exact._replace(four_bit=way == "4bit"))
         base = base.dequantize() if way == "4bit" else base
         return run.with_adapter(base).merge_and_unload(safe_merge=True)
 
-    model, losses = run.with_adapter(run.load_base(trained)), {}
+    model, losses = run.with_adapter(load_base(run.base_settings, trained)), {}
     losses["adapter"] = known_loss(model, examples)
     for way in ways:
         model = None  # there is room for one at a time
@@ -7054,13 +5732,16 @@ def refuse_loss(kind: str, loss: float, wanted: float) -> None:
 
 def write_companions(run: Run, folder: Path) -> None:
     """What belongs to merged weights: the base's form, the tokenizer, how to ask and how to answer."""
+    from transformers.utils import cached_file
+
     run.shape.dtype = run.stored_dtype
     run.shape.save_pretrained(folder)
-    if run.form != CHAT_TEMPLATE:
-        run.tokenizer.chat_template = chat_template(run.form)
     save_tokenizer(run.tokenizer, folder)
-    if pieces := run.base_file("tokenizer.model"):  # which transformers 5 does not save
-        shutil.copyfile(pieces, folder / pieces.name)
+    source = base_source(run.base_settings)
+    place, revision = source["pretrained_model_name_or_path"], source.get("revision")
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    if pieces := cached_file(place, "tokenizer.model", revision=revision, **optional):
+        shutil.copyfile(pieces, folder / "tokenizer.model")  # transformers 5 does not save it
     how = manner_of(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
     how.repetition_penalty = run.cfg.REPETITION_PENALTY
     how.bos_token_id = run.tokenizer.bos_token_id
@@ -7077,20 +5758,6 @@ def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
 
 
-def chat_template(form: str) -> str:
-    """The form of a question as other programs take it: a template of Jinja."""
-    before, after = map(json.dumps, form.split("{question}"))
-    return (
-        "{%- set ns = namespace(system='') -%}{%- for message in messages -%}"
-        "{%- if message['role'] == 'system' -%}"
-        "{%- set ns.system = message['content'] + '\\n\\n' -%}"
-        "{%- elif message['role'] == 'user' -%}"
-        f"{{{{- {before} + ns.system + message['content'] + {after} -}}}}"
-        "{%- set ns.system = '' -%}"
-        "{%- else -%}{{- ' ' + message['content'] + eos_token -}}{%- endif -%}{%- endfor -%}"
-    )
-
-
 # -- GGUF, for llama.cpp and all that is built on it
 
 
@@ -7100,10 +5767,10 @@ def merged_folder(cfg: Config, beside: Path) -> Path:
     if os.path.isdir(place) and is_merged(place):
         return place
     merged = beside.with_name(f"{exported_name(cfg)}-merged")
-    with opened_model(place) as folder:
-        if os.path.isdir(merged) and record_of(merged).get("adapter") == adapter_of(folder):
-            say("Merged", f"taken from {short_path(merged)}")
-            return merged
+    run = open_run(place)
+    if os.path.isdir(merged) and record_of(merged).get("adapter") == adapter_of(run.folder):
+        say("Merged", f"taken from {short_path(merged)}")
+        return merged
     say(
         "Merging",
         f"first into {short_path(merged)}, which serves further exports and may be deleted",
@@ -7118,7 +5785,7 @@ def converters() -> Path:
     folder = cache_folder(f"converters-{CONVERTERS_SHA256[:12]}")
     if os.path.isdir(folder):
         return folder
-    archive = fetch_link(CONVERTERS, "the converters of llama.cpp (77 MB, once)")
+    [archive] = fetch(CONVERTERS)
     found = checksum(archive)
     if found != CONVERTERS_SHA256:
         archive.unlink()
@@ -7156,12 +5823,65 @@ def convert(script: str, *options: object, vocabulary: Path | str = "") -> None:
         raise UserError(f"The conversion failed: {preview(lines[-1], 200)}\n{advice}")
 
 
+def llama_cpp() -> Any:
+    """llama.cpp's own interface; cyllama brings it ready-made for Linux, macOS and Windows."""
+    if is_below(installed_version("cyllama"), LLAMA_FLOOR):
+        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
+    from cyllama.llama import llama_cpp as library
+
+    library.disable_logging()
+    return library
+
+
+def opened_gguf(path: Path) -> Any:
+    """The model in llama.cpp, on the processor."""
+    library = llama_cpp()
+
+    class Model(library.LlamaModel):  # type: ignore[name-defined]
+        n_vocab = 0  # where some versions of cyllama look for it in vain
+
+    settings = library.LlamaModelParams()
+    settings.n_gpu_layers = 0
+    try:
+        model = Model(str(path), settings, verbose=False)
+    except Exception as error:
+        raise UserError(
+            f"llama.cpp cannot open {path.name}: {preview(str(error), 200)}\nExport it once more."
+        ) from None
+    model.n_vocab = model.get_vocab().n_vocab
+    return model
+
+
+def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
+    """The mean loss of a token to predict, over all examples together."""
+    import numpy as np
+
+    library, losses = llama_cpp(), []
+    settings = library.LlamaContextParams()
+    settings.n_batch = READ_AT_ONCE
+    settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
+    for example in examples:
+        ids, labels = example["input_ids"][:-1], example["labels"][1:]
+        settings.n_ctx = len(ids)
+        context = library.LlamaContext(model, settings, verbose=False)
+        for start in range(0, len(ids), READ_AT_ONCE):
+            part = ids[start : start + READ_AT_ONCE]
+            batch = library.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
+            batch.set_batch(part, start, True)
+            context.decode(batch)
+            for i, label in enumerate(labels[start : start + len(part)]):
+                if label != IGNORE:
+                    logits = np.array(context.get_logits_ith(i))
+                    losses.append(np.logaddexp.reduce(logits) - logits[label])
+    return float(np.mean(losses))
+
+
 def export_gguf(cfg: Config, final: Path) -> Path:
     """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp before it gets its name."""
     llama_cpp()
     refuse_other_folder(final, "gguf")
     source = merged_folder(cfg, final)
-    run = Run(source, source)
+    run = open_run(source)
     begin_with_blank(run)
     refuse_unconvertible(run.shape)
     if record_of(final).get("adapter") not in (None, adapter_of(source)):
@@ -7196,8 +5916,8 @@ def refuse_unconvertible(shape: Any) -> None:
 
 
 def marks_blanks(run: Run) -> bool:
-    """Whether a chat template is cut by a tokenizer as SentencePiece's, with ▁ for a blank."""
-    return run.form == CHAT_TEMPLATE and "▁" in "".join(run.tokenizer.tokenize("a b"))
+    """Whether texts are cut by a tokenizer as SentencePiece's, with ▁ for a blank."""
+    return "▁" in "".join(run.tokenizer.tokenize("a b"))
 
 
 def blank_after_signs(tokenizer: Any) -> bool:
@@ -7260,42 +5980,45 @@ def write_gguf(run: Run, file: Path, quantize: str) -> None:
 
 def write_adapter_gguf(cfg: Config, base: Path, final: Path, whole: Path) -> None:
     """The adapter alone, which has to fit the whole model's file; nothing where it is merged already."""
-    with opened_model(local_path(cfg.OUTPUT_DIR)) as folder:
-        if not (folder / ADAPTER).is_file():
-            return
-        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        if settings.get("use_dora"):  # which llama.cpp does not know
-            return
-        with tempfile.TemporaryDirectory(prefix="finetune") as place, atomic_write(final) as staged:
-            if settings.get("use_rslora"):  # said in the one way of counting that it knows
-                strength = settings["lora_alpha"] * settings["r"] ** 0.5
-                settings |= {"use_rslora": False, "lora_alpha": strength}
-            shutil.copyfile(folder / ADAPTER, Path(place, ADAPTER))
-            write_json(Path(place, "adapter_config.json"), settings)
-            options = ("--base", base, "--outfile", staged, "--outtype", "f16")
-            convert("convert_lora_to_gguf.py", place, *options)
-            LlamaCpp(whole).model.lora_adapter_init(str(staged))
+    run = open_run(local_path(cfg.OUTPUT_DIR))  # kept, as are the files of a zip as long as it is
+    folder = run.folder
+    if not (folder / ADAPTER).is_file():
+        return
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    if settings.get("use_dora"):  # which llama.cpp does not know
+        return
+    with tempfile.TemporaryDirectory(prefix="finetune") as place, atomic_write(final) as staged:
+        if settings.get("use_rslora"):  # said in the one way of counting that it knows
+            strength = settings["lora_alpha"] * settings["r"] ** 0.5
+            settings |= {"use_rslora": False, "lora_alpha": strength}
+        shutil.copyfile(folder / ADAPTER, Path(place, ADAPTER))
+        write_json(Path(place, "adapter_config.json"), settings)
+        options = ("--base", base, "--outfile", staged, "--outtype", "f16")
+        convert("convert_lora_to_gguf.py", place, *options)
+        opened_gguf(whole).lora_adapter_init(str(staged))
 
 
 def tested_gguf(file: Path, run: Run, quantize: str) -> float:
     """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
-    model, examples = LlamaCpp(file), examples_to_measure(run)
-    form, marks = form_in_words(run.tokenizer, run.form), run.form == CHAT_TEMPLATE
+    model, examples = opened_gguf(file), examples_to_measure(run)
+    vocabulary = model.get_vocab()
+    form, marks = prompt_in_words(run.tokenizer), special_tokens(run.tokenizer)
     for question in HARD_TO_CUT:
-        if marks and marks_of(run.tokenizer).search(question):
+        if marks.search(form) and marks.search(question):
             continue  # there it is a sign, whoever says it
         prompt = form.replace("{question}", question)
         composed = unicodedata.normalize("NFC", prompt)  # by Qwen's tokenizer, not by llama.cpp
-        here = encode(run.tokenizer, [asked_by_user(question)], run.form)["input_ids"]
-        if here not in (model.tokens(text, marks) for text in (prompt, composed)):
+        here = encode(run.tokenizer, [asked_by_user(question)])["input_ids"]
+        marked = bool(marks.search(form))
+        if here not in (vocabulary.tokenize(text, True, marked) for text in (prompt, composed)):
             raise UserError(
                 f"llama.cpp cuts the question {question!r} into other tokens than the training did, so "
                 "the file would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
             )
-    end = model.vocabulary.token_eos()
+    end = vocabulary.token_eos()
     if end != run.tokenizer.eos_token_id:
         raise UserError(f"llama.cpp takes token {end} for the end, so the model would never stop.")
-    loss, wanted = model.mean_loss(examples), known_merged_loss(run)
+    loss, wanted = loss_in_llama_cpp(model, examples), known_merged_loss(run)
     say("Loss", f"in llama.cpp {loss:.4f}, in transformers {wanted:.4f}, on {len(examples)} rows")
     refuse_loss(quantize, loss, wanted)
     return loss
@@ -7308,9 +6031,8 @@ def known_merged_loss(run: Run) -> float:
 
 def modelfile(run: Run, file: str) -> str:
     """How Ollama asks: whole talks as they were taught, instructions before the first question."""
-    pieces = chat_pieces(run.tokenizer, ("user", "assistant", "user"))
-    talk = "".join(piece if isinstance(piece, str) else "\x01" for piece, _ in pieces)
-    first, _, later, asking = talk.split("\x01")
+    talk = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
+    first, _, later, asking = re.split(BLANK.format("."), talk)
     return (
         f"FROM ./{file}\n"
         f'TEMPLATE """{first}{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}'
@@ -7328,25 +6050,22 @@ def modelfile(run: Run, file: str) -> str:
 
 
 def export_space(cfg: Config, final: Path) -> Path:
-    """A folder for Hugging Face Spaces: the page of `chat --web` with a model for a processor."""
-    script = Path(globals().get("__file__", ""))
-    if not script.is_file():
-        raise UserError("A Space holds this script. Save it as finetune_colab.py and run that.")
+    """A folder for Hugging Face Spaces: a page to ask the GGUF, which llama.cpp runs on a processor."""
     refuse_other_folder(final, "space")
     source = final.with_name(f"{exported_name(cfg)}-gguf")
     file = source / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
     merged = merged_folder(cfg, source)
     if not file.is_file() or record_of(source).get("adapter") != adapter_of(merged):
         export_gguf(cfg, source)
-    run = Run(source, source)
+    run = open_run(source)
     earlier = place_for_earlier(final, "")
+    how = {"temperature": run.cfg.TEMPERATURE, "top_p": run.cfg.TOP_P}
+    how |= {"repeat_penalty": run.cfg.REPETITION_PENALTY, "max_tokens": run.cfg.MAX_TOKENS}
     need = file.stat().st_size + SMALL_FILES
     with explained_export_errors(final, need), atomic_folder(final, earlier) as staged:
         shutil.copyfile(file, staged / file.name)
-        shutil.copyfile(script, staged / "finetune_colab.py")
-        save_tokenizer(run.tokenizer, staged)
         for name, text in SPACE_FILES.items():
-            (staged / name).write_text(text, encoding="utf-8")
+            (staged / name).write_text(text.replace("HOW_TO_ANSWER", repr(how)), encoding="utf-8")
         write_card(staged, run, SPACE_CARD)
         write_export_record(staged, run, "space")
     return final
@@ -7359,8 +6078,7 @@ def export_hub(cfg: Config, _: Path) -> str:
     folder = local_path(cfg.OUTPUT_DIR)
     if not os.path.isdir(folder):
         raise UserError(f"There is no folder {folder} to upload.\nName one: --output-dir ./model")
-    refuse_pickles(folder)
-    settings_of(folder)
+    open_run(folder)
     if not cfg.HUB_REPO:
         raise UserError("Where to? Name the repository: --hub-repo YOUR-NAME/my-model")
     token = get_token()
@@ -7428,9 +6146,12 @@ def files_for_the_hub(folder: Path) -> list[str]:
     ]
 
 
+LICENCES = {"microsoft/phi-2": "mit"}
+
+
 def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
     base = run.cfg.MODEL_NAME
-    named = "" if base.startswith("./") or base == DEMO_MODEL else f"base_model: {base}\n"
+    named = "" if base.startswith("./") else f"base_model: {base}\n"
     licence = f"license: {LICENCES[base]}\n" if base in LICENCES else ""
     figures = ""
     with suppress(OSError):
@@ -7442,7 +6163,7 @@ def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
         base=name,
         title=json.dumps(f"Ask {name}, fine-tuned", ensure_ascii=False),  # quoted, as YAML has it
         figures=figures,
-        prompt=form_in_words(run.tokenizer, run.form),
+        prompt=prompt_in_words(run.tokenizer),
         **more,
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -7492,7 +6213,6 @@ tags:
 | Ollama | `ollama create mine -f Modelfile`, then `ollama run mine` |
 | llama.cpp | `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja` |
 | LM Studio | `lms import {file}`, or copy the file into its folder of models |
-| `finetune_colab.py` | `python finetune_colab.py chat --output-dir .` |
 
 The form of a question is in the file, for programs that use templates, and in `Modelfile`:
 
@@ -7519,29 +6239,53 @@ app_file: app.py
 
 # Ask {base}, fine-tuned
 
-The page of `finetune_colab.py chat --web`, with the model in llama.cpp on a processor. On your own computer:
+A page that asks the model, which llama.cpp runs on a processor. On your own computer:
 `pip install -r requirements.txt`, then `python app.py`.
 """
 SPACE_FILES = {
     "app.py": '''\
-"""The page of the fine-tuned model. Settings: python finetune_colab.py --help"""
+"""A page that asks the fine-tuned model, which llama.cpp runs on the processor."""
 
-import os
-import sys
+import html
+import json
+import pathlib
+import urllib.request
 
-import finetune_colab
+import gradio
+import xllamacpp
 
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it misses PyTorch, which is not needed
-sys.exit(finetune_colab.main(["chat", "--web", "--output-dir", ".", *sys.argv[1:]]))
+options = xllamacpp.CommonParams()
+options.model.path = str(next(pathlib.Path(__file__).parent.glob("*.gguf")))
+options.n_ctx, options.n_parallel = 4096, 1
+server = xllamacpp.Server(options)
+how = HOW_TO_ANSWER
+
+
+def reply(question, history):
+    """The answer while it grows; as plain text, so that no answer can change the page."""
+    said = [(turn["role"], html.unescape(turn["content"][0]["text"])) for turn in history]
+    talk = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
+    asked = json.dumps({"messages": talk, "stream": True, **how}).encode()
+    place, kind = f"{server.listening_address}/v1/chat/completions", "application/json"
+    answer = ""
+    with urllib.request.urlopen(urllib.request.Request(place, asked, {"Content-Type": kind})) as lines:
+        for line in lines:
+            if line.startswith(b"data: {"):
+                answer += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
+                yield html.escape(answer)
+
+
+page = gradio.ChatInterface(reply, chatbot=gradio.Chatbot(render_markdown=False), title="Ask the tuned model")
+page.launch()
 ''',
-    "requirements.txt": f"cyllama>={LLAMA_FLOOR}\ngradio>={PAGE_FLOOR}\njinja2\ntransformers>=5.6\npyyaml\n",
+    "requirements.txt": f"gradio>={PAGE_FLOOR}\nxllamacpp\n",
     ".gitattributes": "*.gguf filter=lfs diff=lfs merge=lfs -text\n",
 }
 
 
 NEXT = {
     "merged": "ask it: python finetune_colab.py chat --output-dir {}",
-    "gguf": "README.md in {0} says how to use it. To ask it here: python finetune_colab.py chat --output-dir {0}",
+    "gguf": "README.md in {} says how LM Studio, Ollama and llama.cpp open it",
     "space": "try it: python app.py in {0}. To put it online: python finetune_colab.py export --to hub "
     "--output-dir {0} --hub-repo NAME",
     "hub": "open {} in your browser",
@@ -7664,7 +6408,6 @@ def refuse(problems: list[str]) -> None:
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
-    join_others()
     with cleared(cfg):
         run_training(cfg)
     return 0
@@ -7672,20 +6415,16 @@ def train(cfg: Config) -> int:
 
 def run_training(cfg: Config) -> Prepared:
     """All of it in the first process; in others, their share of the steps."""
-    cfg, data, device, plan, keeper, last = agree(lambda: begun(cfg))
+    with first_goes_first():
+        cfg, data, device, plan, keeper, last = begun(cfg)
     model = None
     if not last or not last.record["tally"]["finished"]:
-        with all_or_none():
-            refuse_uneven(device)
-            base = load_base(cfg, device)
-            from transformers import set_seed
+        base = load_base(cfg, device)
+        from transformers import set_seed
 
-            set_seed(cfg.SEED)
-            model = add_lora(cfg, base)
-        if is_sharded():
-            shard(model, device)
-        last = train_adapter(cfg, model, data, device, plan, keeper, last)
-    leave_others()
+        set_seed(cfg.SEED)
+        model = add_lora(cfg, base)
+        last = train_adapter(cfg, model, data, device, plan, keeper)
     if is_first():
         finish(cfg, data, device, keeper, last, model)
     return data
@@ -7698,7 +6437,7 @@ class Begun(NamedTuple):
     data: Prepared
     device: Device
     plan: Plan
-    keeper: Keeper
+    keeper: Checkpoints
     start: Checkpoint | None
 
 
@@ -7710,33 +6449,26 @@ def begun(cfg: Config) -> Begun:
     refuse(model_problems(cfg, model))
     data = prepare(cfg, pairs)
     refuse_unfit(cfg, data)
-    device = pick_device(cfg)
-    refuse_sharded(cfg, device)
-    plan = plan_here(cfg, data.train, model and shape_of(cfg, model), device)
+    device = device_here(cfg)
+    say("Device", device.reason)
+    plan = plan_run(cfg, data.train, device, model and adapted_outline(cfg, model))
     say_plan(cfg, data, plan)
-    say_estimate(plan)
     ask_about_quality(cfg, data.quality)
-    keeper = Keeper(cfg, identity_of(cfg, data, device))
+    keeper = Checkpoints(cfg, identity_of(cfg, data, device))
     last = keeper.starting_point()
     if last and LOG_NAME.fullmatch(str(last.record["tally"]["log"])):  # one log for the whole run
         keeper.log = keeper.log.with_name(last.record["tally"]["log"])
-    start_log(keeper.log)
+    if is_first():
+        start_log(keeper.log)
     say_start(cfg, plan, keeper, last)
     return Begun(cfg, data, device, plan, keeper, last)
-
-
-def refuse_sharded(cfg: Config, device: Device) -> None:
-    if is_sharded() and device.four_bit:
-        raise UserError("FSDP cannot divide weights in 4 bits. Add --no-load-in-4bit")
-    if is_sharded() and cfg.EVAL_ANSWERS:
-        say("Note", "no questions are asked at the end: no process holds the whole model")
 
 
 def finish(
     cfg: Config,
     data: Prepared,
     device: Device,
-    keeper: Keeper,
+    keeper: Checkpoints,
     last: Checkpoint,
     model: PeftModel | None,
 ) -> None:
@@ -7750,13 +6482,13 @@ def finish(
     say_result(outcome(cfg, last), folder, archive)
 
 
-def place_of_answers(cfg: Config, data: Prepared, keeper: Keeper, last: Checkpoint) -> Path:
+def place_of_answers(cfg: Config, data: Prepared, keeper: Checkpoints, last: Checkpoint) -> Path:
     asked = min(cfg.EVAL_ANSWERS, len(pairs_to_ask(data)))
     return keeper.folder / f"answers-{last.step}-{asked}-{cfg.MAX_TOKENS}.json"
 
 
 def kept_answers(
-    cfg: Config, data: Prepared, keeper: Keeper, last: Checkpoint
+    cfg: Config, data: Prepared, keeper: Checkpoints, last: Checkpoint
 ) -> Comparison | None:
     """What the model has answered already, in an earlier sitting of the same run."""
     with suppress(OSError, ValueError, TypeError, KeyError):
@@ -7770,13 +6502,13 @@ def held_out_answers(
     cfg: Config,
     data: Prepared,
     device: Device,
-    keeper: Keeper,
+    keeper: Checkpoints,
     last: Checkpoint,
     model: PeftModel | None,
 ) -> Comparison | None:
     """What the model says before and after: an extra, for which nobody pays with the adapter."""
     pairs = pairs_to_ask(data)[: cfg.EVAL_ANSWERS]
-    if not pairs or is_sharded():
+    if not pairs:
         return None
     try:
         from safetensors.torch import load_file
@@ -7786,7 +6518,7 @@ def held_out_answers(
         model = model or add_lora(cfg, load_base(cfg, device))
         put_adapter(model, load_file(outcome(cfg, last).adapter))
         talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs]
-        tuned = Tuned(model, data.tokenizer, data.form)
+        tuned = Run(cfg, data.tokenizer, model)
         result = ask_both(tuned, talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
         if len(result.asked) == len(pairs):
             write_json(
@@ -7838,12 +6570,10 @@ def check(cfg: Config) -> int:
         for problem in problems:
             say("Problem", problem)
         if data and data.tokenizer and not problems:
-            shape = model and shape_of(cfg, model)
-            plan = plan_here(cfg, data.train, shape)
-            say_plan(cfg, data, plan)
-            say_estimate(plan)
-            if shape and cfg.MODEL_NAME != DEMO_MODEL:
-                say_elsewhere(cfg, data.train, shape)
+            model = model and adapted_outline(cfg, model)
+            say_plan(cfg, data, plan_run(cfg, data.train, device_here(cfg), model))
+            if model and cfg.MODEL_NAME != DEMO_MODEL:
+                say_elsewhere(cfg, data.train, model)
         report = say_report(cfg, data) if data else None
         if not problems:
             say(
@@ -7911,7 +6641,6 @@ def check_record(
 def demo(cfg: Config) -> int:
     """The whole job on the built-in model, then the questions of the workbook, before and after."""
     say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
-    join_others()
     with cleared(cfg):
         taught = run_training(cfg).train_pairs
     if not is_first():
@@ -7983,7 +6712,7 @@ def compare(cfg: Config) -> int:
     return 0
 
 
-def compare_all(tuned: Tuned, listed: list[Talk], cfg: Config) -> int:
+def compare_all(tuned: Run, listed: list[Talk], cfg: Config) -> int:
     say("Asking", f"{len(listed)} questions, each of both models; Ctrl+C ends with what is done")
     result = ask_both(tuned, listed, cfg)
     if not result.asked:
@@ -8063,12 +6792,10 @@ def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
     )
     if plan.seconds:
         say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
-
-
-def in_time(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    seconds = plan.seconds and plan.seconds + plan.asking_seconds
+    asking = f", {in_time(plan.asking_seconds)} of it for the questions at the end"
+    cost = cost_in_words(seconds, plan.memory_gb) + (asking if plan.asking_seconds >= 1 else "")
+    say("Estimate", f"{cost}; measuring and saving come on top")
 
 
 def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
@@ -8076,28 +6803,22 @@ def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
     return f"{in_time(seconds)}{memory}" if seconds else "not known"
 
 
-def say_estimate(plan: Plan) -> None:
-    cost = cost_in_words(plan.seconds, plan.memory_gb)
-    say("Estimate", f"of the training {cost}; measuring and saving come on top")
-
-
-def say_elsewhere(cfg: Config, examples: Sequence[Example], shape: Shape) -> None:
+def say_elsewhere(cfg: Config, examples: Sequence[Example], model: Outline) -> None:
     """What the same would cost on the GPUs that Colab has."""
-    plans = {
-        name: plan_run(cfg, examples, choose_device(cfg, "cuda", capability), shape, machine)
-        for name, (capability, machine) in GPUS.items()
-    }
-    costs = "; ".join(
-        f"{name} {cost_in_words(plan.seconds, plan.memory_gb)}" for name, plan in plans.items()
-    )
-    say("On Colab", f"by arithmetic, not timed: {costs}")
+    costs = []
+    for name, (capability, figures) in GPUS.items():
+        device = choose_device(cfg, "cuda", capability, *figures)
+        plan = plan_run(cfg, examples, device, model)
+        seconds = (plan.seconds or 0) + plan.asking_seconds
+        costs.append(f"{name} {cost_in_words(seconds, plan.memory_gb)}")
+    say("On Colab", f"by arithmetic, not timed: {'; '.join(costs)}")
 
 
-def say_start(cfg: Config, plan: Plan, keeper: Keeper, start: Checkpoint | None) -> None:
+def say_start(cfg: Config, plan: Plan, keeper: Checkpoints, start: Checkpoint | None) -> None:
     """Where the training begins, and what a person can count on."""
     if not start:
         often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
-        say("Safe", f"saved in {short_path(keeper.folder)} {often}; {way_on(cfg)}")
+        say("Safe", f"saved in {short_path(keeper.folder)} {often}; {resume_hint(cfg)}")
     elif start.record["tally"]["finished"]:
         say("Resume", "this run is finished: nothing is trained, its files are written anew")
     else:
@@ -8131,7 +6852,9 @@ def say_result(trained: Trained, folder: Path, archive: Path) -> None:
 def cleared(cfg: Config) -> Iterator[None]:
     """Refuse, all at once, what would fail later; then hold the folders of the run to its end."""
     with ExitStack() as held:
-        agree(lambda: clear(cfg, held))
+        with first_goes_first():
+            if is_first():
+                clear(cfg, held)
         yield
 
 
@@ -8160,8 +6883,6 @@ def collecting(problems: list[str]) -> Iterator[None]:
 
 def preflight(cfg: Config) -> list[str]:
     """What would stop a training, as far as it shows without the data and the model."""
-    import importlib.util
-
     problems = [*package_problems(installed_versions())]
     if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
         problems.append(f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}")
@@ -8230,8 +6951,9 @@ def refuse_foreign_folder(cfg: Config) -> None:
         raise UserError(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
         )
-    record = final / "run.json"
-    for name in (*PLACES, *(["MODEL_NAME"] if local_base(cfg) else [])):
+    record, toy = final / "run.json", cfg.MODEL_NAME == DEMO_MODEL
+    local = not toy and os.path.isdir(local_path(cfg.MODEL_NAME))
+    for name in (*PLACES, "MODEL_NAME") if local else PLACES:
         place = getattr(cfg, name)
         if name != "OUTPUT_DIR" and place and local_path(place).resolve().is_relative_to(final):
             raise UserError(
@@ -8243,9 +6965,9 @@ def refuse_foreign_folder(cfg: Config) -> None:
             f"OUTPUT_DIR {final} holds files that are not from this script, so it is left alone.\n"
             f"Choose a new folder: --output-dir {final / 'model'}"
         )
-    if record.is_file() and cfg.MODEL_NAME == DEMO_MODEL:
-        model = record_of(final).get("base_model", "model")
-        if model != DEMO_MODEL:
+    if record.is_file() and toy:
+        model = str(record_of(final).get("base_model", "model"))
+        if model.removeprefix("./") != DEMO_MODEL:
             raise UserError(
                 f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
                 "Add --output-dir demo_model"
@@ -8278,9 +7000,9 @@ def model_problems(cfg: Config, model: Outline | None) -> list[str]:
         return problems
     trainable = 0
     with collecting(problems):
-        trainable = shape_of(cfg, model).adapter
+        trainable = cfg.LORA_R * sum(map(sum, adapted_outline(cfg, model).adapted))
     with collecting(problems):
-        _, device = device_here(cfg)
+        device = device_here(cfg)
         with collecting(problems):
             optimizer_name(cfg, device)
         refuse_small_memory(cfg, device, model.parameters)
@@ -8296,7 +7018,7 @@ def disk_needed(cfg: Config, trainable: int, checkpoints: int = 0) -> tuple[int,
     may lie there already.
     """
     to_come = max(1, 4 - checkpoints) * (2 if cfg.ARCHIVE_CHECKPOINTS else 1)
-    return output_bytes(trainable), to_come * checkpoint_bytes(trainable)
+    return output_bytes(trainable), to_come * BYTES_PER_WEIGHT * trainable
 
 
 def refuse_full_disk(cfg: Config, trainable: int) -> None:
@@ -8354,7 +7076,7 @@ def only_run_in(folder: Path, setting: str) -> Iterator[None]:
 # -- The command line
 
 ONLY_WITH = {  # commands, and the settings that would do nothing with any other
-    "chat": "BASE WEB SHARE PORT SYSTEM QUESTION QUANTIZE".split(),
+    "chat": "BASE WEB SHARE PORT SYSTEM QUESTION".split(),
     "compare": "SYSTEM QUESTION QUESTIONS".split(),
     "check": "JSON".split(),
     "export": "TO QUANTIZE MERGE_INTO EXPORT_DIR HUB_REPO HUB_PRIVATE".split(),
@@ -8489,26 +7211,35 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
     except KeyboardInterrupt as end:
-        done = str(end) or f"Nothing that was finished or saved is touched; {way_on(cfg)}."
+        done = str(end) or f"Nothing that was finished or saved is touched; {resume_hint(cfg)}."
         show("", sys.stderr)
         say("Stopped", f"Interrupted. {done}", sys.stderr)
         return 128 + getattr(end, "number", signal.SIGINT)
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
     except Exception as error:
-        if not memory_fault(error):
+        message = known_fault(error, command)
+        if not message:
             if command in ("train", "demo") and is_first():
                 start_log(log_path(cfg))
             LOG.exception("Stopped    by an error that nobody foresaw:")
             raise
-        answering = "Add --load-in-4bit, or lower --max-tokens."
-        levers = answering if command in ("chat", "compare") else LEVERS
-        message = f"Memory ran out: {preview(str(error), 100)}\n{levers}"
-    if is_first_to_fail():
+    if is_first() or message != ENDED:
         errors = sys.stderr if is_first() else sys.__stderr__
         show("", errors)
         say("Stopped", message, errors)
     return 2
+
+
+def known_fault(error: Exception, command: str) -> str:
+    """What to say of an error that is not a bug of this script; nothing of any other."""
+    if "by peer" in str(error) and processes() > 1:
+        return ENDED
+    if not memory_fault(error):
+        return ""
+    answering = "Add --load-in-4bit, or lower --max-tokens."
+    levers = answering if command in ("chat", "compare") else LEVERS
+    return f"Memory ran out: {preview(str(error), 100)}\n{levers}"
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from pathlib import Path
 import psutil
 import torch
 from safetensors.torch import save_file
-from transformers import PhiConfig, PhiForCausalLM
+from transformers import AutoTokenizer, PhiConfig, PhiForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import finetune_colab as ft
@@ -46,13 +46,14 @@ print(f"({count} tokens, {count / (time.perf_counter() - start):.1f} a second)")
 def make_run(home: Path) -> None:
     """A base of phi-2's shape and a finished run with an adapter for it."""
     torch.manual_seed(0)
-    tokenizer = ft.demo_tokenizer()
+    tokenizer = AutoTokenizer.from_pretrained(ft.demo_folder())
     torch.set_default_dtype(torch.float16)
     shape = PhiConfig(
         **(
-            ft.DEMO_SHAPE | {"vocab_size": 51_200, "hidden_size": 2560, "intermediate_size": 10_240}
-        ),
-        hidden_act="gelu_new",
+            ft.DEMO_SHAPE
+            | {"vocab_size": 51_200, "hidden_size": 2560, "intermediate_size": 10_240}
+            | {"hidden_act": "gelu_new"}
+        )
     )
     shape.num_hidden_layers = shape.num_attention_heads = shape.num_key_value_heads = 32
     shape.max_position_embeddings = 2048
@@ -74,8 +75,8 @@ def make_run(home: Path) -> None:
     tokenizer.save_pretrained(folder)
     talk = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": QUESTION * 3}]
     ft.write_json(folder / ft.SAMPLE, [talk] * ft.ROWS_IN_SAMPLE)
-    record = {"settings": vars(cfg), "prompt_format": ft.PROMPT_FORMAT}
-    ft.write_json(folder / "run.json", record | {"run": "x", "device": {"four_bit": True}})
+    record = {"settings": vars(cfg), "run": "x", "device": {"four_bit": True}}
+    ft.write_json(folder / "run.json", record)
     (folder / ft.BASE_PLACE).write_text(str(home / "base"))
 
 
@@ -135,9 +136,6 @@ def main() -> None:
             size = (home / "model-gguf" / f"model-{kind}.gguf").stat().st_size
             print(kind, round(size / 1e9, 2), "GB", flush=True)
     asking = [*python, "chat", "--max-tokens", TOKENS, "--output-dir"]
-    for kind in ("q4_k_m", "q8_0", "f16"):
-        command = [*asking, "model-gguf", "--quantize", kind, QUESTION]
-        measured(home, f"answer, GGUF {kind}", command)
     measured(home, "answer, 4 bits", [*asking, "model", "--load-in-4bit", QUESTION])
     for dtype in ("bfloat16", "float32"):
         command = [sys.executable, "-c", IN_TRANSFORMERS, "model-merged", QUESTION, TOKENS, dtype]

@@ -40,24 +40,24 @@ MUTATIONS = [Mutation(*one) for one in (
     ("two tries instead of five", "PAUSES = (1, 2, 4, 8)", "PAUSES = (1,)", "sources"),
     ("a report of check is taken for data", r"(-\d+)?\.(xlsx|png)", r"(-\d+)?\.(png)", "sources check files"),
     # rows to pairs
-    ("the worst reply of a tree is taught", "replies.sort(key=rank_of)", "replies.sort(key=rank_of, reverse=True)", "pairs"),
-    ("a dropped row is not reported", 'dropped.append(Note(table.sheet, number, "blank" if number in blank else talk))', "pass", "files pairs"),
+    ("the worst reply of a tree is taught", 'or "None").rjust(9))', 'or "None").rjust(9), reverse=True)', "pairs"),
+    ("a dropped row is not reported", 'for number, reason in rows if isinstance(reason, str)]', "for number, reason in []]", "files pairs"),
     ("a small lead is clear enough", "CLEAR_LEAD = 0.25", "CLEAR_LEAD = -1.0", "pairs"),
-    ("one of two contradicting rows goes unnoticed", "zip(same, same[1:] + same[:1], strict=True)", "zip(same[1:], same, strict=False)", "quality"),
+    ("one of two contradicting rows goes unnoticed", "zip(same, [*same[1:], same[0]], strict=True)", "zip(same[1:], same, strict=False)", "quality"),
     # prompts and tokens
-    ("the model never learns to stop", "            ids = [*ids, tokenizer.eos_token_id]", "            ids = [*ids]", "prompts"),
+    ("the model never learns to stop", "found.append((turn if end else turn + tokenizer.eos_token, True))", "found.append((turn[: -len(end[0])] if end else turn, True))", "prompts"),
     ("one question too many is held out", "set(different[: max(1, round(", "set(different[: 1 + max(1, round(", "prompts training"),
     # device and plan
     ("bfloat16 on a T4", "native = capability >= (8, 0)", "native = capability >= (7, 5)", "plan"),
-    ("the last step of an epoch is lost", "steps_per_epoch = math.ceil(len(examples) / pairs)", "steps_per_epoch = max(1, len(examples) // pairs)", "plan training"),
+    ("the last step of an epoch is lost", "epoch = math.ceil(len(lengths) / pairs)", "epoch = max(1, len(lengths) // pairs)", "plan training"),
     # model
-    ("tokens see what follows them", "scaling=scaling, is_causal=True", "scaling=scaling, is_causal=False", "steps"),
+    ("tokens see what follows them", "is_causal=window is None", "is_causal=False", "steps"),
     ("the adapter's gradient is too small", "(dy.T @ inner).mul_(ctx.scale)", "(dy.T @ inner)", "steps"),
-    ("a pickle is loaded", '    if found:\n        raise UserError(\n            f"{folder} holds {\', \'.join', '    if not found:\n        return\n    if len(found) > 9:\n        raise UserError(\n            f"{folder} holds {\', \'.join', "safety"),
+    ("a pickle is loaded", "folder.iterdir() if path.suffix.lower() in PICKLES]", "folder.iterdir() if path.suffix.lower() in ()]", "safety"),
     # training
     ("loss per row instead of per token", "summed_loss(outputs.logits, labels) / num_items_in_batch", "summed_loss(outputs.logits, labels) / (labels != IGNORE).sum()", "steps training"),
     ("one checkpoint is kept instead of two", "NEWEST_KEPT = 2", "NEWEST_KEPT = 1", "checkpoints"),
-    ("a flipped bit is not seen", "if digest and checksum(path) != digest", "if digest and checksum(path) == \"\"", "checkpoints"),
+    ("a flipped bit is not seen", "(thorough and checksum(path) != digest)", "(thorough and not digest)", "checkpoints"),
     ("the first signal ends at once", "        if self.asked:\n", "        if not self.asked:\n", "checkpoints"),
     ("an adapter with NaN is saved", "if not all(torch.isfinite(p).all()", "if not any(torch.isfinite(p).all()", "memory training"),
     ("the last adapter instead of the best", '(BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)', "ADAPTER", "checkpoints training"),

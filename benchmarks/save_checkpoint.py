@@ -25,30 +25,30 @@ from transformers import Trainer
 import finetune_colab as ft
 
 
-def build(folder: Path, millions: float) -> tuple[Trainer, ft.Keeper]:
+def build(folder: Path, millions: float) -> tuple[Trainer, ft.Checkpoints]:
     """A demo model with a rank so high that the adapter has the size asked for."""
     cfg = ft.Config(MODEL_NAME=ft.DEMO_MODEL, DATASET_PATH=ft.EXAMPLE_DATASET, MAX_STEPS=1)
     cfg.CHECKPOINT_DIR, cfg.LORA_R = str(folder), round(millions * 1e6 / 11_520)
     device = ft.Device("cpu", "float32", False, "")
     data = ft.prepare(cfg, ft.find_pairs(cfg))
     model = ft.add_lora(cfg, ft.load_base(cfg, device))
-    keeper = ft.Keeper(cfg, ft.identity_of(cfg, data, device))
+    keeper = ft.Checkpoints(cfg, ft.identity_of(cfg, data, device))
     keeper.starting_point()
     plan = ft.plan_run(cfg, data.train, device)
     trainer = ft.build_trainer(cfg, model, data, device, plan, keeper, ft.Tally(trainable=1))
-    with ft.flat_rows(model):
+    with ft.padding_free(model):
         trainer.train()  # so that the optimizer has something to save
     return trainer, keeper
 
 
-def seconds(trainer: Trainer, keeper: ft.Keeper, step: int, bare: bool) -> float:
+def seconds(trainer: Trainer, keeper: ft.Checkpoints, step: int, bare: bool) -> float:
     trainer.state.global_step = step
     save: Any = super(type(trainer), trainer)._save_checkpoint if bare else trainer._save_checkpoint
     started = time.perf_counter()
     save(trainer.model, None)
     taken = time.perf_counter() - started
     if bare:
-        shutil.rmtree(keeper.path_of(step))
+        shutil.rmtree(keeper.folder / f"checkpoint-{step}")
     return taken
 
 

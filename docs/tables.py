@@ -44,11 +44,10 @@ def main() -> None:
             input_ids=[1] * length, labels=[ft.IGNORE] * (length - half) + [1] * half
         )
         cells = []
-        for capability, machine in ft.GPUS.values():
-            device = ft.choose_device(cfg, "cuda", capability)
-            shape = ft.shape_of(cfg, model)
-            plan = ft.plan_run(cfg, [example] * PAIRS, device, shape, machine)
-            minutes = max(1, round((plan.seconds or 0) / 60))
+        for capability, figures in ft.GPUS.values():
+            device = ft.choose_device(cfg, "cuda", capability, *figures)
+            plan = ft.plan_run(cfg, [example] * PAIRS, device, ft.adapted_outline(cfg, model))
+            minutes = max(1, round(((plan.seconds or 0) + plan.asking_seconds) / 60))
             cells.append(f"{minutes} min, {plan.memory_gb:.1f} GB |")
         print(f"| {length} tokens | `{preset}` |", *cells)
 

@@ -4,6 +4,8 @@ Every other test file goes through these few lines, through the command line, or
 that a rewrite of the script changes this file and no other.
 """
 
+import copy
+import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,17 +44,23 @@ def device_for(kind: str, capability: tuple[int, int] = (0, 0), **settings: Any)
     return ft.choose_device(Config(**settings), kind, capability)
 
 
-def plan_for(lengths: Sequence[int], device: Any, shape: Any = None, memory_gb: float = 0, **settings: Any) -> Any:
+def plan_for(lengths: Sequence[int], device: Any, model: Any = None, memory_gb: float = 0, **settings: Any) -> Any:
     """How training on pairs of these lengths, half of each learned, is laid out on a T4."""
     halves = [[IGNORE] * (n // 2) + [1] * (n - n // 2) for n in lengths]
     pairs: Any = [{"input_ids": [1] * len(half), "labels": half} for half in halves]
-    machine = SimpleNamespace(name="", flops=22e12, bandwidth=240e9, memory=memory_gb * 1e9)
-    return ft.plan_run(Config(**settings), pairs, device, shape, machine if memory_gb else None)
+    device = device._replace(flops=22e12, bandwidth=240e9, memory=memory_gb * 1e9)
+    return ft.plan_run(Config(**settings), pairs, device, model)
 
 
 def encode(tokenizer: Any, messages: Sequence[Message], **settings: Any) -> Example:
     """Ids and labels of a conversation, as training and asking see it."""
-    return dict(ft.encode(tokenizer, messages, ft.form_of(Config(**settings), tokenizer)))
+    return dict(ft.encode(_loaded(tokenizer, **settings), messages))
+
+
+@functools.cache
+def _loaded(tokenizer: Any, **settings: Any) -> Any:
+    ft.set_template(Config(**settings), tokenizer := copy.deepcopy(tokenizer))
+    return tokenizer
 
 
 def load_base(folder: Path | str, **settings: Any) -> Any:
@@ -81,15 +89,16 @@ def summed_loss(model: Any, examples: Sequence[Example]) -> Any:
 
     row = ft.flatten(examples)
     labels = row.pop("labels")
-    with ft.flat_rows(model):
+    with ft.padding_free(model):
         logits = model(**row).logits[0].float()
     return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE], reduction="sum")
 
 
-def trial_row(examples: Sequence[Example], pairs: int, tokens_at_once: int) -> Sequence[Example]:
-    """Of steps with so many pairs, the row that is tried before the training."""
+def layout(examples: Sequence[Any], pairs: int, tokens_at_once: int) -> tuple[list[Any], Sequence[Example]]:
+    """The rows in which steps of so many pairs are computed, and the one that is tried before."""
     plan: Any = SimpleNamespace(pairs=pairs, tokens_at_once=tokens_at_once)
-    return list(ft.longest_row(SimpleNamespace(train=examples), plan))
+    steps = [examples[start : start + pairs] for start in range(0, len(examples), pairs)]
+    return [row for step in steps for row in ft.pack(step, tokens_at_once)], list(ft.largest_row(examples, plan))
 
 
 def ask(tuned: Any, *questions: str, **settings: Any) -> list[Any]:

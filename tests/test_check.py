@@ -28,7 +28,7 @@ TOLD: dict[str, Any] = {  # of FLAWED
     "ready": True, "file": "dataset.xlsx", "sheet": "Sheet", "shape": "question and answer", "pairs_held_out": 3,
     "question_column": "question", "answer_column": "answer", "quality": 0.7353, "rows_read": 34, "pairs_kept": 32,
     "pairs_unique": 32, "dropped": [{"sheet": "Sheet", "row": 33, "reason": "no answer"},
-                                    {"sheet": "Sheet", "row": 35, "reason": "a copy of an earlier row (row 34)"}]}
+                                    {"sheet": "Sheet", "row": 35, "reason": "a copy of an earlier row (row 34 of Sheet)"}]}
 ADA = ("</dc:creator>", "</dc:creator><cp:lastModifiedBy>Ada</cp:lastModifiedBy>")
 THEIRS: list[Any] = [  # what is there, what somebody did to it, and flags
     *((name, lambda path: path.write_bytes(b"mine"), "") for name in REPORT),

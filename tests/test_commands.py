@@ -80,9 +80,9 @@ def memory(patch: Patch, total: str, available: str = "", kind: str = "cpu") -> 
     size = SimpleNamespace(total=float(total), available=float(available or total))
     patch.setattr(psutil, "virtual_memory", lambda: size)
     patch.setattr(torch.backends.mps, "is_available", lambda: kind == "mps")
-    patch.setattr(torch.cuda, "is_available", lambda: kind == "cuda")
-    patch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))
-    patch.setattr(torch.cuda, "get_device_name", lambda *_: "T4")
+    gpu = {"is_available": kind == "cuda", "get_device_capability": (7, 5), "get_device_name": "T4"}
+    for name, value in (gpu | {"mem_get_info": (15e9, 16e9)}).items():
+        patch.setattr(torch.cuda, name, lambda *_, value=value: value)
 
 
 def installed(patch: Patch, *packages: str) -> None:

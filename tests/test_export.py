@@ -21,7 +21,7 @@ import yaml
 from conftest import PAIRS, Patch, Run, call, in_words, save_phi, sweep, train_tokenizer, write_workbook
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
-from seams import SCRIPT, encode, load_base, load_tuned, mean_loss
+from seams import SCRIPT, ask, encode, load_base, load_tuned, mean_loss
 from tables import cases
 from test_chat import X, output, talk
 
@@ -193,10 +193,10 @@ def test_the_templates_give_whole_talks_as_they_were_taught(family: Family) -> N
             assert theirs[: len(ours)] == ours
             assert not tokenizer.decode(theirs[len(ours) :], skip_special_tokens=True).strip()
         else:
-            assert whole == (f"{FORM} {{}}{tokenizer.eos_token}" * 2).format(*TALK)
+            assert whole.lstrip() == (f"{FORM} {{}}{tokenizer.eos_token}" * 2).format(*TALK)
             system = [{"role": "system", "content": "Be brief."}, *talk(X)]
             asked = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True)
-            assert asked == FORM.format(f"Be brief.\n\n{X}")
+            assert asked.lstrip() == FORM.format(f"Be brief.\n\n{X}")
     text = (family.home / "model-gguf" / "Modelfile").read_text(encoding="utf-8")  # Ollama's
     assert text.startswith("FROM ./model-q4_k_m.gguf\n")  # the newest
     assert "PARAMETER temperature 0\n" in text
@@ -207,14 +207,24 @@ def test_the_templates_give_whole_talks_as_they_were_taught(family: Family) -> N
         assert family.in_llama_cpp(form[1] + system + said) == family.trained(system + X, *TALK[1:3])
 
 
-def test_a_gguf_is_asked_like_any_other_model_but_has_no_base(phi: Family, run: Run, patched: Patch) -> None:
-    patched.chdir(phi.home)
-    for how in ("--max-tokens 9", "--repetition-penalty 1.5", "--temperature 1 --top-p 1e-6"):
-        places = ("model-merged", "model-gguf --quantize f16")
-        merged, exported = (run("chat", X, *how.split(), *f"--output-dir {place}".split())[1] for place in places)
-        assert merged.splitlines()[0] == exported.splitlines()[0]
-    code, printed = run("chat", X, "--base", "--output-dir", "model-gguf")
-    assert code == 2 and "--output-dir ./model" in in_words(printed)
+@pytest.mark.parametrize("command", ["chat", "compare", "chat --base"])
+def test_a_folder_with_a_gguf_alone_is_refused_with_what_opens_it(command: str, phi: Family, run: Run) -> None:
+    code, printed = run(*command.split(), X, "--output-dir", phi.home / "model-gguf")
+    assert code == 2 and re.search("LM Studio, Ollama.*README.md.*--output-dir ./model", in_words(printed))
+
+
+def test_a_space_answers_as_the_tuned_model_does(phi: Family) -> None:
+    client = pytest.importorskip("gradio_client").Client
+    assert call(phi.home, "export", "--to", "space") == 0
+    command, place = [sys.executable, "-u", "app.py"], phi.home / "model-space"
+    with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        try:
+            link = next(found[0] for line in process.stdout or () if (found := re.search(r"http://[\d.:]+", line)))
+            told = client(link, verbose=False).predict(X, api_name="/reply")
+        finally:
+            process.terminate()
+    [wanted] = ask(load_tuned(phi.home / "model"), X, MAX_TOKENS=16)
+    assert re.sub(r"\W", "", told).startswith(re.sub(r"\W", "", wanted.text))
 
 
 def test_the_merged_model_is_the_adapted_one(phi: Family, patched: Patch) -> None:
@@ -348,7 +358,7 @@ def test_cards_and_a_space_have_what_hugging_face_asks_for_and_a_changed_space_i
     assert call(phi.home, "export", "--to", "space") == 0
     space = phi.home / "model-space"
     files = {p.name for p in space.iterdir()}
-    assert files >= {"README.md", "app.py", "requirements.txt", "finetune_colab.py", "run.json"}
+    assert files >= {"README.md", "app.py", "requirements.txt", "run.json"}
     assert not files & {"sample_rows.json", "answers.xlsx", "base_model_folder.txt"}
     assert [p.name for p in space.glob("*.gguf")] == ["model-q8_0.gguf"]
     front = {kind: front_matter(phi.home / f"model-{kind}") for kind in ("merged", "gguf", "space")}

@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 import urllib.error
@@ -205,27 +204,6 @@ def test_what_the_page_cannot_do_is_told_and_locks_nothing(visit: Visit) -> None
     upload = urllib.request.Request(f"{page.url}gradio_api/upload", body % (b"y" * 5000), head)
     with pytest.raises(urllib.error.HTTPError, match="413"):
         urllib.request.urlopen(upload, timeout=10)
-
-
-# the app of a Space, where nothing is installed that its requirements do not name
-APP = """import runpy, sys
-sys.modules |= dict.fromkeys(["torch", "peft", "bitsandbytes", "accelerate", "openpyxl", "matplotlib", "sentencepiece"])
-sys.argv = ["app.py", "--max-tokens", "12"]
-runpy.run_path("app.py")"""
-
-
-def test_a_space_answers_without_torch_and_has_nothing_to_compare(visit: Visit, model: Path) -> None:
-    assert call(model.parent, "export", "--to", "space") == 0
-    command, space = [sys.executable, "-uc", APP], model.with_name("model-space")
-    *_, wanted = growing_answer(load_tuned(space), talk(X), MAX_TOKENS=12)
-    with subprocess.Popen(command, cwd=space, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            page = visit(next(found[0] for line in process.stdout if (found := re.search(r"http://[\d.:]+", line))))
-            assert not page.get_by_role("tab", name="Compare").is_visible()
-            ask(page, X)
-            comes_to(said(page), wanted.text)
-        finally:
-            process.terminate()
 
 
 @output

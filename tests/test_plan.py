@@ -12,15 +12,14 @@ import pytest
 from conftest import PAIRS, Run, in_words, write_workbook
 from hypothesis import given
 from hypothesis import strategies as st
-from seams import UserError, device_for, plan_for
+from seams import UserError, device_for, outlines, plan_for
 from tables import cases
 from transformers import PhiConfig
 
 ON = {"CPU": device_for("cpu"), "T4": device_for("cuda", (7, 5))}
-SHAPE = SimpleNamespace(
-    **{"blocks": 32, "hidden": 2560, "inner": 10_240, "vocabulary": 51_200, "parameters": 2_779_683_840},
-    **{"weights": 2_516_582_400, "wide_numbers": 2, "adapter": 23_592_960, "dropped": 45_056},
-)
+SIZES: dict[str, Any] = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
+OUTLINE = outlines(PhiConfig(**SIZES))[0]
+PHI_2 = OUTLINE._replace(adapted=[*OUTLINE.linear.values()])
 LENGTHS = st.one_of(st.lists(st.integers(1, 600), min_size=1, max_size=80), st.integers(1, 500).map(lambda n: [10] * n))
 
 
@@ -40,7 +39,7 @@ def test_the_layout_follows_lengths_memory_and_what_is_set(case: str) -> None:
     _, pairs, machine, changes, wanted = case.split(" | ")
     device, gb = machine.split()
     lengths = [int(length) for count, length in re.findall(r"(\d+) × (\d+)", pairs) for _ in range(int(count))]
-    plan = plan_for(lengths, ON[device], SHAPE, float(gb), **json.loads(changes))
+    plan = plan_for(lengths, ON[device], PHI_2, float(gb), **json.loads(changes))
     least, most, checkpointing = wanted.split()
     assert str(plan.checkpointing) == checkpointing and int(least) <= plan.tokens_at_once <= int(most)
 
@@ -62,7 +61,7 @@ def test_every_epoch_sees_every_row_and_memory_changes_the_layout_only(
     assert bare.tokens_per_epoch == sum(lengths)
     assert 0 <= bare.warmup_steps <= bare.steps
     assert plan_for(lengths, ON["T4"], **named, MAX_STEPS=7).steps == 7
-    plan, roomy = (plan_for(lengths, ON["T4"], SHAPE, each, **named) for each in (gb, gb + 10))
+    plan, roomy = (plan_for(lengths, ON["T4"], PHI_2, each, **named) for each in (gb, gb + 10))
     assert (plan.steps, plan.warmup_steps, plan.pairs) == (bare.steps, bare.warmup_steps, bare.pairs)
     assert roomy.tokens_at_once >= plan.tokens_at_once >= 1
     assert roomy.checkpointing <= plan.checkpointing
@@ -72,8 +71,7 @@ def test_every_epoch_sees_every_row_and_memory_changes_the_layout_only(
 def test_check_tells_what_it_costs_here_and_on_the_gpus_of_colab(
     folder: Path, tokenizer: Any, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
-    PhiConfig(architectures=["PhiForCausalLM"], **sizes).save_pretrained("phi-2")
+    PhiConfig(architectures=["PhiForCausalLM"], **SIZES).save_pretrained("phi-2")
     tokenizer.save_pretrained("phi-2")  # without weights: check needs none
     rows = [(f"{question} {i}", answer * 3) for i in range(8) for question, answer in PAIRS]
     write_workbook(folder / "dataset.xlsx", [("question", "answer"), *rows])

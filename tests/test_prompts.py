@@ -115,6 +115,7 @@ def test_tokens_are_those_that_others_make(name: str, kind: str, texts: list[str
     (("a", "b", "c", "d"), "", f"Instruct: a\nOutput:[ b{END}]Instruct: c\nOutput:[ d{END}]"),
     (("{question}?", "{{a}} {0}"), "", f"Instruct: {{question}}?\nOutput:[ {{{{a}}}} {{0}}{END}]"),
     (("Why?", "So."), "Q: {question} A:", f"Q: Why? A:[ So.{END}]"),
+    (("Why? 🦉", "So."), f"🦉 {END}" "\"{{ '{question}' }} {% after %}\\n", f"🦉 {END}" "\"{{ 'Why? 🦉' }} {% after %}\\n" f"[ So.{END}]"),
 ])  # fmt: skip
 def test_phi_2s_form_and_an_own_one(tokenizer: Any, texts: Any, form: str, shown: str) -> None:
     ids, learnt = coded(tokenizer, *texts, PROMPT_TEMPLATE=form)
@@ -122,35 +123,20 @@ def test_phi_2s_form_and_an_own_one(tokenizer: Any, texts: Any, form: str, shown
     assert tokenizer.decode(learnt) == "".join(re.findall(r"\[(.*?)\]", shown))
 
 
-@pytest.mark.parametrize("form", ["no blank", "{question}{question}", "<|im_end|>{question}"])
-def test_an_own_form_has_one_blank_and_no_sign(workbook: Path, run: Run, form: str) -> None:
-    save_phi(Path("base"), tokenizer_for("chatml"))
-    code, printed = run("--model-name", "./base", "--prompt-template", form)
-    found = [word in printed for word in ("PROMPT_TEMPLATE", "Traceback", "<|im_end|>")]
-    assert (code, found) == (2, [True, False, "<|im_end|>" in form])
-
-
-def test_an_own_form_is_taught_and_asked(small_phi: Path, workbook: Path, run: Run) -> None:
-    typed, form = r"### Q:\n{question}\n### A:\n", "### Q:\n{question}\n### A:\n"
-    assert run("--model-name", small_phi, *FAST, "--prompt-template", typed)[0] == 0
+@pytest.mark.parametrize("form", ["Instruct: {question}\nOutput:", "### Q:\n{question}\n### A:\n"])
+def test_the_prompt_is_told_saved_and_asked(small_phi: Path, workbook: Path, run: Run, form: str) -> None:
+    typed = ("--prompt-template", form.replace("\n", "\\n")) if "#" in form else ()
+    assert run("--model-name", small_phi, *FAST, *typed)[0] == 0
     assert json.loads(Path("model/run.json").read_text())["prompt_format"] == form
-    assert "### Q:" in Path("model/README.md").read_text()
+    assert form in Path("model/README.md").read_text()
+    render = functools.partial(AutoTokenizer.from_pretrained("model").apply_chat_template, tokenize=False)
+    asked = form.replace("{question}", "Why?")
+    assert render(talk("Why?"), add_generation_prompt=True) == asked
+    assert render(talk("Why?", "So.")) == f"{asked} So.{END}"
     tuned = load_tuned(Path("model"))
-    prompt = tuned.tokenizer(form.replace("{question}", "Why?"), return_tensors="pt")["input_ids"]
+    prompt = tuned.tokenizer(asked, return_tensors="pt")["input_ids"]
     told = tuned.model.generate(input_ids=prompt, max_new_tokens=8, do_sample=False)[0, prompt.shape[1] :]
     assert ask(tuned, "Why?", MAX_TOKENS=8)[0].text == tuned.tokenizer.decode(told, skip_special_tokens=True).strip()
-
-
-@pytest.mark.xfail(strict=True, reason="Training")
-@pytest.mark.parametrize("form", ["", "Q: {question}\nA:"])
-def test_the_saved_tokenizer_has_the_prompt(small_phi: Path, workbook: Path, run: Run, form: str) -> None:
-    assert run("--model-name", small_phi, *FAST, "--prompt-template", form)[0] == 0
-    saved = AutoTokenizer.from_pretrained("model")
-    assert saved.chat_template, "it has none"
-    prompt = (form or "Instruct: {question}\nOutput:").replace("{question}", "Why?")
-    render = functools.partial(saved.apply_chat_template, tokenize=False)
-    assert render(talk("Why?"), add_generation_prompt=True) == prompt
-    assert render(talk("Why?", "So.")) == f"{prompt} So.{saved.eos_token}"
 
 
 def test_a_date_in_the_chat_template_makes_no_new_run(workbook: Path, run: Run, patched: Any) -> None:

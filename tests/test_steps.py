@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import re
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -128,8 +127,6 @@ def assert_plain_loop_agrees(base: Path, seen: Watched, flags: list[str]) -> Non
 @pytest.mark.parametrize("case", [sweep(x) if x.startswith("sweep") else x for x in cases("trainings")])
 def test_a_plain_loop_agrees(bases: Any, phi_folder: Path, workbook: Path, run: Run, patched: Any, case: str) -> None:
     family, heads, *flags = case.removeprefix("sweep ").split()
-    if "--torch-compile" in flags and not shutil.which("g++"):
-        pytest.skip("torch compiles with it")
     base = phi_folder if family == "phi-80" else bases(family, int(heads))
     write_workbook(workbook, [("question", "answer"), *PAIRS[:10]])
     more = "--batch-size 8 --gradient-accumulation-steps 1 --validation-fraction 0.2 --eval-steps 4 --max-steps 4 --learning-rate 1e-3 --lora-dropout 0".split()
@@ -180,7 +177,7 @@ def test_dropout_is_that_of_peft(small_phi: Path, workbook: Path, run: Run, shar
     for fast, usual in zip(*both, strict=True):
         assert fast.std(0).norm() / usual.std(0).norm() == pytest.approx(1, abs=0.1)
         by_chance = (2 / 149) ** 0.5 * usual.std(0).norm()
-        assert 0 < (fast.mean(0) - usual.mean(0)).norm() < 1.3 * by_chance
+        assert (fast.mean(0) - usual.mean(0)).norm() < 1.3 * by_chance
 
 
 @pytest.mark.gpu
@@ -263,7 +260,6 @@ def watched_attention(patch: pytest.MonkeyPatch) -> list[tuple[Any, Any, bool]]:
     return seen
 
 
-@pytest.mark.xfail(strict=True, reason="Training")
 @pytest.mark.parametrize("family, heads", [("llama", 2), ("qwen2", 1)])
 def test_fewer_key_heads_are_repeated(bases: Any, patched: Any, family: str, heads: int) -> None:
     """With enable_gqa, SDPA takes a way that keeps every score."""
@@ -274,7 +270,6 @@ def test_fewer_key_heads_are_repeated(bases: Any, patched: Any, family: str, hea
     assert {(key.shape[1], grouped) for _, key, grouped in seen} == {(4, False)}
 
 
-@pytest.mark.xfail(strict=True, reason="Training")
 def test_the_cache_of_a_model_in_16_bits_is_in_16_bits(finished: Path, patched: Any) -> None:
     tuned = seams.load_tuned(finished / "model", four_bit=True)  # on a processor that is bfloat16
     seen = watched_attention(patched)
