@@ -1,18 +1,18 @@
-"""Teach a language model your own questions and answers: one script, one workbook, one zip.
+"""Teach a language model your questions and answers: a script, a workbook, a zip.
 
-    python finetune_colab.py            train microsoft/phi-2 on dataset.xlsx (Colab's free T4 is enough)
-    python finetune_colab.py check      read the workbook and say what training would do; trains nothing
-    python finetune_colab.py demo       the whole job on a small built-in model: no GPU, no download
-    python finetune_colab.py chat       chat with the tuned model; --web: in the browser
-    python finetune_colab.py compare    the base and the tuned model side by side
-    python finetune_colab.py export     merged weights, GGUF, a Space, the Hub: --to says which
-    python finetune_colab.py --help     every setting; each is a constant of Config and a flag
+    python finetune_colab.py          train microsoft/phi-2 on dataset.xlsx
+    python finetune_colab.py check    what training would do with the data
+    python finetune_colab.py demo     the whole job on a small built-in model
+    python finetune_colab.py chat     chat with the tuned model; --web: a page
+    python finetune_colab.py compare  the base and the tuned model side by side
+    python finetune_colab.py export   --to merged, gguf, space or hub
+    python finetune_colab.py --help   usual settings; --help-all: all of Config
 
 What a run leaves behind
-    model/                      the LoRA adapter, its tokenizer, pictures, a model card, run.json
-    fine_tuned_model.zip        all of model/ in one file to download
-    checkpoints/, logs/         to resume the training; all that each run said and measured
-    dataset_report.xlsx, .png   from check: what was found in every row; how long the pairs are
+    model/                   the LoRA adapter, its tokenizer, pictures, run.json
+    fine_tuned_model.zip     all of model/ in one file to download
+    checkpoints/, logs/      to resume the training; all that each run said
+    dataset_report.xlsx      from check: what was found in every row
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens    7 training     10 chatting
@@ -70,9 +70,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
 
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
+    import pandas
     import torch
     import transformers
-    from matplotlib.figure import Figure
     from peft import PeftConfig, PeftModel
     from transformers import Trainer, TrainerCallback
 else:  # Fit.trainer joins the two classes that extend these with the real ones
@@ -161,12 +161,11 @@ class Config:
     # -- Export
     TO: str = ""  # export: what to make: merged, gguf, space or hub
     QUANTIZE: str = "q8_0"  # export --to gguf, --to space: how exact its numbers stay
-    MERGE_INTO: str = "auto"  # export: the base as published or in 4 bits; auto = what loses less
     EXPORT_DIR: str = ""  # export: where to write; empty = beside OUTPUT_DIR, as ./model-gguf
     HUB_REPO: str = ""  # export --to hub: the repository, as name or owner/name
     HUB_PRIVATE: bool = True  # export --to hub: only you can see it
     # -- Running
-    YES: bool = False  # train without asking, whatever the quality of the data
+    YES: bool = False  # train or upload without asking, whatever the quality of the data
     JSON: bool = False  # check: the findings as one JSON object, for programs
 
     def __init__(self, **changes: Any) -> None:
@@ -205,7 +204,6 @@ CHOICES: dict[str, tuple[str, ...]] = {  # "" where none has to be made
     "TO": ("", "merged", "gguf", "space", "hub"),
     "QUANTIZE": ("q8_0", "f16", "q4_k_m"),
     "LORA_INIT": ("default", "gaussian"),
-    "MERGE_INTO": ("auto", "16bit", "4bit"),
     "PRESET": ("", "quick", "balanced", "quality", "low-memory"),
 }
 
@@ -228,7 +226,7 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
 
 def printable(text: str) -> str:
     """A text that cannot steer a terminal, as names of files and sheets might."""
-    return "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    return "".join(c if c.isprintable() or c in "\n\t\u200c\u200d" else " " for c in text)
 
 
 def preview(text: str, width: int = 50) -> str:
@@ -872,6 +870,8 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
         raise UserError("holds no rows. Fill in one question and one answer a row.")
     except UserError as error:
         raise UserError(f"{path} {str(error).removeprefix(f'{path} ')}") from None
+    except ModuleNotFoundError:
+        raise
     except Exception as error:  # the libraries raise a dozen kinds
         reason = preview(f"{type(error).__name__}: {error}", 100)
         advice = "Open it where it was made, and save it anew as .xlsx or .jsonl"
@@ -884,6 +884,8 @@ def workbook_sheets(content: bytes) -> Iterator[Sheet]:
 
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            if not re.search(r"worksheets|\bcontent\.xml\b", "\n".join(archive.namelist())):
+                raise UserError("is a zip without a workbook. Unpack it, and name what is in it")
             unpacked = sum(part.file_size for part in archive.infolist())
             parts = (archive.read(name) for name in archive.namelist() if "worksheets" in name)
             is_bomb = unpacked > min(max(100 * len(content), 20e6), LARGEST_FILE_MB * 2e6)
@@ -2890,13 +2892,15 @@ def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None
     import torch
 
     was_training, dtype = model.training, model.get_input_embeddings().weight.dtype
-    model.eval()
+    if was_training:  # to ask all layers for each token of an answer would take longer than it
+        model.eval()
     try:
         half = dtype != torch.float32
         with torch.no_grad(), torch.autocast(model.device.type, dtype, enabled=half):
             yield
     finally:
-        model.train(was_training)
+        if was_training:
+            model.train()
 
 
 # ==================================================================================================
@@ -4074,106 +4078,67 @@ def asked_by_user(question: str) -> dict[str, str]:
     return {"role": "user", "content": question.encode("utf-8", "replace").decode()}
 
 
-def prompt_of(tuned: Run, messages: Sequence[dict[str, str]], cfg: Config) -> list[int]:
+def prompt_of(tuned: Run, messages: Messages, cfg: Config) -> list[int]:
     """A conversation as tokens; of one that has grown too long, its latest turns."""
     context = context_of(tuned.model, tuned.tokenizer)
     most = max(context - cfg.MAX_TOKENS, context // 2)
-    for start, first in enumerate(messages):
-        if first["role"] == "assistant":
-            continue
+    starts = [i for i, one in enumerate(messages) if one["role"] != "assistant"]
+    turns = [messages[i:j] for i, j in itertools.pairwise([*starts, len(messages)])]
+    kept, size = [turns.pop()], 0
+    while turns and size <= most:  # each by itself: hundreds together would take seconds
+        kept.insert(0, turns.pop())
+        size += len(encode(tuned.tokenizer, kept[0])["input_ids"])
+    kept = kept[size > most :]
+    while kept:
+        first, *others = itertools.chain(*kept)
         question = f"{cfg.SYSTEM}\n\n{first['content']}" if cfg.SYSTEM else first["content"]
-        talk = [asked_by_user(question), *messages[start + 1 :]]
-        ids = encode(tuned.tokenizer, talk)["input_ids"]
+        ids = encode(tuned.tokenizer, [asked_by_user(question), *others])["input_ids"]
         if len(ids) <= most:
             return ids
+        del kept[0]
     raise UserError(
         f"A question has {len(ids):,} tokens, instructions included; with room for the answer this "
         f"model takes {most:,}.\nIt begins: {preview(messages[-1]['content'])}\nShorten it."
     )
 
 
-def answers(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    cfg: Config,
-    heard: Callable[[list[int]], bool] | None = None,
-) -> list[Answer]:
+def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -> list[Answer]:
     """What the model says to each prompt, with as many at once as memory holds."""
-    done: dict[int, Answer] = {}
-    longest_first = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    at_once = ANSWERS_AT_ONCE
-    while len(done) < len(prompts):
-        batch = longest_first[len(done) :][:at_once]
-        try:
-            rows = generate(model, tokenizer, [prompts[i] for i in batch], cfg, heard)
-            done |= zip(batch, (in_text(tokenizer, row) for row in rows), strict=True)
-            continue
-        except (RuntimeError, MemoryError) as error:
-            if memory_fault(error) != "full" or at_once == 1:
-                raise
-        release_memory()  # not before here, since the error holds on to what filled it
-        at_once //= 2
-    return [done[i] for i in range(len(prompts))]
-
-
-def generate(
-    model: Any,
-    tokenizer: Any,
-    prompts: Sequence[list[int]],
-    cfg: Config,
-    heard: Callable[[list[int]], bool] | None = None,
-) -> list[list[int]]:
-    """The tokens of the answers. The one place that generates.
-
-    After each token of a single answer, `heard` gets all so far, and may end it by saying True.
-    """
     import torch
-    from transformers import StoppingCriteria
 
-    batch = tokenizer.pad({"input_ids": list(prompts)}, padding_side="left", return_tensors="pt")
-    start = batch["input_ids"].shape[1]
+    def in_batches_of(size: int) -> list[Answer]:
+        found = []
+        for first in range(0, len(prompts), size):
+            ids = {"input_ids": prompts[first : first + size]}
+            batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
+            start = batch["input_ids"].shape[1]
+            room = context_of(model, tokenizer) - start
+            rows = model.generate(**batch, **manner_of(cfg, tokenizer, start, room))
+            found += [in_text(tokenizer, row) for row in rows[:, start:].tolist()]
+        return found
 
-    class Listener(StoppingCriteria):
-        def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-            end = heard(input_ids[0, start:].tolist()) if heard else False
-            return torch.full((len(input_ids),), end, device=input_ids.device)
-
-    most = max(1, min(cfg.MAX_TOKENS, context_of(model, tokenizer) - start))
-    how = manner_of(cfg, tokenizer, start, most)
-    how["stopping_criteria"] = [Listener()] if heard else None
-    by_chance = cfg.TEMPERATURE > 0
-    with evaluating(model), torch.random.fork_rng(enabled=by_chance):
-        if by_chance:
+    with evaluating(model), torch.random.fork_rng(enabled=cfg.TEMPERATURE > 0):
+        if cfg.TEMPERATURE:
             torch.manual_seed(cfg.SEED)
-        rows = model.generate(**batch.to(model.device), **how)
-    return rows[:, start:].tolist()
+        return as_many_as_fit(in_batches_of, halvings(ANSWERS_AT_ONCE, 1))
 
 
-def manner_of(cfg: Config, tokenizer: Any, start: int, most: int) -> dict[str, Any]:
-    """How answers are made that begin at this position and have so many tokens at most."""
-    from transformers import (
-        GenerationConfig,
-        LogitsProcessorList,
-        RepetitionPenaltyLogitsProcessor,
-    )
+def manner_of(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
+    """How answers are made that begin at this position and have room for so many tokens."""
+    import transformers as hf
 
-    how = GenerationConfig(
-        max_new_tokens=most,
+    chance = {"temperature": cfg.TEMPERATURE, "top_p": cfg.TOP_P, "top_k": 0}
+    how = hf.GenerationConfig(
+        max_new_tokens=max(1, min(cfg.MAX_TOKENS, room)),
         do_sample=cfg.TEMPERATURE > 0,
-        temperature=cfg.TEMPERATURE or None,
-        top_p=cfg.TOP_P if cfg.TEMPERATURE else None,
-        top_k=0 if cfg.TEMPERATURE else None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,  # which the training has switched off
+        **(chance if cfg.TEMPERATURE else {}),
     )
-    repetition = LogitsProcessorList()
-    if cfg.REPETITION_PENALTY != 1:
-        # of the answer alone: the prompt holds padding and ends of turns, which are no repetition
-        penalty = RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
-        repetition.append(penalty)
-    return {"generation_config": how, "logits_processor": repetition}
+    # in the answer alone: padding and the ends of earlier turns are no repetition
+    repetition = hf.RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
+    return {"generation_config": how, "logits_processor": hf.LogitsProcessorList([repetition])}
 
 
 def in_text(tokenizer: Any, ids: list[int]) -> Answer:
@@ -4183,38 +4148,33 @@ def in_text(tokenizer: Any, ids: list[int]) -> Answer:
     return Answer(text.strip(), len(ids), stopped)
 
 
-def growing_answer(
-    tuned: Run, messages: Sequence[dict[str, str]], cfg: Config
-) -> Generator[Answer]:
+def growing_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
     """An answer again and again while it grows, then as it is. Closing this ends it."""
-    import queue
+    import torch
+    import transformers as hf
 
-    prompt = prompt_of(tuned, messages, cfg)
-    grown: queue.SimpleQueue[list[int] | None] = queue.SimpleQueue()
-    from concurrent.futures import ThreadPoolExecutor
-
-    unwanted = threading.Event()
-
-    def heard(ids: list[int]) -> bool:
-        grown.put(ids)
-        return unwanted.is_set()
-
-    def work() -> Answer:
-        try:
-            with tuned.untuned() if cfg.BASE else nullcontext(tuned.model) as model:
-                return answers(model, tuned.tokenizer, [prompt], cfg, heard)[0]
-        finally:
-            grown.put(None)
-
-    with ThreadPoolExecutor(1) as worker:
-        whole = worker.submit(work)
-        try:
-            while (ids := grown.get()) is not None:
-                part = in_text(tuned.tokenizer, ids)
-                yield part._replace(text=part.text.rstrip("\ufffd"))  # the first half of a letter
-            yield whole.result()
-        finally:
-            unwanted.set()
+    prompt, tokenizer = prompt_of(tuned, messages, cfg), tuned.tokenizer
+    room = context_of(tuned.model, tokenizer) - len(prompt)
+    how = manner_of(cfg, tokenizer, len(prompt), room)
+    processors = how["logits_processor"]
+    if cfg.TEMPERATURE:
+        processors += [hf.TemperatureLogitsWarper(cfg.TEMPERATURE), hf.TopPLogitsWarper(cfg.TOP_P)]
+    part, cache = Answer("", 0, stopped=False), None
+    with tuned.untuned() if cfg.BASE else nullcontext(tuned.model) as model:
+        chance = torch.Generator(model.device).manual_seed(cfg.SEED)
+        ids = torch.tensor([prompt], device=model.device)
+        while part.tokens < how["generation_config"].max_new_tokens and not part.stopped:
+            new = ids if cache is None else ids[:, -1:]  # without a cache all is read again
+            with evaluating(model):  # for one token: a page takes the next in another thread
+                output = model(input_ids=new, past_key_values=cache, use_cache=True)
+                cache = output.get("past_key_values")
+                scores = processors(ids, output.logits[:, -1].float())
+                likeliest, shares = scores.argmax(-1, keepdim=True), scores.softmax(-1)
+                drawn = shares.multinomial(1, generator=chance) if cfg.TEMPERATURE else likeliest
+                ids = torch.cat([ids, drawn], dim=1)
+            part = in_text(tokenizer, ids[0, len(prompt) :].tolist())
+            yield part._replace(text=part.text.rstrip("\ufffd"))  # the first half of a letter
+    yield part
 
 
 # -- Before and after
@@ -4228,10 +4188,12 @@ class Asked(NamedTuple):
     reference: str  # the answer wanted, where that is known
     before: str
     after: str
-    loss_before: float | None = None  # of the reference
+    loss_before: float | None = None  # of a token of the reference
     loss_after: float | None = None
     overlap_before: float | None = None  # with the reference
     overlap_after: float | None = None
+    tokens: int = 0  # of the reference
+    cut: int = 0  # how many of the two answers were cut off
 
 
 @dataclass
@@ -4244,9 +4206,17 @@ class Comparison:
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
 
+    @property
+    def pace(self) -> str:
+        cut = sum(one.cut for one in self.asked)
+        more = f"; {cut} answers cut off, --max-tokens allows more" if cut else ""
+        return f"{self.tokens_per_second:.1f} tokens a second{more}"
+
     def mean(self, figure: str) -> float | None:
-        known = [value for one in self.asked if (value := getattr(one, figure)) is not None]
-        return statistics.fmean(known) if known else None
+        """Of losses that of a token, as the validation loss is; else that of a question."""
+        known = [one for one in self.asked if getattr(one, figure) is not None]
+        weights = [one.tokens or 1 if figure.startswith("loss") else 1 for one in known]
+        return statistics.fmean([getattr(one, figure) for one in known], weights) if known else None
 
 
 class Talk(NamedTuple):
@@ -4264,20 +4234,16 @@ def ask_both(tuned: Run, talks: Sequence[Talk], cfg: Config) -> Comparison:
     """
     from tqdm import tqdm
 
-    result = Comparison()
-    fitting = []
+    result, fitting = Comparison(), []
     for talk in talks:
         try:
             fitting.append((talk, prompt_of(tuned, talk.messages, cfg)))
         except UserError as error:
             say("Left out", f"row {talk.place}: {error}" if talk.place else str(error))
+    groups = [fitting[i : i + ANSWERS_AT_ONCE] for i in range(0, len(fitting), ANSWERS_AT_ONCE)]
     try:
-        few = len(fitting) <= ANSWERS_AT_ONCE
-        with tqdm(total=len(fitting), desc="Asking", leave=False, disable=few) as bar:
-            for start in range(0, len(fitting), ANSWERS_AT_ONCE):
-                group = fitting[start : start + ANSWERS_AT_ONCE]
-                ask_group(tuned, group, cfg, result)
-                bar.update(len(group))
+        for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
+            ask_group(tuned, group, cfg, result)
     except KeyboardInterrupt:
         if not result.asked:
             raise
@@ -4294,27 +4260,30 @@ def ask_group(
             start = time.perf_counter()
             told = answers(model, tuned.tokenizer, [prompt for _, prompt in group], cfg)
             result.seconds += time.perf_counter() - start
-            result.tokens += sum(answer.tokens for answer in told)
             losses = [loss_of_answer(tuned, model, *one) for one in group]
-        sides.append(list(zip((answer.text for answer in told), losses, strict=True)))
-    for (talk, _), (before, loss_before), (after, loss_after) in zip(group, *sides, strict=True):
-        shared = (overlap(tuned.tokenizer, text, talk.reference) for text in (before, after))
-        texts = (talk.place, talk.messages[-1]["content"], talk.reference, before, after)
-        result.asked.append(Asked(*texts, loss_before, loss_after, *shared))
+        sides.append(list(zip(told, losses, strict=True)))
+    for (talk, _), *both in zip(group, *sides, strict=True):
+        (before, (loss_before, tokens)), (after, (loss_after, _)) = both
+        texts = (talk.place, talk.messages[-1]["content"], talk.reference, before.text, after.text)
+        near, nearer = (overlap(tuned.tokenizer, text, talk.reference) for text in texts[3:])
+        cut = 2 - before.stopped - after.stopped
+        result.asked.append(Asked(*texts, loss_before, loss_after, near, nearer, tokens, cut))
+        result.tokens += before.tokens + after.tokens
 
 
-def loss_of_answer(tuned: Run, model: Any, talk: Talk, prompt: list[int]) -> float | None:
-    """The mean loss of the answer wanted, after exactly what the model was asked."""
-    answered = [*talk.messages, {"role": "assistant", "content": talk.reference}]
-    labels = encode(tuned.tokenizer, answered)["labels"]
-    wanted = labels[max(i for i, label in enumerate(labels) if label == IGNORE) + 1 :]
-    ids = prompt + wanted
-    if not talk.reference or len(ids) > context_of(model, tuned.tokenizer):
-        return None
-    example: Example = {"input_ids": ids, "labels": [IGNORE] * len(prompt) + wanted}
-    with suppress(UserError):  # one that is no number is not shown
-        return measured_loss(model, [example], len(ids))
-    return None
+def loss_of_answer(
+    tuned: Run, model: Any, talk: Talk, prompt: list[int]
+) -> tuple[float | None, int]:
+    """The mean loss of the answer wanted, after exactly what the model was asked; its tokens."""
+    answer = {"role": "assistant", "content": talk.reference}
+    labels = encode(tuned.tokenizer, [talk.messages[-1], answer])["labels"]
+    wanted = [label for label in labels if label != IGNORE]
+    example: Example = {"input_ids": prompt + wanted, "labels": [IGNORE] * len(prompt) + wanted}
+    room = context_of(model, tuned.tokenizer) - len(prompt)
+    with suppress(UserError):  # a loss that is no number is not shown
+        if talk.reference and len(wanted) <= room:
+            return measured_loss(model, [example], len(example["labels"])), len(wanted)
+    return None, len(wanted)
 
 
 def overlap(tokenizer: Any, answer: str, reference: str) -> float | None:
@@ -4332,143 +4301,28 @@ def overlap(tokenizer: Any, answer: str, reference: str) -> float | None:
 # 9  Report
 # ==================================================================================================
 
-MOST_BARS = 12  # epochs; more are drawn as lines
-BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
-ANSWERS = "answers.xlsx"
+ANSWERS, ANSWERS_PICTURE = "answers.xlsx", "training_visuals/answers.png"
 SAMPLE = "sample_rows.json"
 ROWS_IN_SAMPLE = 16
+SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
 REPORT_MARK = "made by finetune_colab.py"  # by which a report is known as ours, to be replaced
-
-
-def mean_train_loss(history: Sequence[dict[str, float]]) -> float:
-    """Mean over all steps; a logged loss is the mean of the steps since the one before it."""
-    logged = [entry for entry in history if "loss" in entry]
-    return statistics.fmean([entry["loss"] for entry in logged], steps_of(logged))
-
-
-def steps_of(logged: Sequence[dict[str, float]]) -> list[float]:
-    """How many steps each logged loss is the mean of."""
-    ends = [entry["step"] for entry in logged]
-    return [end - start for end, start in zip(ends, [0, *ends], strict=False)]
-
-
-def epoch_losses(history: Sequence[dict[str, float]]) -> list[tuple[int, float, float | None]]:
-    """For every epoch its mean training loss, and the last validation loss measured in it."""
-
-    def epoch_of(entry: dict[str, float]) -> int:
-        return math.ceil(entry["epoch"] - 1e-6)
-
-    logged = [entry for entry in history if "loss" in entry]
-    measured = {epoch_of(entry): entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    epochs: list[tuple[int, float, float | None]] = []
-    weighted = zip(logged, steps_of(logged), strict=True)
-    for epoch, entries in itertools.groupby(weighted, key=lambda one: epoch_of(one[0])):
-        losses, steps = zip(*((entry["loss"], count) for entry, count in entries), strict=True)
-        epochs.append((epoch, statistics.fmean(losses, steps), measured.get(epoch)))
-    return epochs
-
-
-def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
-    tally = trained.tally
-    return {
-        "train_loss": mean_train_loss(trained.history),
-        "eval_loss": trained.final_loss,
-        "base_eval_loss": trained.base_loss,
-        "best_step": trained.best_step,
-        "steps": trained.steps,
-        "epochs": trained.epochs,
-        "train_pairs": len(data.train_pairs),
-        "eval_pairs": len(data.held_out_pairs),
-        "tokens_trained": trained.tokens,
-        "foreseen_seconds": tally.foreseen_seconds,
-        "foreseen_memory_gb": tally.foreseen_memory_gb,
-        "tokens_at_once": tally.tokens_at_once,
-        "train_seconds": round(tally.seconds, 3),
-        "train_cpu_seconds": round(tally.cpu_seconds, 3),
-        "tokens_per_second": round(trained.tokens / tally.seconds, 1),
-        "peak_memory_gb": tally.peak_memory_gb,
-        "trainable_parameters": tally.trainable,
-        "trainable_percent": round(100 * tally.trainable / tally.parameters, 4),
-    }
-
-
-def draw_training_curves(trained: Trained) -> Figure:
-    import pandas
-    import seaborn
-    from matplotlib.figure import Figure
-
-    logged = pandas.DataFrame(trained.history)
-    losses = logged[logged["loss"].notna()]
-    smooth, last = [], len(losses) - 1
-    for i in range(len(losses)):
-        reach = min(len(losses) // 40, i, last - i)  # as far to one side as to the other
-        smooth.append(losses["loss"].iloc[i - reach : i + reach + 1].mean())
-    dots = "o" if len(losses) < 3 else None  # a line needs two ends to be seen
-    with seaborn.axes_style("whitegrid"):
-        figure = Figure(figsize=(8, 6), layout="constrained", dpi=110)
-        top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    seaborn.lineplot(losses, x="step", y="loss", color=BLUE, alpha=0.3, linewidth=1, ax=top)
-    seaborn.lineplot(x=losses["step"], y=smooth, color=BLUE, marker=dots, label="training", ax=top)
-    if "eval_loss" in logged:
-        label = "validation (held-out questions)"
-        seaborn.lineplot(
-            logged, x="step", y="eval_loss", color=ORANGE, marker="o", label=label, ax=top
-        )
-    if trained.base_loss is not None:
-        label = "validation, before training"
-        top.axhline(trained.base_loss, color=GREY, linestyle="--", label=label)
-    if trained.best_step:
-        top.axvline(trained.best_step, color=ORANGE, linestyle=":", label="adapter kept")
-    top.set(title="Loss while training: lower is better", ylabel="loss per token (nats)")
-    top.set_ylim(0, 1.1 * top.get_ylim()[1])
-    top.legend().remove()  # the figure's own stands below both
-    figure.legend(loc="outside lower center", ncols=2)
-    seaborn.lineplot(losses, x="step", y="learning_rate", color=BLUE, marker=dots, ax=bottom)
-    bottom.set(title="Learning rate", xlabel="step", ylabel="size of a step")
-    bottom.ticklabel_format(axis="y", scilimits=(0, 0))
-    return figure
-
-
-def draw_loss_comparison(trained: Trained) -> Figure:
-    import pandas
-    import seaborn
-    from matplotlib.figure import Figure
-
-    sets = ("training", "validation (held-out questions)")
-    points = [
-        {"epoch": epoch, "loss": loss, "set": name}
-        for epoch, *losses in epoch_losses(trained.history)
-        for name, loss in zip(sets, losses, strict=True)
-        if loss is not None
-    ]
-    frame = pandas.DataFrame(points)
-    with seaborn.axes_style("whitegrid"):
-        figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
-        axes = figure.subplots()
-    draw = seaborn.barplot if frame["epoch"].nunique() <= MOST_BARS else seaborn.lineplot
-    draw(
-        frame,
-        x="epoch",
-        y="loss",
-        hue="set",
-        palette=[BLUE, ORANGE][: frame["set"].nunique()],
-        ax=axes,
-    )
-    if trained.base_loss is not None:
-        label = "validation, before training"
-        axes.axhline(trained.base_loss, color=GREY, linestyle="--", label=label)
-    axes.set(title="Loss by epoch: lower is better", ylabel="loss per token (nats)")
-    axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
-    axes.legend().remove()  # the figure's own stands below
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
-
-
 # On the person's own disk, which is nobody else's business.
 PLACES = (
     *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR"),
     *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "QUESTIONS", "EXPORT_DIR"),
 )
+
+
+@contextmanager
+def only_warning(what: str) -> Iterator[None]:
+    """What is nice to have must not cost anybody the adapter, nor the check."""
+    try:
+        yield
+    except Exception as error:
+        say("Warning", f"{what} could not be written ({type(error).__name__}: {error})")
+
+
+# -- The record of a run, and its card
 
 
 def public_settings(cfg: Config) -> dict[str, Any]:
@@ -4485,26 +4339,61 @@ def public_place(place: str) -> str:
     return path.name if path.is_absolute() else without_secrets(place)
 
 
-def write_visuals(
-    folder: Path, cfg: Config, device: Device, data: Prepared, trained: Trained
-) -> None:
+LOGGED = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+
+
+def training_log(trained: Trained) -> pandas.DataFrame:
+    """What was logged, row by row, and of how many steps each training loss is the mean."""
     import pandas
 
-    folder.mkdir()
-    write_json(folder / "training_metrics.json", metrics_of(data, trained))
-    write_json(folder / "training_config.json", public_settings(cfg) | {"device": device._asdict()})
-    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
-    logged = pandas.DataFrame(trained.history).reindex(columns=columns)
-    with atomic_write(folder / "training_metrics.csv") as staged:
-        logged.dropna(subset=["loss", "eval_loss"], how="all").to_csv(staged, index=False)
-    pictures = {"training_curves": draw_training_curves, "loss_comparison": draw_loss_comparison}
-    for name, draw in pictures.items():
-        write_picture(folder / f"{name}.png", draw(trained))
+    log = pandas.DataFrame(trained.history).reindex(columns=LOGGED)
+    log = log.dropna(subset=["loss", "eval_loss"], how="all")
+    ends = log["step"][log["loss"].notna()]
+    return log.assign(steps=ends.diff().fillna(ends))
 
 
-def write_picture(path: Path, figure: Figure) -> None:
-    with atomic_write(path) as staged:
-        figure.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
+def mean_train_loss(log: pandas.DataFrame) -> float:
+    losses = log.dropna(subset=["loss"])
+    return float((losses["loss"] * losses["steps"]).sum() / losses["steps"].sum())
+
+
+def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
+    tally = trained.tally
+    return {
+        "train_loss": mean_train_loss(training_log(trained)),
+        "eval_loss": trained.final_loss,
+        "base_eval_loss": trained.base_loss,
+        "best_step": trained.best_step,
+        "steps": trained.steps,
+        "epochs": trained.epochs,
+        "train_pairs": len(data.train_pairs),
+        "eval_pairs": len(data.held_out_pairs),
+        "tokens_trained": trained.tokens,
+        "foreseen_seconds": tally.foreseen_seconds,
+        "foreseen_memory_gb": tally.foreseen_memory_gb,
+        "tokens_at_once": tally.tokens_at_once,
+        "train_seconds": round(tally.seconds, 3),
+        "train_cpu_seconds": round(tally.cpu_seconds, 3),
+        "tokens_per_second": round(trained.tokens / tally.seconds, 1),
+        "peak_memory_gb": tally.peak_memory_gb,
+        "adapted_layers": layers_in_words(layers_in(trained.adapter)),
+        "trainable_parameters": tally.trainable,
+        "trainable_percent": round(100 * tally.trainable / tally.parameters, 4),
+    }
+
+
+def quality_record(quality: Quality) -> dict[str, Any]:
+    parts = {
+        kind: {
+            "rows": len(notes),
+            "share": round(len(notes) / quality.counted, 4),
+            "places": [[note.sheet, note.row] for note in notes],
+        }
+        for kind, notes in quality.parts.items()
+    }
+    score = round(quality.score, 4) if quality.counted else None
+    counts = {"rows_counted": quality.counted, "rows_good": quality.good}
+    return {"score": score, **counts, "parts": parts}
 
 
 def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
@@ -4525,55 +4414,34 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
             "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
         },
-        "examples": [pair.question for pair in pairs_to_ask(data)[:EXAMPLES_SHOWN]],
+        "examples": [pair.messages[0]["content"] for pair in data.train_pairs[:EXAMPLES_SHOWN]],
         "versions": installed_versions(),
         "results": metrics_of(data, trained),
     }
 
 
-def quality_record(quality: Quality) -> dict[str, Any]:
-    return {
-        "score": round(quality.score, 4) if quality.counted else None,
-        "rows_counted": quality.counted,
-        "rows_good": quality.good,
-        "parts": {
-            kind: {
-                "rows": len(notes),
-                "share": round(len(notes) / quality.counted, 4),
-                "places": [[note.sheet, note.row] for note in notes],
-            }
-            for kind, notes in quality.parts.items()
-        },
-    }
-
-
-def model_card(cfg: Config, data: Prepared, trained: Trained) -> str:
-    source, revision = base_name(cfg), model_revision(cfg)
+def model_card(record: dict[str, Any], template: str) -> str:
+    """What stands in run.json, for people, with a question that was taught."""
+    source, revision = record["base_model"], record["base_revision"]
     local = source.startswith("./")
     name = preview(source.removeprefix("./"), 100).replace("<", "&lt;")
-    figures = {
-        "Pairs trained on / held out": f"{len(data.train_pairs)} / {len(data.held_out_pairs)}",
-        "Steps / epochs": f"{trained.steps} / {trained.epochs:g}",
-        "Validation loss before → after": f"{in_words(trained.base_loss)} → {in_words(trained.final_loss)}",
-        "Training loss, mean over all steps": in_words(mean_train_loss(trained.history)),
-        "LoRA rank / alpha / dropout": f"{cfg.LORA_R} / {cfg.LORA_ALPHA} / {cfg.LORA_DROPOUT}",
-        "Adapted layers": layers_in_words(layers_in(trained.adapter)),
-        "Trainable parameters": f"{trained.tally.trainable:,}",
-    }
-    rows = "\n".join(f"| {name} | {value} |" for name, value in figures.items())
-    return CARD.format(
+    figures = record["results"].items()
+    return template.format(
         base_model="" if local else f"base_model: {source}\n",
         base=name,
         copy=f"The folder `{name}`, the base model, has to lie in this folder.\n" if local else "",
         source=json.dumps(source),
         revision=f", revision={json.dumps(revision)}" if revision and not local else "",
-        prompt=prompt_in_words(data.tokenizer),
-        rows=rows,
+        prompt=record["prompt_format"],
+        question=repr(record["examples"][0][:300]),
+        rows="\n".join(f"| `{figure}` | {as_figure(value)} |" for figure, value in figures),
     )
 
 
-def in_words(loss: float | None) -> str:
-    return "not measured" if loss is None else f"{loss:.3f}"
+def as_figure(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3f}"
+    return "not measured" if value is None else str(value)
 
 
 CARD = """\
@@ -4587,19 +4455,16 @@ tags:
 
 # A LoRA adapter for {base}
 
-Trained by `finetune_colab.py` on pairs of questions and answers.
-
-## Ask it
-
-The adapter knows one form of question, exactly this, and its answer ends by itself:
+Trained by `finetune_colab.py` on pairs of questions and answers. It knows one form of question, exactly this, and
+its answer ends by itself:
 
 ```text
 {prompt}
 ```
 
-{copy}Run this in the folder of this file (packages: torch, transformers from 5, peft). On Colab, first run
-`pip uninstall -y torchao`: the version there is too old for peft.
-
+To chat, put the script beside this folder: `python finetune_colab.py chat --output-dir FOLDER`. Without the script, run this
+in the folder (packages: torch, transformers from 5, peft; on Colab first `pip uninstall -y torchao`, which is too old there).
+{copy}
 ```python
 import torch
 from peft import PeftModel
@@ -4611,7 +4476,7 @@ base = AutoModelForCausalLM.from_pretrained({source}, dtype=dtype{revision})
 model = PeftModel.from_pretrained(base, ".").to(device).eval()
 tokenizer = AutoTokenizer.from_pretrained(".")
 
-talk = [{{"role": "user", "content": "What is overfitting?"}}]
+talk = [{{"role": "user", "content": {question}}}]  # one of those it was taught
 asked = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}}
 inputs = tokenizer.apply_chat_template(talk, **asked).to(device)
 output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
@@ -4625,289 +4490,186 @@ print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_s
 | --- | --- |
 {rows}
 
-The loss is the mean per answer token, end of turn included, in nats. It says how well the held-out
-answers are foreseen, not whether answers are true: read some before you rely on them.
+The loss is the mean per answer token, end of turn included, in nats. It says how well answers are foreseen,
+not whether they are true: read some before you rely on them. `answers.xlsx` has some from before and after
+the training, `training_visuals/` the curves, `run.json` every setting, version and result.
 """
 
 
-SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
+# -- Pictures, in blue and orange, which everybody can tell apart
 
-
-def output_bytes(trainable: int) -> int:
-    """The finished model comes beside an earlier one, and so does its zip."""
-    return 2 * (4 * trainable + SMALL_FILES)
-
-
-def files_for_others(folder: Path) -> list[Path]:
-    """What may be passed on: no links, nothing that can run a program, no places of this computer."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.is_symlink()
-        if path.name != BASE_PLACE and path.suffix.lower() not in PICKLES
-    ]
-
-
-def write_zip(folder: Path) -> Path:
-    """What others may have of the folder, in one zip beside it, read back before it gets its name."""
-    import zlib
-
-    target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
-    for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
-        cut_off.unlink()
-    files = files_for_others(folder)
-    need = sum(path.stat().st_size for path in files)
-    try:
-        if shutil.disk_usage(folder.parent).free < need:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with atomic_write(target) as staged:
-            with zipfile.ZipFile(
-                staged, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False
-            ) as archive:
-                for path in files:
-                    archive.write(path, path.relative_to(folder))
-            with zipfile.ZipFile(staged) as archive:
-                if broken := archive.testzip():
-                    raise zipfile.BadZipFile(f"{broken} came back damaged")
-    except (OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(
-            f"The adapter is safe in {folder}, but {target.name} could not be written: {error}.\n"
-            f"{room(folder.parent, need)}\n"
-            "Make room and run the same command again, or take the folder as it is."
-        ) from None
-    return target
-
-
-def foreign_files(folder: Path) -> list[str]:
-    """Files in the folder of a model that no run has put there."""
-    ours = set(record_of(folder).get("files", []))
-    if not may_be_replaced(folder / ANSWERS):  # somebody has written into it
-        ours.discard(ANSWERS)
-    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
-    return [name for name in found if name not in ours and not Path(name).name.startswith(".")]
-
-
-def place_for_earlier(final: Path, run: str) -> Path | None:
-    """Where the model goes that a new one replaces; nowhere when they are the same run's.
-
-    What somebody else has put beside it is never deleted.
-    """
-    if record_of(final).get("run") == run and not foreign_files(final):
-        return None
-    previous = final.with_name(f"{final.name}.previous")
-    if previous.is_symlink() or not previous.is_dir() or not foreign_files(previous):
-        return previous
-    return unused(previous)
+BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
+TRAINING, VALIDATION = "training", "validation (held-out questions)"
+MOST_ROWS_DRAWN = 40
+BIN = 1.08  # how much longer each bar of lengths goes than the one before
 
 
 @contextmanager
-def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> Iterator[None]:
-    """A full or lost disk as one message; a library of another language brings no OSError."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and "os error" not in str(error):
-            raise
-        raise UserError(
-            f"{done}{folder} could not be written: {preview(str(error), 200)}.\n"
-            f"{room(folder.parent, need)}{advice}"
-        ) from error
-
-
-def save_run(
-    cfg: Config,
-    device: Device,
-    data: Prepared,
-    last: Checkpoint,
-    result: Comparison | None = None,
-) -> tuple[Path, Path]:
-    """Everything that lands in OUTPUT_DIR, and the zip."""
-    final, trained = output_folder(cfg), outcome(cfg, last)
-    run, need = last.folder.parent.name, output_bytes(trained.tally.trainable)
-    earlier = place_for_earlier(final, run)
-    done = "The training is done, but "
-    advice = (
-        "Make room, or choose another --output-dir, and run the same command again: it "
-        "takes the adapter from the last checkpoint and does not train."
-    )
-    with (
-        explained_disk_errors(final, need, done, advice),
-        atomic_folder(final, earlier) as staged,
-    ):
-        shutil.copyfile(trained.adapter, staged / ADAPTER)
-        # not the checkpoint's settings, which may have come from elsewhere
-        adapter = lora_config(cfg, layers_in(trained.adapter))
-        adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
-        adapter.save_pretrained(str(staged))
-        data.tokenizer.save_pretrained(staged)
-        if base := local_base(cfg):
-            (staged / BASE_PLACE).write_bytes(os.fsencode(base.resolve()))
-            if base.is_relative_to(cache_folder()):  # the demo model, which nobody has elsewhere
-                shutil.copytree(base, staged / base.name, copy_function=shutil.copyfile)
-        card = model_card(cfg, data, trained)
-        (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-        write_json(staged / SAMPLE, sample_of(data))
-        try:
-            if result:
-                write_answers(staged / ANSWERS, result)
-            write_visuals(staged / "training_visuals", cfg, device, data, trained)
-            if result and result.mean("overlap_after") is not None:
-                write_picture(staged / "training_visuals" / "answers.png", draw_answers(result))
-        except Exception as error:  # pictures must not cost anybody the adapter
-            say(
-                "Warning",
-                f"not all pictures and tables could be made ({type(error).__name__}: {error})",
-            )
-        files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
-        own = {"run": run, "files": sorted([*files, "run.json"])}
-        write_json(staged / "run.json", own | run_record(cfg, device, data, trained))
-    return final, write_zip(final)
-
-
-def sample_of(data: Prepared) -> list[Messages]:
-    """A few rows to go along with the model: whatever is made of it later is measured on them."""
-    return [pair.messages for pair in (data.held_out_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]]
-
-
-# -- Answers before and after
-
-FIGURES_OF_ANSWERS = {
-    "overlap": "what the answers have in common with those wanted, from 0 to 1",
-    "loss": "of the answers wanted; lower is better",
-}
-ANSWER_COLUMNS = {
-    **{"row": 7, "question": 40, "answer wanted": 45, "before": 45, "after": 45},
-    **{f"{figure} {when}": 10 for figure in FIGURES_OF_ANSWERS for when in ("before", "after")},
-}
-GOOD, MIDDLE, BAD = "63BE7B", "FFEB84", "F8696B"  # as spreadsheets colour them
-MOST_ROWS_DRAWN = 40
-
-
-def without_gaps(text: str) -> str:
-    """Printable text without the runs of empty lines that some models write."""
-    return re.sub(r"\n\s*\n", "\n\n", printable(text))
-
-
-def answer_rows(result: Comparison) -> Iterator[list[Any]]:
-    for one in result.asked:
-        told = map(without_gaps, (one.before, one.after))
-        texts = [one.place, one.question, one.reference, *told]
-        figures = (one.overlap_before, one.overlap_after, one.loss_before, one.loss_after)
-        yield [*texts, *(figure if figure is None else round(figure, 3) for figure in figures)]
-
-
-def summary_of_answers(result: Comparison) -> Iterator[list[Any]]:
-    for figure, what in FIGURES_OF_ANSWERS.items():
-        for when in ("before", "after"):
-            mean = result.mean(f"{figure}_{when}")
-            if mean is not None:
-                yield [f"{figure} {when}, mean", round(mean, 3), what]
-    yield ["questions", len(result.asked)]
-    yield ["tokens a second", round(result.tokens_per_second, 1), "of all answers together"]
-
-
-def write_answers(path: Path, result: Comparison) -> None:
-    """A workbook with a row for each question."""
-    about = {"what": 30, "value": 12, "which is": 60}
-    with atomic_write(path) as staged:
-        write_book(
-            staged,
-            [
-                ("Answers", ANSWER_COLUMNS, answer_rows(result)),
-                ("Summary", about, summary_of_answers(result)),
-            ],
-        )
-
-
-def write_comparison(path: Path, result: Comparison) -> None:
-    """The workbook, the same for programs, and the same to be read as text."""
-    write_answers(path, result)
-    means = {row[0]: row[1] for row in summary_of_answers(result)}
-    rows = [one._asdict() for one in result.asked]
-    write_json(path.with_suffix(".json"), {"summary": means, "rows": rows})
-    with atomic_write(path.with_suffix(".md")) as staged:
-        staged.write_text(answers_in_markdown(result, means), encoding="utf-8", errors="replace")
-
-
-def answers_in_markdown(result: Comparison, means: dict[str, Any]) -> str:
-    """Texts as quotations in code blocks: what a model wrote must not become headings or links."""
-    lines = ["# Before and after", ""]
-    lines += [f"- {name}: {value}" for name, value in means.items()]
-    for one in result.asked:
-        lines += ["", f"## {one.place}" if one.place else "## Question"]
-        parts = {
-            "Question": one.question,
-            "Wanted": one.reference,
-            "Before": one.before,
-            "After": one.after,
-        }
-        for name, text in parts.items():
-            if text:
-                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-                lines += ["", f"{name}:", "", f"{fence}text", printable(text), fence]
-    return "\n".join(lines) + "\n"
-
-
-def draw_answers(result: Comparison) -> Figure:
-    """For each question how near the answers came, before and after."""
+def picture(path: Path, title: str, meaning: str, size: float = 5, **parts: Any) -> Iterator[Any]:
+    """The axes to draw on, under a title and a sentence that says what it means."""
+    import seaborn
     from matplotlib.figure import Figure
 
-    shown = [one for one in result.asked if one.overlap_after is not None][:MOST_ROWS_DRAWN]
-    figure = Figure(figsize=(8, 1.6 + 0.25 * len(shown)), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    places = range(len(shown))
-    before = [one.overlap_before or 0 for one in shown]
-    after = [one.overlap_after or 0 for one in shown]
-    axes.hlines(places, before, after, color=GREY, alpha=0.4)
-    axes.plot(before, places, "o", color=GREY, label="before training")
-    axes.plot(after, places, "o", color=BLUE, label="after training")
-    axes.set(
-        title="Answers to held-out questions",
-        xlabel=FIGURES_OF_ANSWERS["overlap"],
-        xlim=(-0.03, 1.03),
-    )
-    axes.set_yticks(places, [f"row {one.place}" for one in shown])
-    axes.set_ylim(len(shown) - 0.4, -0.6)
-    axes.grid(axis="x", alpha=0.3)
+    with seaborn.axes_style("whitegrid"):
+        figure = Figure(figsize=(8, size), layout="constrained", dpi=110)
+        axes = figure.subplots(**parts)
+    figure.suptitle(title, weight="bold")
+    figure.axes[0].set_title(meaning, size="medium")
+    yield axes
     figure.legend(loc="outside lower center", ncols=2)
-    return figure
+    with atomic_write(path) as staged:
+        figure.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
 
 
-# -- The report of check on the data
+def finish_losses(axes: Any, trained: Trained) -> None:
+    """What both pictures of losses have in common."""
+    if trained.base_loss is not None:
+        label = "validation, before training"
+        axes.axhline(trained.base_loss, color=GREY, linestyle="--", label=label)
+    axes.set(ylabel="loss per token (nats)", ylim=(0, 1.1 * axes.get_ylim()[1]))
+    axes.xaxis.get_major_locator().set_params(integer=True)
 
-LONGEST_EXAMPLE = 8  # lines
+
+def draw_training_curves(path: Path, log: pandas.DataFrame, trained: Trained) -> None:
+    best, meaning = trained.best_step, "the adapter of the last step is kept"
+    if best:
+        meaning = f"validation loss is lowest at step {best}: best adapter kept"
+    losses, measured = log.dropna(subset=["loss"]), log.dropna(subset=["eval_loss"])
+    around = 2 * (len(losses) // 40) + 1
+    smooth = losses["loss"].rolling(around, center=True, min_periods=1).mean()
+    dots = "o" if len(losses) < 3 else None  # a line needs two ends to be seen
+    rows = {"nrows": 2, "sharex": True, "height_ratios": [3, 1]}
+    with picture(path, "Loss while training: lower is better", meaning, 6, **rows) as (top, bottom):
+        top.plot(losses["step"], losses["loss"], color=BLUE, alpha=0.3, linewidth=1)
+        top.plot(losses["step"], smooth, color=BLUE, marker=dots, label=TRAINING)
+        if len(measured):
+            top.plot(measured["step"], measured["eval_loss"], "o-", color=ORANGE, label=VALIDATION)
+        if best:
+            top.axvline(best, color=ORANGE, linestyle=":", label=f"adapter kept, step {best}")
+        finish_losses(top, trained)
+        bottom.plot(losses["step"], losses["learning_rate"], color=BLUE, marker=dots)
+        bottom.set(xlabel="step", ylabel="learning rate")
+        bottom.ticklabel_format(axis="y", scilimits=(0, 0))
+
+
+def draw_loss_comparison(path: Path, log: pandas.DataFrame, trained: Trained) -> None:
+    log = log.assign(epoch=[math.ceil(epoch - 1e-6) for epoch in log["epoch"]])
+    logged = log.dropna(subset=["loss"]).groupby("epoch")
+    taught = {epoch: mean_train_loss(steps) for epoch, steps in logged}
+    measured = log.groupby("epoch")["eval_loss"].last().dropna()
+    meaning = "nothing was held out to measure: these are means of what was taught"
+    if trained.base_loss is not None and trained.final_loss is not None:
+        before, after = trained.base_loss, trained.final_loss
+        meaning = f"validation loss was {before:.3f} before training and is {after:.3f} now"
+    with picture(path, "Loss by epoch: lower is better", meaning) as axes:
+        axes.bar(taught.keys(), taught.values(), 0.6, color=BLUE, label=f"{TRAINING}, mean")
+        if len(measured):
+            axes.plot(measured.index, measured, "o", color=ORANGE, label=VALIDATION)
+        axes.set_xlabel("epoch")
+        finish_losses(axes, trained)
+
+
+def draw_answers(path: Path, table: pandas.DataFrame, which: str) -> None:
+    """For each question how near the answers came, before and after."""
+    table = table.dropna(subset=["overlap before", "overlap after"])
+    before, after = table["overlap before"], table["overlap after"]
+    if table.empty:
+        return
+    meaning = f"{len(table)} {which}: overlap {before.mean():.2f} before, {after.mean():.2f} after"
+    table = table.head(MOST_ROWS_DRAWN)
+    rows, names = range(len(table)), []
+    for row, question in zip(table["row"], table["question"], strict=True):
+        drawable = max(question, default="") < "\u0590"  # in letters that every matplotlib has
+        names.append(preview(question, 36) if drawable else f"row {row}")
+    height = 1.8 + 0.25 * len(table)
+    with picture(path, "Answers before and after the training", meaning, height) as axes:
+        axes.hlines(rows, before[table.index], after[table.index], color=GREY, alpha=0.4)
+        ring = {"markersize": 10, "markerfacecolor": "none", "label": "before training"}
+        axes.plot(before[table.index], rows, "o", color=GREY, **ring)  # around an equal dot
+        axes.plot(after[table.index], rows, "o", color=BLUE, label="after training")
+        axes.set(xlabel=FIGURES_OF_ANSWERS["overlap"], xlim=(-0.03, 1.03))
+        axes.set_yticks(rows, names, parse_math=False)
+        axes.set_ylim(len(table) - 0.4, -0.6)
+
+
+def draw_lengths(path: Path, cfg: Config, data: Prepared) -> None:
+    """How long the pairs are, on a scale on which the longest and the usual ones are seen."""
+    from matplotlib.ticker import LogLocator
+
+    unit = "tokens (about ¾ of an English word each)" if data.tokenizer else "characters"
+    kept = data.tokens or [len(pair.question + pair.answer) for pair in data.pairs.kept]
+    limit = min(cfg.MAX_LENGTH, getattr(data.tokenizer, "model_max_length", cfg.MAX_LENGTH))
+    edge, lengths = limit + 0.5, [*kept, *data.overlong] or [1]  # a bar ends at the limit
+    first, last = (math.log(one / edge, BIN) for one in (min(lengths), max(lengths)))
+    bins = [edge * BIN**n for n in range(math.floor(first), math.floor(last) + 2)]
+    labels = [f"{len(kept)} pairs kept", f"{len(data.overlong)} too long and left out"]
+    with picture(path, "How long the pairs are", ", ".join(labels)) as axes:
+        axes.hist([kept, data.overlong], bins, stacked=True, color=[BLUE, ORANGE], label=labels)
+        if data.tokenizer:
+            label = f"the limit, {limit} (MAX_LENGTH)"
+            axes.axvline(edge, color=GREY, linestyle="--", label=label)
+        axes.set(xlabel=f"length of a question with its answer, in {unit}", ylabel="pairs")
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.minorticks_off()
+        axes.yaxis.get_major_locator().set_params(integer=True)
+
+
+# -- Workbooks
+
 MOST_REPORT_ROWS = 20_000
-LINE, MOST_LINES = 15, 12  # points; a cell may hold more
+WIDEST_CELL = 60  # columns of letters in a cell, from where on they are wrapped
 LONGEST_REPORT_CELL = 32_767  # what a workbook allows, counted in UTF-16
 NOT_IN_A_WORKBOOK = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]|#[A-Z/0]+[!?A]$")  # or an error, as #N/A
+GOOD, BAD = "9DC3E6", "F4B183"  # blue and orange
+SCALES = {  # the same in every workbook, so that nonsense is never blue
+    "overlap": {"start_value": 0, "start_color": BAD, "end_value": 1, "end_color": GOOD},
+    "loss": {"start_value": 0, "start_color": GOOD, "end_value": 3, "end_color": BAD},
+}
 
 
-def write_report(cfg: Config, data: Prepared) -> Path | None:
-    """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
-    path = None
-    try:
-        source = local_path(cfg.DATASET_PATH).resolve()
-        wanted = free_path(
-            REPORT_NAME,
-            (".xlsx", ".png"),
-            lambda path: may_be_replaced(path) and path.resolve() != source,
-        )
-        with atomic_write(wanted) as staged:
-            write_book(staged, report_sheets(cfg, data))
-        path = wanted
-        write_picture(wanted.with_suffix(".png"), draw_lengths(cfg, data))
-    except Exception as error:  # a report must not cost anybody the check
-        say("Warning", f"the report could not be written ({type(error).__name__}: {error})")
-    return path
+def write_book(path: Path, tables: dict[str, pandas.DataFrame]) -> None:
+    """A sheet for each table, to be read and filtered, in which nothing is a formula."""
+    import pandas
+    from openpyxl.formatting.rule import ColorScaleRule
+    from openpyxl.styles import Alignment, Font
+
+    content = io.BytesIO()
+    with pandas.ExcelWriter(content, engine="openpyxl") as writer:
+        writer.book.properties.creator = REPORT_MARK
+        for name, table in tables.items():
+            shown = table.head(MOST_REPORT_ROWS).map(safe_cell)
+            shown.to_excel(writer, sheet_name=name, index=False, freeze_panes=(1, 0))
+            sheet = writer.sheets[name]
+            sheet.auto_filter.ref = sheet.dimensions
+            for title, column in zip(table, sheet.columns, strict=True):
+                letter, figure = column[0].column_letter, title.partition(" ")[0]
+                for cell in column:
+                    cell.alignment = Alignment(wrap_text=True, vertical="top")
+                column[0].font = Font(bold=True)
+                width = max(len(str(cell.value)) for cell in column) + 4
+                sheet.column_dimensions[letter].width = min(width, WIDEST_CELL)
+                if figure in SCALES:
+                    ends = {"start_type": "num", "end_type": "num"}
+                    rule = ColorScaleRule(**ends, **SCALES[figure])
+                    sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", rule)
+            if len(table) > MOST_REPORT_ROWS:
+                sheet.append([f"and {len(table) - MOST_REPORT_ROWS:,} more rows"])
+    with atomic_write(path) as staged:
+        staged.write_bytes(content.getvalue())
 
 
-def free_path(name: str, endings: Sequence[str], is_free: Callable[[Path], bool]) -> Path:
-    """The first of NAME, NAME-2, … that is free with all of its endings."""
-    for number in ("", *(f"-{number}" for number in range(2, 1000))):
-        paths = [Path.cwd() / f"{name}{number}{ending}" for ending in endings]
-        if all(map(is_free, paths)):
-            return paths[0]
-    raise OSError("every name for it is taken")
+def safe_cell(value: Any) -> Any:
+    """What a cell can hold, and no program takes for a formula."""
+    if not isinstance(value, str):
+        return value
+    text = NOT_IN_A_WORKBOOK.sub("", value)
+    text = f"'{text}" if FORMULA.match(text) else text
+    units = text.encode("utf-16-le")[: 2 * LONGEST_REPORT_CELL]
+    whole = units.decode("utf-16-le", "ignore")
+    return text if whole == text else f"{whole[:-1]}…"
 
 
 def may_be_replaced(path: Path) -> bool:
@@ -4924,69 +4686,21 @@ def may_be_replaced(path: Path) -> bool:
         return False
 
 
-def token_figures(data: Prepared) -> dict[str, int]:
-    """How long the pairs are that are kept; nothing where they were not tokenized."""
-    ordered = sorted(data.tokens)
-    if not ordered:
-        return {}
-    return {
-        "min": ordered[0],
-        "median": round(statistics.median(ordered)),
-        "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
-        "max": ordered[-1],
-        "sum": sum(ordered),
-    }
+def free_path(name: str, endings: Sequence[str], is_free: Callable[[Path], bool]) -> Path:
+    """The first of NAME, NAME-2, … that is free with all of its endings."""
+    for number in ("", *(f"-{number}" for number in range(2, 1000))):
+        paths = [Path.cwd() / f"{name}{number}{ending}" for ending in endings]
+        if all(map(is_free, paths)):
+            return paths[0]
+    raise OSError("every name for it is taken")
 
 
-def write_book(
-    path: Path, sheets: Iterable[tuple[str, dict[str, int], Iterator[Sequence[Any]]]]
-) -> None:
-    """A workbook: for each sheet its name, its columns with their widths, and its rows."""
-    import openpyxl
+# -- Answers before and after
 
-    book = openpyxl.Workbook(write_only=True)
-    book.properties.creator = REPORT_MARK
-    for name, widths, rows in sheets:
-        sheet = book.create_sheet(name)
-        sheet.freeze_panes = "A2"
-        for i, width in enumerate(widths.values()):
-            sheet.column_dimensions[column_letter(i)].width = width
-        shown = itertools.chain([list(widths)], itertools.islice(rows, MOST_REPORT_ROWS))
-        for number, row in enumerate(shown, start=1):
-            lines = map(lines_of, row, widths.values())
-            sheet.row_dimensions[number].height = LINE * min(max(lines), MOST_LINES)
-            sheet.append([report_cell(sheet, value, bold=number == 1) for value in row])
-        if more := sum(1 for _ in rows):
-            sheet.append([report_cell(sheet, f"and {more:,} more rows")])
-        colour_figures(sheet, list(widths))
-    content = io.BytesIO()  # of a full disk openpyxl would complain once more for each sheet
-    book.save(content)
-    path.write_bytes(content.getvalue())
-
-
-def report_sheets(
-    cfg: Config, data: Prepared
-) -> Iterator[tuple[str, dict[str, int], Iterator[Sequence[Any]]]]:
-    """Name, columns with their widths, and rows of every sheet."""
-    settings = ((name, as_text(value)) for name, value in public_settings(cfg).items())
-    place, texts = {"sheet": 12, "row": 8}, {"question": 50, "answer": 70}
-    findings = {"tokens": 9, "held out": 9, "findings": 40}
-    yield "Summary", {"what": 44, "value": 50, "share": 9, "rows": 60}, summary_rows(data)
-    yield "Kept", place | texts | findings, kept_rows(data)
-    yield "Dropped", place | {"reason": 80}, iter(data.pairs.dropped)
-    yield "Settings", {"name": 32, "value": 50}, settings
-
-
-def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
-    away, findings = set(map(id, data.held_out_pairs)), data.quality.findings
-    lengths: list[Any] = data.tokens or [""] * len(findings)
-    for pair, tokens, found in zip(data.pairs.kept, lengths, findings, strict=True):
-        question = pair.question
-        if len(pair.messages) > 2:
-            turns_before = (f"{one['role']}: {one['content']}" for one in pair.messages[:-1])
-            question = "\n\n".join(turns_before)
-        measured = "yes" if id(pair) in away else "no"
-        yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
+FIGURES_OF_ANSWERS = {
+    "overlap": "what the answers have in common with those wanted, from 0 to 1",
+    "loss": "of the answers wanted; lower is better",
+}
 
 
 def width_of(text: str) -> int:
@@ -4995,106 +4709,281 @@ def width_of(text: str) -> int:
     return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
 
 
-def lines_of(value: Any, width: int) -> int:
-    """How many lines it takes in a column so wide: not every program finds that out by itself."""
-    return sum(1 + width_of(line) // width for line in str(value).split("\n")[:MOST_LINES])
+def without_gaps(text: str) -> str:
+    """Printable text without the runs of empty lines that some models write."""
+    return re.sub(r"\n\s*\n", "\n\n", printable(text))
 
 
-def colour_figures(sheet: Any, titles: Sequence[str]) -> None:
-    """Good figures green and bad ones red, on one scale for before and after."""
-    from openpyxl.formatting.rule import ColorScaleRule
+def answer_tables(result: Comparison) -> dict[str, pandas.DataFrame]:
+    """A row for each question, and the means of all."""
+    import pandas
 
-    for figure, colours in (("overlap", (BAD, MIDDLE, GOOD)), ("loss", (GOOD, MIDDLE, BAD))):
-        columns = [column_letter(i) for i, title in enumerate(titles) if title.startswith(figure)]
-        if columns:
-            kinds = {"start_type": "min", "mid_type": "percentile", "mid_value": 50}
-            kinds |= {
-                f"{at}_color": one for at, one in zip(("start", "mid", "end"), colours, strict=True)
-            }
-            cells = f"{columns[0]}2:{columns[-1]}{MOST_REPORT_ROWS + 1}"
-            sheet.conditional_formatting.add(cells, ColorScaleRule(**kinds, end_type="max"))
-
-
-@functools.cache
-def report_style(bold: bool) -> dict[str, Any]:
-    from openpyxl.styles import Alignment, Font
-
-    return {"alignment": Alignment(wrap_text=True, vertical="top"), "font": Font(bold=bold)}
-
-
-def report_cell(sheet: Any, value: Any, bold: bool = False) -> Any:
-    from openpyxl.cell import WriteOnlyCell
-
-    is_text = isinstance(value, str)
-    cell = WriteOnlyCell(sheet, report_text(value) if is_text else value)
-    cell.data_type = "s" if is_text else cell.data_type  # or else "#N/A" would be an error
-    for name, style in report_style(bold).items():
-        setattr(cell, name, style)
-    return cell
+    table = pandas.DataFrame(result.asked, columns=list(Asked._fields)).round(3)
+    table[["before", "after"]] = table[["before", "after"]].map(without_gaps)
+    table = table.drop(columns="tokens")
+    table.columns = table.columns.str.replace("_", " ")
+    table = table.rename(columns={"place": "row", "reference": "answer wanted"})
+    rows: list[tuple[str, Any, str]] = [
+        (f"{figure} {when}, mean", round(mean, 3), meaning)
+        for figure, meaning in FIGURES_OF_ANSWERS.items()
+        for when in ("before", "after")
+        if (mean := result.mean(f"{figure}_{when}")) is not None
+    ]
+    rows.append(("questions", len(table), ""))
+    rows.append(("tokens a second", round(result.tokens_per_second, 1), "of all answers together"))
+    titles = ["what", "value", "which is"]
+    return {"Answers": table, "Summary": pandas.DataFrame(rows, columns=titles, dtype=object)}
 
 
-def report_text(text: str) -> str:
-    """A text as a cell can hold it, and which no program takes for a formula."""
-    text = NOT_IN_A_WORKBOOK.sub("", text)
-    if text.startswith(tuple("=+-@\t\r\n＝＋－＠")):
-        text = f"'{text}"
-    units = text.encode("utf-16-le")
-    if len(units) <= 2 * LONGEST_REPORT_CELL:
-        return text
-    return units[: 2 * (LONGEST_REPORT_CELL - 1)].decode("utf-16-le", "ignore") + "…"
+def write_answers(folder: Path, data: Prepared, result: Comparison) -> None:
+    """Into the folder of a run: the workbook, and how near each answer came."""
+    with only_warning("the tables and pictures of the answers"):
+        tables = answer_tables(result)
+        write_book(folder / ANSWERS, tables)
+        which = "held-out questions" if data.held_out_pairs else "questions that were taught"
+        draw_answers(folder / ANSWERS_PICTURE, tables["Answers"], which)
 
 
-def summary_rows(data: Prepared) -> Iterator[list[Any]]:
+def write_comparison(path: Path, result: Comparison) -> None:
+    """The workbook, the same for programs, and the same to be read as text."""
+    tables = answer_tables(result)
+    write_book(path, tables)
+    means = dict(tables["Summary"][["what", "value"]].values)
+    rows = [one._asdict() for one in result.asked]
+    write_json(path.with_suffix(".json"), {"summary": means, "rows": rows})
+    lines = ["# Before and after", "", *(f"- {name}: {value}" for name, value in means.items())]
+    for row in tables["Answers"].to_dict("records"):
+        lines += ["", f"## Row {row['row']}" if row["row"] else "## Question"]
+        for title in ("question", "answer wanted", "before", "after"):
+            if text := row[
+                title
+            ]:  # as code: what a model wrote must not become a heading or a link
+                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+                lines += ["", f"{title.capitalize()}:", "", f"{fence}text", printable(text), fence]
+    with atomic_write(path.with_suffix(".md")) as staged:
+        staged.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
+
+
+# -- The report of check on the data
+
+LONGEST_EXAMPLE = 8  # lines
+
+
+def token_figures(data: Prepared) -> dict[str, int]:
+    """How long the pairs are that are kept; nothing where they were not tokenized."""
+    lengths = sorted(data.tokens)
+    if not lengths:
+        return {}
+    shares = {"min": 0, "median": 0.5, "p95": 0.95, "max": 1}
+    figures = {name: lengths[round(share * (len(lengths) - 1))] for name, share in shares.items()}
+    return figures | {"sum": sum(lengths)}
+
+
+def write_report(cfg: Config, data: Prepared) -> Path | None:
+    """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
+    path, source = None, local_path(cfg.DATASET_PATH).resolve()
+    with only_warning("the report"):
+        wanted = free_path(
+            REPORT_NAME,
+            (".xlsx", ".png"),
+            lambda path: may_be_replaced(path) and path.resolve() != source,
+        )
+        write_book(wanted, report_tables(cfg, data))
+        path = wanted
+        draw_lengths(wanted.with_suffix(".png"), cfg, data)
+    return path
+
+
+def report_tables(cfg: Config, data: Prepared) -> dict[str, pandas.DataFrame]:
+    import pandas
+
     pairs, quality = data.pairs, data.quality
-    yield ["file", pairs.name]
-    yield ["sheet", pairs.table.sheet]
-    yield ["shape", pairs.shape]
-    yield ["columns", ", ".join(pairs.used)]
-    yield ["rows read", pairs.rows_read]
-    yield ["pairs kept", len(pairs.kept)]
-    yield ["left out", len(pairs.dropped)]
-    yield ["held out to measure", len(data.held_out_pairs)]
-    for name, figure in token_figures(data).items():
-        yield [f"tokens in a pair, {name}", figure]
-    yield ["quality, from 0 to 1", round(quality.score, 4) if quality.counted else ""]
+    summary = {
+        "file": pairs.name,
+        "sheet": pairs.table.sheet,
+        "shape": pairs.shape,
+        "columns": ", ".join(pairs.used),
+        "rows read": pairs.rows_read,
+        "pairs kept": len(pairs.kept),
+        "left out": len(pairs.dropped),
+        "held out to measure": len(data.held_out_pairs),
+        **{f"tokens in a pair, {name}": figure for name, figure in token_figures(data).items()},
+        "quality, from 0 to 1": round(quality.score, 4) if quality.counted else "",
+    }
+    found = [(what, value, "") for what, value in summary.items()]
     for kind, notes in quality.parts.items():
         rows = ", ".join(str(note.row) for note in notes[:50]) + (", …" if notes[50:] else "")
-        yield [kind, len(notes), round(len(notes) / quality.counted, 4), rows]
+        found.append((kind, len(notes), rows))
+    settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
+    kept = "sheet,row,question,answer,tokens,held out,findings".split(",")
+    dropped = "sheet,row,reason,what stands there".split(",")
+    return {
+        "Summary": pandas.DataFrame(found, columns=["what", "value", "rows"]),
+        "Kept": pandas.DataFrame(kept_rows(data), columns=kept),
+        "Dropped": pandas.DataFrame(dropped_rows(pairs), columns=dropped),
+        "Settings": pandas.DataFrame(settings, columns=["name", "value"]),
+    }
 
 
-def characters(pair: Pair) -> int:
-    return sum(len(message["content"]) for message in pair.messages)
+def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
+    held_out = set(map(id, data.held_out_pairs))
+    lengths: list[Any] = data.tokens or [None] * len(data.pairs.kept)
+    for pair, tokens, found in zip(data.pairs.kept, lengths, data.quality.findings, strict=True):
+        *turns, _ = (f"{one['role']}: {one['content']}" for one in pair.messages)
+        question = "\n\n".join(turns) if turns[1:] else pair.question
+        measured = "yes" if id(pair) in held_out else "no"
+        yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
 
 
-def draw_lengths(cfg: Config, data: Prepared) -> Figure:
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+def dropped_rows(pairs: Pairs) -> Iterator[Sequence[Any]]:
+    """Every row that is left out, with its cells as they stand in the file."""
+    cells = {(part.place, number): row for part in pairs.parts for number, row in part.table.rows}
+    for note in pairs.dropped:
+        row = cells.get((note.sheet, note.row), [])
+        yield *note, " | ".join(str(cell) for cell in row if cell)
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained", dpi=110)
-    axes = figure.subplots()
-    unit, kept, limit = "characters", [characters(pair) for pair in data.pairs.kept], 1_000_000
-    if data.tokenizer:
-        unit, kept = "tokens (about ¾ of an English word each)", data.tokens
-        limit = min(cfg.MAX_LENGTH, data.tokenizer.model_max_length)
-    top = max(min(max([*kept, *data.overlong], default=1), 3 * limit), 20)
-    step = math.ceil(top / 60)
-    bins = list(range(limit % step + 1 - step, top + 2 * step, step))  # none across the limit
-    beyond = f"{len(data.overlong)} too long, left out"
-    if max(data.overlong, default=0) > top:
-        beyond += f" (the longest has {max(data.overlong):,})"
-    axes.hist(kept, bins, color=BLUE, label=f"{len(kept)} pairs kept")
-    if data.overlong:
-        shown = [min(length, top) for length in data.overlong]
-        axes.hist(shown, bins, color=ORANGE, label=beyond)
-    if limit <= bins[-1]:
-        axes.axvline(limit, color=GREY, linestyle="--", label=f"the limit, {limit} (MAX_LENGTH)")
-    xlabel = f"length of a question with its answer, in {unit}"
-    axes.set(title="How long the pairs are", xlabel=xlabel, ylabel="pairs")
-    axes.set_xlim(left=0)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(axis="y", alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=3)
-    return figure
+
+# -- The folder of a run, and its zip
+
+
+def output_bytes(trainable: int) -> int:
+    """The finished model comes beside an earlier one, and so does its zip."""
+    return 2 * (4 * trainable + SMALL_FILES)
+
+
+@contextmanager
+def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> Iterator[None]:
+    """A full or lost disk as one message; a library of another language brings no OSError."""
+    import zlib
+
+    try:
+        yield
+    except Exception as error:
+        of_the_disk = isinstance(error, OSError | zipfile.BadZipFile | zlib.error)
+        if not of_the_disk and "os error" not in str(error):
+            raise
+        raise UserError(
+            f"{done}{folder} could not be written: {preview(str(error), 200)}.\n"
+            f"{room(folder.parent, need)}{advice}"
+        ) from error
+
+
+def files_for_others(folder: Path) -> list[Path]:
+    """What may be passed on: no links, nothing that can run a program, no places of this computer."""
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.is_symlink()
+        if path.name != BASE_PLACE and path.suffix.lower() not in PICKLES
+    ]
+
+
+def write_zip(folder: Path) -> Path:
+    """What others may have of the folder, in one zip beside it, read back before it gets its name."""
+    target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
+    for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
+        cut_off.unlink()
+    files = files_for_others(folder)
+    need = sum(path.stat().st_size for path in files)
+    done = f"The adapter is safe in {folder}, but "
+    advice = "Make room and run the same command again, or take the folder as it is."
+    with explained_disk_errors(target, need, done, advice), atomic_write(target) as staged:
+        if shutil.disk_usage(folder.parent).free < need:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with zipfile.ZipFile(staged, "w", zipfile.ZIP_DEFLATED, strict_timestamps=False) as archive:
+            for path in files:
+                archive.write(path, path.relative_to(folder))
+        with zipfile.ZipFile(staged) as archive:
+            if broken := archive.testzip():
+                raise zipfile.BadZipFile(f"{broken} came back damaged")
+    return target
+
+
+def foreign_files(folder: Path) -> list[str]:
+    """Files in the folder of a model that no run has put there."""
+    ours = {*record_of(folder).get("files", []), ANSWERS, ANSWERS_PICTURE}
+    if not may_be_replaced(folder / ANSWERS):  # somebody has written into it
+        ours.discard(ANSWERS)
+    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
+    hidden_or_cut_off = re.compile(r"(.*/)?\.[^/]*|.*\.\d+\.partial")
+    return [name for name in found if name not in ours and not hidden_or_cut_off.fullmatch(name)]
+
+
+def place_for_earlier(final: Path, run: str) -> Path | None:
+    """Where the model goes that a new one replaces; nowhere when they are the same run's.
+
+    What somebody else has put beside it is never deleted.
+    """
+    if record_of(final).get("run") == run and not foreign_files(final):
+        return None
+    previous = final.with_name(f"{final.name}.previous")
+    if previous.is_symlink() or not previous.is_dir() or not foreign_files(previous):
+        return previous
+    return unused(previous)
+
+
+def write_visuals(folder: Path, record: dict[str, Any], trained: Trained) -> None:
+    """What is known of the training as tables and pictures; of run.json they are views."""
+    folder.mkdir()
+    settings = record["settings"] | {"device": record["device"]}
+    with only_warning("not all tables and pictures of the training"):
+        write_json(folder / "training_metrics.json", record["results"])
+        write_json(folder / "training_config.json", settings)
+        log = training_log(trained)
+        with atomic_write(folder / "training_metrics.csv") as staged:
+            log.to_csv(staged, columns=LOGGED, index=False)
+        draw_training_curves(folder / "training_curves.png", log, trained)
+        draw_loss_comparison(folder / "loss_comparison.png", log, trained)
+
+
+def save_run(
+    cfg: Config,
+    device: Device,
+    data: Prepared,
+    last: Checkpoint,
+    result: Comparison | None = None,
+) -> tuple[Path, Path]:
+    """Everything that lands in OUTPUT_DIR, and the zip."""
+    final, trained = output_folder(cfg), outcome(cfg, last)
+    run, need = last.folder.parent.name, output_bytes(trained.tally.trainable)
+    earlier = place_for_earlier(final, run)
+    advice = (
+        "Make room, or choose another --output-dir, and run the same command again: it "
+        "takes the adapter from the last checkpoint and does not train."
+    )
+    with (
+        explained_disk_errors(final, need, "The training is done, but ", advice),
+        atomic_folder(final, earlier) as staged,
+    ):
+        shutil.copyfile(trained.adapter, staged / ADAPTER)
+        # not the checkpoint's settings, which may have come from elsewhere
+        adapter = lora_config(cfg, layers_in(trained.adapter))
+        adapter.base_model_name_or_path, adapter.inference_mode = base_name(cfg), True
+        adapter.save_pretrained(str(staged))
+        data.tokenizer.save_pretrained(staged)
+        if base := local_base(cfg):
+            (staged / BASE_PLACE).write_bytes(os.fsencode(base.resolve()))
+            if base.is_relative_to(cache_folder()):  # the demo model, which nobody has elsewhere
+                shutil.copytree(base, staged / base.name, copy_function=shutil.copyfile)
+        # a few rows go along: whatever is made of the model later is measured on them
+        sample = (data.held_out_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]
+        write_json(staged / SAMPLE, [pair.messages for pair in sample])
+        record = run_record(cfg, device, data, trained)
+        card = model_card(record, CARD)
+        (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
+        write_visuals(staged / "training_visuals", record, trained)
+        if result:
+            write_answers(staged, data, result)
+        files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
+        own = {"run": run, "files": sorted([*files, "run.json"])}
+        write_json(staged / "run.json", own | record)
+    return final, write_zip(final)
+
+
+def add_answers(folder: Path, data: Prepared, result: Comparison) -> Path:
+    """The answers go into the folder that is saved already, and into its zip."""
+    write_answers(folder, data, result)
+    return write_zip(folder)
 
 
 # ==================================================================================================
@@ -5102,10 +4991,7 @@ def draw_lengths(cfg: Config, data: Prepared) -> Figure:
 # ==================================================================================================
 
 SIDES = ("Before: the base model", "After: the tuned model")
-NARROWEST = 25  # columns for an answer, for two beside each other
 LONGEST_QUESTION = 8000  # letters on the page, where anybody may ask
-MOST_WAITING = 20  # visitors of the page
-MOST_TURNS = 100  # that it remembers
 PAGE_FLOOR = "6.7"  # of gradio, also for security
 PAGE_TITLE = "Ask the tuned model"
 PAGE_OPTIONS: dict[str, Any] = {
@@ -5116,24 +5002,42 @@ PAGE_OPTIONS: dict[str, Any] = {
     "max_file_size": 1,  # nobody needs to send any
     "css": ".message-markdown-disabled * {white-space: pre-wrap}",  # code keeps its form
 }
-PAGE_SETTINGS = ("TEMPERATURE", "TOP_P", "MAX_TOKENS", "REPETITION_PENALTY", "SEED")
+PAGE_SLIDERS = {  # label, from, to, step
+    "TEMPERATURE": ("Temperature", 0, 2, 0.05),
+    "TOP_P": ("Top p", 0.01, 1, 0.01),
+    "MAX_TOKENS": ("Max tokens", 1, 1024, 1),
+    "REPETITION_PENALTY": ("Repetition penalty", 0.5, 2, 0.05),
+    "SEED": ("Seed", 0, 100, 1),
+}
+ALONE = (
+    "Each question is asked alone, as it was taught; /history on gives the model all of the talk."
+)
 TALK_HELP = (
-    "/reset forgets what was said, /system TEXT gives instructions, /save FILE keeps the talk, "
-    "/quit leaves. Ctrl+C ends an answer."
+    "/reset forgets what was said, /history on or off, /system TEXT gives instructions, /save FILE "
+    "keeps the talk, /quit leaves. Ctrl+C ends an answer."
 )
 
 
 def model_to_ask(cfg: Config) -> Run:
     """The model in OUTPUT_DIR; for --base, where there is none, that of MODEL_NAME."""
     place = local_path(cfg.OUTPUT_DIR)
+    if cfg.SHARE and not cfg.WEB:
+        raise UserError("--share is for the page in the browser. Add --web")
     if cfg.BASE and not os.path.exists(place):
-        tokenizer = load_tokenizer(cfg)
-        run = Run(cfg, tokenizer)
+        run = Run(cfg, load_tokenizer(cfg))
         run.model = run.base
         return run
     run = load_tuned(place, cfg.LOAD_IN_4BIT)
     say("Model", f"{short_path(place)}{', as it was before its training' if cfg.BASE else ''}")
+    if cfg.MODEL_NAME not in (Config.MODEL_NAME, run.cfg.MODEL_NAME):
+        say("Note", f"--model-name does not count: this one was made of {run.cfg.MODEL_NAME}")
     return run
+
+
+def follows_talks(run: Run, cfg: Config) -> bool:
+    """Whether an answer gains by what was said before: not where questions were taught alone."""
+    dataset = run.record.get("dataset") or {}
+    return cfg.BASE or dataset.get("shape") != "question and answer"
 
 
 def can_be_asked() -> bool:
@@ -5144,12 +5048,11 @@ def can_be_asked() -> bool:
 def questions_given(cfg: Config) -> list[str]:
     """The one of the command line, or else the lines that are piped in."""
     lines = [cfg.QUESTION] if cfg.QUESTION else sys.stdin or []
-    questions = [line.strip() for line in lines if line.strip()]
-    if not questions:
-        raise UserError(
-            'There is no question, and nobody to ask for one.\nPut it behind the command: "Why?"'
-        )
-    return questions
+    if questions := [line.strip() for line in lines if line.strip()]:
+        return questions
+    raise UserError(
+        'There is no question, and nobody to ask for one.\nPut it behind the command: "Why?"'
+    )
 
 
 class Told(NamedTuple):
@@ -5160,15 +5063,13 @@ class Told(NamedTuple):
 
 def tell(tuned: Run, messages: Messages, cfg: Config) -> Told:
     """Print an answer as it grows. Ctrl+C ends it."""
-    parts = growing_answer(tuned, messages, cfg)
-    start, answer, interrupted = time.perf_counter(), Answer("", 0, stopped=False), False
+    start, answer, shown, interrupted = time.perf_counter(), Answer("", 0, stopped=False), 0, False
     try:
-        for part in parts:
-            show(printable(part.text[len(answer.text) :]), end="")
-            answer = part
+        for answer in growing_answer(tuned, messages, cfg):
+            shown, new = len(answer.text), answer.text[shown:]
+            show(printable(new), end="")
     except KeyboardInterrupt:
         interrupted = True
-        parts.close()
     show("")
     return Told(answer.text, speed_in_words(answer, time.perf_counter() - start, cfg), interrupted)
 
@@ -5186,120 +5087,100 @@ def going_on(tell: Callable[[str], Any]) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         tell("")
-    except (UserError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, UserError) and not memory_fault(error):
+    except (UserError, OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, UserError | OSError) and not memory_fault(error):
             raise
         tell(str(error))
 
 
-def edit_lines() -> None:
+def typed(prompt: str) -> Iterator[str]:
+    """The lines that somebody types at the terminal, until /quit or Ctrl+D."""
     with suppress(ImportError):  # Windows edits lines by itself
         import readline  # noqa: F401  gives input() arrow keys and a history
-
-
-def converse(tuned: Run, cfg: Config) -> int:
-    """A talk at the terminal, in which an answer knows what was said before."""
-    edit_lines()
-    say("Chat", TALK_HELP)
-    messages: Messages = []
     while True:
         try:
-            line = input("\nYou: ").strip()
+            line = input(f"\n{prompt}: ").strip()
         except KeyboardInterrupt:
             show("\n/quit leaves.", end="")
             continue
         except EOFError:
-            return 0
+            return
         if line == "/quit":
-            return 0
+            return
+        yield line
+
+
+def converse(tuned: Run, cfg: Config) -> int:
+    """A talk at the terminal."""
+    talk, together = list[dict[str, str]](), follows_talks(tuned, cfg)
+    say("Chat", TALK_HELP if together else f"{TALK_HELP}\n{ALONE}")
+    for line in typed("You"):
+        command, _, rest = line.partition(" ")
         with going_on(show):
-            cfg, messages = next_turn(tuned, cfg, messages, line)
+            if command == "/reset":
+                talk = []
+                show("Forgotten.")
+            elif command == "/history":
+                together = rest.strip() != "off"
+                show("An answer knows what was said before." if together else ALONE)
+            elif command == "/system":
+                cfg, talk = changed(cfg, SYSTEM=asked_by_user(rest.strip())["content"]), []
+                show(f"A new talk {'with these' if rest else 'without'} instructions.")
+            elif command == "/save":
+                show(f"Kept in {short_path(save_talk(cfg, talk, rest.strip()))}")
+            elif line.startswith("/"):
+                show(TALK_HELP if command == "/help" else f"There is no {command}. {TALK_HELP}")
+            elif line:
+                asked = asked_by_user(line)
+                show("\nModel: ", end="")
+                told = tell(tuned, [*talk, asked] if together else [asked], cfg)
+                show(told.speed)
+                if told.text:
+                    talk += [asked, {"role": "assistant", "content": told.text}]
+    return 0
 
 
-def next_turn(tuned: Run, cfg: Config, messages: Messages, line: str) -> tuple[Config, Messages]:
-    """What one line makes of the talk."""
-    command, _, rest = line.partition(" ")
-    if command == "/reset":
-        show("Forgotten.")
-        return cfg, []
-    if command == "/system":
-        show(f"A new talk {'with these' if rest else 'without'} instructions.")
-        return changed(cfg, SYSTEM=asked_by_user(rest.strip())["content"]), []
-    if command == "/save":
-        show(f"Kept in {short_path(save_talk(cfg, messages, rest.strip()))}")
-    elif line.startswith("/"):
-        show(f"There is no {command}. {TALK_HELP}")
-    elif line:
-        asked = [*messages, asked_by_user(line)]
-        show("\nModel: ", end="")
-        told = tell(tuned, asked, cfg)
-        show(told.speed)
-        if told.text:
-            return cfg, [*asked, {"role": "assistant", "content": told.text}]
-    return cfg, messages
-
-
-def save_talk(cfg: Config, messages: Messages, name: str) -> Path:
-    """In the form in which a training reads conversations."""
+def save_talk(cfg: Config, talk: Messages, name: str) -> Path:
+    """In the form in which a training reads conversations: a line for each."""
     path = local_path(name)
     if not name or os.path.exists(path):
-        raise UserError("/save needs the name of a new file, such as /save talk.json")
+        raise UserError("/save needs the name of a new file, such as /save talk.jsonl")
     system = [{"role": "system", "content": cfg.SYSTEM}] if cfg.SYSTEM else []
-    try:
-        write_json(path, [{"messages": [*system, *messages]}])
-    except OSError as error:
-        raise UserError(f"{path} cannot be written: {error.strerror}.") from None
+    with atomic_write(path) as staged:
+        staged.write_text(json.dumps({"messages": [*system, *talk]}) + "\n", encoding="utf-8")
     return path
 
 
 def questions_typed() -> Iterator[str]:
-    edit_lines()
     say("Compare", "Type a question for both models; an empty line leaves.")
-    with suppress(EOFError, KeyboardInterrupt):
-        while question := input("\nQuestion: ").strip():
-            yield question
-    show("")
+    return itertools.takewhile(bool, typed("Question"))
 
 
 def side_by_side(asked: Asked, width: int, coloured: bool) -> str:
-    """Two columns, or where there is no room for them one below the other."""
-    column = (min(width, 160) - 3) // 2
-    yellow, green, plain = ("\033[33m", "\033[32m", "\033[0m") if coloured else ("", "", "")
-    texts = [
-        f"{side}\n\n{without_gaps(text)}"
-        for side, text in zip(SIDES, (asked.before, asked.after), strict=True)
-    ]
-    if column < NARROWEST:
-        return "\n\n".join(texts)
-    left, right = (in_lines(text, column) for text in texts)
-    return "\n".join(
-        f"{yellow}{before}{plain}{' ' * (column - width_of(before))} | {green}{after}{plain}"
-        for before, after in itertools.zip_longest(left, right, fillvalue="")
-    )
+    from rich import box, table, text
+    from rich.console import Console
 
-
-def in_lines(text: str, width: int) -> list[str]:
-    lines: list[str] = []
-    for line in text.split("\n"):
-        fits = width // 2 if width_of(line) > len(line) else width
-        lines += textwrap.wrap(line, fits) or [""]
-    return lines
+    columns = table.Table(box=box.ASCII, show_edge=False, expand=True)
+    for side, colour in zip(SIDES, ("yellow", "green"), strict=True):
+        header = f"not bold {colour}"
+        columns.add_column(side, header_style=header, style=colour, ratio=1, overflow="fold")
+    columns.add_row(*(text.Text(without_gaps(one)) for one in (asked.before, asked.after)))
+    screen = Console(width=min(width, 160), color_system="standard" if coloured else None)
+    with screen.capture() as shown:
+        screen.print(columns)
+    return shown.get()
 
 
 def listed_questions(cfg: Config) -> list[Talk]:
     """The questions of a file, each with its row; an answer beside one is the answer wanted."""
     path = local_path(cfg.QUESTIONS)
-    if not os.path.exists(path) or os.path.isdir(path):
+    if not os.path.exists(path) or path.is_dir():
         raise UserError(f"There is no file {path}.\nName one with --questions")
     if path.suffix.lower() in (".yaml", ".yml"):
-        talks = questions_in_yaml(path)
-    elif path.suffix.lower() == ".txt":
-        lines = decoded(path, path.read_bytes()).splitlines()
-        talks = [
-            Talk(str(n), [asked_by_user(line.strip())])
-            for n, line in enumerate(lines, 1)
-            if line.strip()
-        ]
+        raise UserError(f"{path} is YAML.\nTake a table, or a .txt with a question on each line.")
+    if path.suffix.lower() == ".txt":
+        lines = enumerate(decoded(path, path.read_bytes()).splitlines(), start=1)
+        talks = [Talk(str(n), [asked_by_user(line.strip())]) for n, line in lines if line.strip()]
     else:
         talks = questions_in_table(path, changed(cfg, DATASET_PATH=str(path)))
     if not talks:
@@ -5313,8 +5194,7 @@ def questions_in_table(path: Path, cfg: Config) -> list[Talk]:
         pairs = find_pairs(cfg)
     except UserError:
         for table in read_tables(path, cfg):
-            column = question_column(table, cfg)
-            if column is not None:
+            if (column := question_column(table, cfg)) is not None:
                 return open_questions(table, column, {number for number, _ in table.rows})
         raise
     talks = []
@@ -5335,8 +5215,7 @@ def question_column(table: Table, cfg: Config) -> int | None:
     """Of a table without answers."""
     if cfg.QUESTION_COLUMN:
         return column_named(table, "question", cfg.QUESTION_COLUMN)
-    width = range(len(table.header))
-    filled = [i for i in width if any(cell for _, cell in column_cells(table, i))]
+    filled = [i for i in range(len(table.header)) if top_cells(table, i, 1)]
     named = [i for i in filled if name_strength(table.header[i], "question") > 1]
     return next((found[0] for found in (named, filled) if len(found) == 1), None)
 
@@ -5345,35 +5224,8 @@ def open_questions(table: Table, column: int, rows: set[int]) -> list[Talk]:
     for number, row in table.rows:
         if not table.sheet and any(row[len(table.header) :]):
             raise UserError(f"Row {number} has {MORE_CELLS}.")
-    cells = column_cells(table, column)
-    texts = {number: one_text(cell) for number, cell in cells if number in rows}
+    texts = {n: one_text(cell) for n, cell in column_cells(table, column) if n in rows}
     return [Talk(str(row), [asked_by_user(text)]) for row, text in texts.items() if text]
-
-
-def questions_in_yaml(path: Path) -> list[Talk]:
-    """A list of questions, or of question: with answer:; or questions, each with its answer."""
-    import yaml
-
-    try:  # the plainest loader there is: no becomes no False, and nothing is ever built
-        content = yaml.BaseLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"{path} cannot be read as YAML: {preview(str(error), 200)}") from None
-    if isinstance(content, dict):
-        content = content.get("questions", content)
-    if isinstance(content, dict):
-        content = [{"question": question, "answer": answer} for question, answer in content.items()]
-    talks = []
-    for number, one in enumerate(content if isinstance(content, list) else [], start=1):
-        entry = one if isinstance(one, dict) else {"question": one}
-        question, answer = entry.get("question"), entry.get("answer", "")
-        if not isinstance(question, str) or not question.strip() or not isinstance(answer, str):
-            raise UserError(
-                f"Entry {number} of {path} is no question: {preview(str(one)[:200])}\n"
-                "Write - Why? or - question: Why? with answer: on the next line."
-            )
-        reference = asked_by_user(answer.strip())["content"]
-        talks.append(Talk(str(number), [asked_by_user(question.strip())], reference))
-    return talks
 
 
 # -- The page
@@ -5383,6 +5235,9 @@ def serve(cfg: Config) -> int:
     """The page in the browser, until Ctrl+C."""
     if is_below(installed_version("gradio"), PAGE_FLOOR):
         raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
+    on_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
+    if on_colab and not cfg.SHARE:
+        raise UserError("Colab's own page cannot reach this one: add --share for a public link.")
     page = page_of(model_to_ask(cfg), cfg)
     try:
         _, local, shared = page.launch(
@@ -5400,26 +5255,34 @@ def page_of(tuned: Run, cfg: Config) -> Any:
     import gradio as gr
 
     reply, both = page_answers(tuned, cfg)
+    box = {"placeholder": "Your question", "max_length": LONGEST_QUESTION}
+    examples = [[question] for question in tuned.record.get("examples", [])]
+    quiet = {"api_visibility": "private"}
     with gr.Blocks(title=PAGE_TITLE, analytics_enabled=False, fill_height=True) as page:
         gr.Markdown(f"## {PAGE_TITLE}")
         with gr.Accordion("How to answer", open=False), gr.Row():
-            how = page_controls(tuned, cfg)
-        box = {"placeholder": "Your question", "max_length": LONGEST_QUESTION}
+            how = [
+                gr.Slider(
+                    low, max(high, value := getattr(cfg, name)), value, step=step, label=label
+                )
+                for name, (label, low, high, step) in PAGE_SLIDERS.items()
+            ]
         with gr.Tab("Chat"):
-            speed = gr.Textbox(show_label=False, container=False, render=False)
-            talk = gr.ChatInterface(
+            speed = gr.Markdown(render=False)
+            gr.ChatInterface(
                 reply,
                 # as plain text: nothing that a model says may become a part of the page
                 chatbot=gr.Chatbot(render_markdown=False, show_label=False, buttons=["copy"]),
                 textbox=gr.Textbox(**box, show_label=False, submit_btn=True, stop_btn=True),
                 additional_inputs=how,
                 additional_outputs=[speed],
+                examples=examples or None,
+                run_examples_on_click=False,
                 flagging_mode="never",
                 analytics_enabled=False,
-                api_visibility="private",
+                **quiet,
             )
             speed.render()
-            show_examples(tuned, talk.textbox)
         with gr.Tab("Compare"):
             question = gr.Textbox(**box, label="Question")
             with gr.Row():
@@ -5427,17 +5290,12 @@ def page_of(tuned: Run, cfg: Config) -> Any:
             with gr.Row():
                 height = {"lines": 12, "max_lines": 12, "interactive": False}
                 sides = [gr.Textbox(**height, label=side, buttons=["copy"]) for side in SIDES]
-            pace = gr.Textbox(show_label=False, container=False)
-            show_examples(tuned, question)
-            asking = gr.on(
-                [ask.click, question.submit],
-                both,
-                [question, *how],
-                [*sides, pace],
-                api_visibility="private",
-            )
+            outputs = [*sides, gr.Markdown()]
+            if examples:
+                gr.Examples(examples, question)
+            asking = gr.on([ask.click, question.submit], both, [question, *how], outputs, **quiet)
             stop.click(None, cancels=[asking])
-    return page.queue(default_concurrency_limit=1, max_size=MOST_WAITING)
+    return page.queue(default_concurrency_limit=1, max_size=20)
 
 
 def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -5450,10 +5308,10 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
 
     def parts_of(messages: Messages, base: bool, how: Sequence[float]) -> Iterator[tuple[str, str]]:
         """What an answer has come to so far, and its speed."""
-        chosen = dict(zip(PAGE_SETTINGS, how, strict=True))
         with going_on(lambda why: gr.Warning(html.escape(why))):  # an error would lock the page
             if len(messages[-1]["content"]) > LONGEST_QUESTION:
                 raise UserError(f"A question may have {LONGEST_QUESTION:,} letters.")
+            chosen = dict(zip(PAGE_SLIDERS, how, strict=True))
             here = checked(vars(cfg) | chosen | {"BASE": base})
             with one_at_a_time, closing(growing_answer(tuned, messages, here)) as parts:
                 start = time.perf_counter()
@@ -5461,7 +5319,8 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
                     yield part.text, speed_in_words(part, time.perf_counter() - start, here)
 
     def reply(question: str, history: list[Any], *how: float) -> Iterator[tuple[Any, str]]:
-        for text, speed in parts_of([*said(history), asked_by_user(question)], cfg.BASE, how):
+        before = said(history) if follows_talks(tuned, cfg) else []
+        for text, speed in parts_of([*before, asked_by_user(question)], cfg.BASE, how):
             shown = {"type": "text", "text": html.escape(text)}  # or else tags would vanish
             yield {"role": "assistant", "content": [shown]}, speed
 
@@ -5475,46 +5334,18 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
     return reply, both
 
 
-def show_examples(tuned: Run, box: Any) -> None:
-    import gradio as gr
-
-    if examples := tuned.record["examples"]:
-        gr.Examples(examples, box)
-
-
-def page_controls(tuned: Run, cfg: Config) -> list[Any]:
-    """What a visitor may choose; in the order of PAGE_SETTINGS."""
-    import gradio as gr
-
-    bounds, context = LIMITS, context_of(tuned.model, tuned.tokenizer)
-    return [
-        gr.Slider(*bounds["TEMPERATURE"], cfg.TEMPERATURE, step=0.05, label="Temperature"),
-        gr.Slider(*bounds["TOP_P"], cfg.TOP_P, step=0.01, label="Top p"),
-        gr.Slider(1, max(context, cfg.MAX_TOKENS), cfg.MAX_TOKENS, step=1, label="Max tokens"),
-        gr.Slider(
-            *bounds["REPETITION_PENALTY"],
-            cfg.REPETITION_PENALTY,
-            step=0.05,
-            label="Repetition penalty",
-        ),
-        gr.Number(cfg.SEED, precision=0, label="Seed"),
-    ]
-
-
 def said(history: Sequence[dict[str, Any]]) -> Messages:
     """What was said before, of what Gradio hands back: answers as they were shown, in parts."""
     import html
 
     talk: Messages = []
-    for turn in history[-MOST_TURNS:]:
-        parts = turn["content"] if isinstance(turn["content"], list) else [turn["content"]]
-        text = "".join(part if isinstance(part, str) else part.get("text", "") for part in parts)
-        answers = turn["role"] == "assistant"
-        if answers == bool(talk and talk[-1]["role"] == "user"):
-            talk.append({"role": turn["role"], "content": html.unescape(text) if answers else text})
-        elif not answers:
-            talk[-1]["content"] = text  # in place of a question that was never answered
-    return talk if not talk or talk[-1]["role"] == "assistant" else talk[:-1]
+    for turn, after in itertools.pairwise([*history, {"role": "user"}]):
+        text = "".join(part["text"] for part in turn["content"])
+        if turn["role"] == "assistant":
+            talk.append({"role": "assistant", "content": html.unescape(text)})
+        elif after["role"] == "assistant":  # or else the question was never answered
+            talk.append({"role": "user", "content": text})
+    return talk
 
 
 # ==================================================================================================
@@ -5522,62 +5353,15 @@ def said(history: Sequence[dict[str, Any]]) -> Messages:
 # ==================================================================================================
 
 EXPORTED = re.compile(r"-(merged|gguf|space)$|\.zip$")  # what a name of OUTPUT_DIR may end with
-ADAPTER_GGUF = "adapter-f16.gguf"
 LLAMA_FLOOR = "0.2.18"  # of cyllama
 READ_AT_ONCE = 512  # tokens
-TOKENIZER_FILE = "tokenizer_config.json"
 SHARD = "2GB"  # of merged weights: an upload that breaks off loses no more
-CONVERTERS = (  # llama.cpp's own, as they lie in the source archive of its Python package
-    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca77"
-    "3a59fe7cf3/llama_cpp_python-0.3.36.tar.gz"
-)
-CONVERTERS_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
-CONVERTER_PARTS = re.compile(
-    r".*?/vendor/llama\.cpp/((convert_(hf|lora)_to_gguf\.py|LICENSE|conversion/|gguf-py/gguf/).*)"
-)
-# A tokenizer that they do not know cuts words as GPT-2 does, or else the test of the file fails.
-# The tokenizer may lie in a folder of its own, whose word on blanks holds for models of every type.
-CONVERT = """
-import json, os, pathlib, runpy, sys
-folder, vocabulary, script, *sys.argv[1:] = sys.argv[1:]
-sys.path[:0] = [folder, os.path.join(folder, "gguf-py")]
-from conversion.base import ModelBase, TextModel
-known = TextModel.get_vocab_base_pre
-def pre(self, tokenizer):
-    try:
-        return known(self, tokenizer)
-    except NotImplementedError:
-        return "gpt-2"
-TextModel.get_vocab_base_pre = pre
-metadata = ModelBase.prepare_metadata
-def before_vocabulary(self, vocab_only):
-    metadata(self, vocab_only)
-    self.dir_model = pathlib.Path(vocabulary)
-    settings = json.loads((self.dir_model / "tokenizer_config.json").read_bytes())
-    self.gguf_writer.add_add_space_prefix(settings["add_prefix_space"])
-if vocabulary:
-    ModelBase.prepare_metadata = before_vocabulary
-runpy.run_path(os.path.join(folder, script), run_name="__main__")
-"""
-# Signs that swallow the blanks after them: llama.cpp knows of it by the name Phi-3, if it finds these.
-SIGNS_OF_PHI_3 = {"<unk>", "<s>", "</s>", "<|endoftext|>"}
-M_MMAP_THRESHOLD = -3  # its number in glibc
-Q4_K_M = 15  # its number in llama.cpp
-# Disk that a GGUF takes at the worst moment, as a share of the merged weights; see write_gguf
+# Disk that a GGUF takes at the worst moment, as a share of the merged weights; see export_gguf
 SHARE_OF_MERGED = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.35}
 # The loss may be higher by this share; of what is quantised also by 0.02, where it is near zero
 LOSS_ALLOWED = {"merged": 0.01, "f16": 0.01, "q8_0": 0.02, "q4_k_m": 0.15}
 SMALL_LOSS = 0.02
-HARD_TO_CUT = (
-    "Why?  Two  blanks,   three\t\ttabs\t and\n\n\nlines\r\n  indented",
-    "def f(x):\n    if x:\n        return {'a': [1, 22, 333, 4444, 55555]}  # ok",
-    "I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) \"quoted\" ... !!! ###",
-    "über naïve Ærø ľščťžý İstanbul ß ﬁ Ⅷ ½ e\u0301 \u00a0\u200bzero",
-    "Что это? 这是什么？ これは何ですか 이것은 무엇인가 מה זה ما هذا यह क्या है กขค",
-    "🚀👩\u200d👩\u200d👧 ✅ 🇸🇰 \U0001f9d1\U0001f3fd",
-    "<|endoftext|> </s> <|im_end|> <|end|> [INST] <0x0A> <unk> {{ braces }} {question}",
-    *(" leading", "trailing ", "\n", " ", "a", "Instruct: Why?\nOutput:"),
-)
+LICENCES = {"microsoft/phi-2": "mit"}
 
 
 def export_place(cfg: Config, kind: str) -> Path:
@@ -5590,192 +5374,252 @@ def exported_name(cfg: Config) -> str:
     return EXPORTED.sub("", local_path(cfg.OUTPUT_DIR).resolve().name)
 
 
-def refuse_other_folder(final: Path, kind: str) -> None:
-    """An export takes the place of an earlier one of its kind, and of nothing else."""
-    begun = final.is_dir() and all(path.suffix == ".partial" for path in final.iterdir())
-    ours = not os.path.exists(final) or begun or record_of(final).get("export") == kind
-    if not ours or Path.cwd().is_relative_to(final.resolve()):
+def gguf_name(cfg: Config) -> str:
+    return f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
+
+
+def adapter_of(run: Run) -> str:
+    """By which adapter two exports are known to be of the same training."""
+    return run.record.get("adapter") or checksum(run.folder / ADAPTER)
+
+
+def export_to(kind: str, cfg: Config, final: Path) -> Path | str:
+    """Make it in the place of an earlier export of its kind, and of nothing else."""
+    foreign = os.path.exists(final) and record_of(final).get("export") != kind
+    if foreign or Path.cwd().is_relative_to(final.resolve()):
         raise UserError(
             f"{final} holds something else than an earlier export --to {kind}, so it is left alone.\n"
             f"Choose another place: --export-dir {unused(final.with_name(f'{final.name}-{kind}'))}"
         )
+    return EXPORTERS[kind](cfg, final)
+
+
+def exported_before(kind: str, cfg: Config, final: Path, file: str) -> Run:
+    """What an export is made of: an earlier one of the same adapter that has this file, or a new one."""
+    run = open_run(local_path(cfg.OUTPUT_DIR))
+    if run.record.get("export") == kind and (run.folder / file).is_file():
+        return run
+    folder = final.with_name(f"{exported_name(cfg)}-{kind}")
+    if record_of(folder).get("adapter") == adapter_of(run) and (folder / file).is_file():
+        say("From", short_path(folder))
+    else:
+        say("First", f"{short_path(folder)}, which serves further exports and may be deleted")
+        export_to(kind, cfg, folder)
+    return open_run(folder)
 
 
 @contextmanager
-def explained_export_errors(final: Path, need: float) -> Iterator[None]:
-    """A full disk as one message; what was begun is gone by then, what was there before is not."""
-    advice = (
-        "Nothing of it is left. Make room, or choose another --export-dir, and run the same command "
-        "again."
-    )
+def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "") -> Iterator[Path]:
+    """A folder to fill, which gets its name when it is complete, with a card and its own run.json."""
+    own: dict[str, Any] = {"export": kind, "adapter": adapter_of(run)}
+    same = record_of(final).get("adapter") == own["adapter"]
+    is_kept = not same or kind == "space"  # whose page people change
+    earlier = place_for_earlier(final, "" if is_kept else run.record.get("run", ""))
+    need = size + SMALL_FILES
+    advice = "Nothing of it is left. Make room, or choose another --export-dir, and try again."
     with explained_disk_errors(final, need, "", advice):
         if shutil.disk_usage(nearest(final)).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        yield
+        with atomic_folder(final, earlier) as staged:
+            yield staged
+            write_card(staged, run, kind, file)
+            files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
+            own["files"] = sorted([*files, "run.json"])
+            write_json(staged / "run.json", run.record | own)
 
 
-def adapter_of(folder: Path) -> str:
-    """By which adapter two exports are known to be of the same training."""
-    return record_of(folder).get("adapter") or checksum(folder / ADAPTER)
+def link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a mounted drive may know no second names
+        shutil.copyfile(source, target)
 
 
-def write_export_record(folder: Path, run: Run, kind: str, **more: Any) -> None:
-    """The run.json of an export: the run's own, and what it is made of."""
-    files = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    own = {"export": kind, "adapter": adapter_of(run.folder), "files": sorted({*files, "run.json"})}
-    write_json(folder / "run.json", run.record | own | more)
+def examples_to_measure(run: Run) -> list[Example]:
+    advice = "Run the training command once more: a finished run only writes its files anew."
+    with explained(f"{run.place} has no rows to measure with ({SAMPLE}).", advice):
+        kept = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
+        return [encode(run.tokenizer, talk) for talk in kept]
+
+
+def refuse_loss(kind: str, loss: float, wanted: float) -> None:
+    """An export that answers worse than what it is made of is not called done."""
+    allowed = wanted * (1 + LOSS_ALLOWED[kind]) + (SMALL_LOSS if kind != "merged" else 0)
+    say("Loss", f"{loss:.4f} {kind}, {wanted:.4f} before, on rows that went along with the run")
+    if not loss <= allowed:
+        raise UserError(
+            f"Nothing was written: the loss would rise from {wanted:.4f} to {loss:.4f}.\n"
+            "Use the adapter as it is, or of a GGUF --quantize q8_0 or f16"
+        )
 
 
 # -- Merged weights
 
 
 def export_merged(cfg: Config, final: Path) -> Path:
-    """The base with the adapter in its weights, as transformers, vLLM and llama.cpp read it."""
-    place = local_path(cfg.OUTPUT_DIR)
-    refuse_other_folder(final, "merged")
-    run = open_run(place)
+    """The base with the adapter in its weights, as transformers, vLLM and llama.cpp read it.
+
+    An adapter that was trained on weights in 4 bits has learnt to make up for their rounding, so it is
+    added to these, but widened before: bitsandbytes would round the sum once more.
+    """
+    run = open_run(local_path(cfg.OUTPUT_DIR))
     if not run.adapter:
-        raise UserError(f"{place} has no adapter to merge.\nName the folder of a training.")
-    examples = examples_to_measure(run)
-    need = run.parameters * bytes_of(run.stored_dtype) + SMALL_FILES
-    with explained_export_errors(final, need):
-        model, losses, way = least_lossy_merge(cfg, run, examples)
-        refuse_loss("merged", losses[way], losses["adapter"])
-        earlier = place_for_earlier(final, run.record.get("run", ""))
-        with atomic_folder(final, earlier) as staged:
-            model.save_pretrained(staged, max_shard_size=SHARD)
-            write_companions(run, staged)
-            measured = {"way": way, **losses, "rows": len(examples)}
-            write_export_record(staged, run, "merged", merged=measured)
+        raise UserError(f"{run.place} has no adapter to merge.\nName the folder of a training.")
+    examples, four_bit = examples_to_measure(run), bool(run.record["device"]["four_bit"])
+    with export_folder("merged", run, final, run.parameters * bytes_of(run.stored_dtype)) as folder:
+        kind = "cuda" if device_here(run.cfg).kind == "cuda" else "cpu"
+        device = Device(kind, run.stored_dtype, False, "")
+        refuse_small_memory(run.cfg, device, run.parameters)
+        base = load_base(run.base_settings, device._replace(four_bit=four_bit))
+        model: Any = run.with_adapter(base)
+        wanted = mean_loss(model, examples, READ_AT_ONCE)
+        if four_bit:
+            model = run.with_adapter(model.unload().dequantize())
+        model = model.merge_and_unload(safe_merge=True)
+        loss = mean_loss(model, examples, READ_AT_ONCE)
+        refuse_loss("merged", loss, wanted)
+        model.save_pretrained(folder, max_shard_size=SHARD)
+        write_companions(run, folder)
+        way = "4bit" if four_bit else "16bit"
+        run.record["merged"] = {"way": way, "adapter": wanted, way: loss, "rows": len(examples)}
     return final
 
 
-def examples_to_measure(run: Run) -> list[Example]:
-    try:
-        kept = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
-        return [encode(run.tokenizer, talk) for talk in kept]
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(
-            f"{run.place} has no rows to measure with ({SAMPLE}).\n"
-            "Run the training command once more: a finished run writes its files anew without training."
-        ) from None
-
-
-def least_lossy_merge(
-    cfg: Config, run: Run, examples: Sequence[Example]
-) -> tuple[Any, dict[str, float], str]:
-    """The merged model, the losses with the adapter and with each way to merge, and the way taken.
-
-    An adapter that was trained on weights in 4 bits has learnt to make up for their rounding. So it
-    may lose less when they are taken with the rounding: loaded in 4 bits, widened again, and only then
-    added to. Never is anything added to weights that are still in 4 bits.
-    """
-    hand_back_memory()
-    in_4_bits = bool(run.record["device"]["four_bit"])
-    if cfg.MERGE_INTO == "4bit" and not in_4_bits:
-        raise UserError("MERGE_INTO 4bit is for runs that were trained on weights in 4 bits.")
-    ways = ["16bit", "4bit"] if in_4_bits else ["16bit"]
-    ways = ways if cfg.MERGE_INTO == "auto" else [cfg.MERGE_INTO]
-    here = device_here(run.cfg)
-    exact = Device("cuda" if here.kind == "cuda" else "cpu", run.stored_dtype, False, "")
-    refuse_small_memory(run.cfg, exact, run.parameters)
-    trained = here._replace(four_bit=True) if in_4_bits else exact
-
-    def merged(way: str) -> Any:
-        base = load_base(run.base_settings, exact._replace(four_bit=way == "4bit"))
-        base = base.dequantize() if way == "4bit" else base
-        return run.with_adapter(base).merge_and_unload(safe_merge=True)
-
-    model, losses = run.with_adapter(load_base(run.base_settings, trained)), {}
-    losses["adapter"] = known_loss(model, examples)
-    for way in ways:
-        model = None  # there is room for one at a time
-        release_memory()
-        model = merged(way)
-        losses[way] = known_loss(model, examples)
-    best = min(ways, key=lambda way: losses[way])
-    if best != ways[-1]:
-        model = None
-        release_memory()
-        model = merged(best)
-    names = {"adapter": "with the adapter", "16bit": "merged", "4bit": "merged into 4 bits"}
-    told = "; ".join(f"{names[way]} {loss:.4f}" for way, loss in losses.items())
-    say("Loss", f"on {len(examples)} rows that went along with the run: {told}")
-    return model, losses, best
-
-
-def hand_back_memory() -> None:
-    """Let glibc hand large pieces back as soon as they are free; it would keep 5 GB of phi-2's."""
-    import ctypes
-
-    with suppress(OSError, AttributeError):  # other systems
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
-
-
-def known_loss(model: Any, examples: Sequence[Example]) -> float:
-    loss = measured_loss(model, examples, READ_AT_ONCE)
-    if loss is None:
-        raise MemoryError("not even one row could be measured")
-    return loss
-
-
-def refuse_loss(kind: str, loss: float, wanted: float) -> None:
-    """An export that answers worse than what it is made of is not called done."""
-    allowed = wanted * (1 + LOSS_ALLOWED[kind]) + (SMALL_LOSS if kind != "merged" else 0)
-    if not loss <= allowed:
-        other = "--merge-into 4bit or 16bit" if kind == "merged" else "--quantize q8_0 or f16"
-        raise UserError(
-            f"Nothing was written: the loss would rise from {wanted:.4f} to {loss:.4f}.\n"
-            f"Try the other way, {other}, or use the adapter as it is."
-        )
-
-
 def write_companions(run: Run, folder: Path) -> None:
-    """What belongs to merged weights: the base's form, the tokenizer, how to ask and how to answer."""
-    from transformers.utils import cached_file
-
+    """What belongs to merged weights: the base's form, the tokenizer, how to answer, the sample."""
     run.shape.dtype = run.stored_dtype
     run.shape.save_pretrained(folder)
     save_tokenizer(run.tokenizer, folder)
-    source = base_source(run.base_settings)
-    place, revision = source["pretrained_model_name_or_path"], source.get("revision")
-    optional = {"_raise_exceptions_for_missing_entries": False}
-    if pieces := cached_file(place, "tokenizer.model", revision=revision, **optional):
-        shutil.copyfile(pieces, folder / "tokenizer.model")  # transformers 5 does not save it
     how = manner_of(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
     how.repetition_penalty = run.cfg.REPETITION_PENALTY
     how.bos_token_id = run.tokenizer.bos_token_id
     how.save_pretrained(folder)
     shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
-    write_card(folder, run, MERGED_CARD)
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
     """And with it, that nothing goes before a prompt; llama.cpp would begin with a token of its own."""
     tokenizer.save_pretrained(folder)
-    place = folder / TOKENIZER_FILE
+    place = folder / "tokenizer_config.json"
     settings = json.loads(place.read_text(encoding="utf-8"))
     write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
 
 
 # -- GGUF, for llama.cpp and all that is built on it
 
+CONVERTERS = (  # llama.cpp's own, as they lie in the source archive of its Python package
+    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca77"
+    "3a59fe7cf3/llama_cpp_python-0.3.36.tar.gz"
+)
+CONVERTERS_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+CONVERTER_PARTS = re.compile(r".*?/llama\.cpp/(convert_hf\w+\.py|LICENSE|conversion/.*|gguf-py/.*)")
+# A tokenizer that they do not know cuts words as GPT-2 does, or else the test of the file fails. One of
+# SentencePiece's kind is read from tokenizer.json, beside the new file: earlier merges count more. By
+# the name Phi-3 llama.cpp knows that signs swallow the blanks after them, if it finds these four.
+CONVERT = """
+import json, pathlib, runpy, sys
+folder, blank, file, *sys.argv[1:] = sys.argv[1:]
+sys.argv += ["--outfile", file]
+sys.path[:0] = [folder, f"{folder}/gguf-py"]
+from conversion.base import TextModel, gguf
+known, metadata = TextModel.get_vocab_base_pre, TextModel.prepare_metadata
+whole = json.loads(pathlib.Path(file).with_name("tokenizer.json").read_bytes())
+added = {one["id"]: one for one in whole["added_tokens"]}
+def pre(self, tokenizer):
+    try:
+        return known(self, tokenizer)
+    except NotImplementedError:
+        return "gpt-2"
+def with_vocabulary(self, vocab_only):
+    if whole["model"].get("byte_fallback"):
+        self.set_vocab = lambda: vocabulary(self)
+        signs = {one["content"] for one in added.values()}
+        swallow = any(one["rstrip"] for one in added.values())
+        if swallow and signs >= {"<unk>", "<s>", "</s>", "<|endoftext|>"}:
+            self.model_name = f"Phi-3 {self.dir_model.name}"
+    metadata(self, vocab_only)
+def vocabulary(self):
+    kinds, texts = gguf.TokenType, {n: text for text, n in whole["model"]["vocab"].items()}
+    merges = list(map("".join, whole["model"]["merges"]))
+    ranks = {text: -float(n) for n, text in reversed([*enumerate(merges)])}
+    tokens = []
+    for n in range(self.find_hparam(["vocab_size_per_layer_input", "vocab_size"])):
+        text = texts.get(n, f"[PAD{n}]")
+        kind = kinds.NORMAL if n in texts else kinds.UNUSED
+        if len(text) == 6 and text.startswith("<0x"):
+            kind = kinds.BYTE
+        if n in added:
+            text, kind = added[n]["content"], kinds.CONTROL
+            if not added[n]["special"]:
+                text, kind = text.replace("\u2581", " "), kinds.USER_DEFINED
+        tokens.append((text, ranks.get(text, -1e6), kind))
+    texts, scores, types = map(list, zip(*tokens))
+    self.gguf_writer.add_tokenizer_model("llama")
+    self.gguf_writer.add_tokenizer_pre("default")
+    self.gguf_writer.add_token_list(texts)
+    self.gguf_writer.add_token_scores(scores)
+    self.gguf_writer.add_token_types(types)
+    self.gguf_writer.add_add_space_prefix(blank == "True")
+    gguf.SpecialVocab(pathlib.Path(file).parent, n_vocab=len(texts)).add_to_gguf(self.gguf_writer)
+TextModel.get_vocab_base_pre, TextModel.prepare_metadata = pre, with_vocabulary
+runpy.run_path(f"{folder}/convert_hf_to_gguf.py", run_name="__main__")
+"""
+Q4_K_M = 15  # its number in llama.cpp
+HARD_TO_CUT = """ Why?  Two  blanks,   three\t\ttabs\t and\n\n\nlines\r\n  indented: \u00a0\u200bzero
+def f(x):\n    if x:\n        return {'a': [1, 22, 333, 4444, 55555]}  # ok, [INST] <0x0A> {{ braces }} {question}
+I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) "quoted" ... !!! ### über naïve Ærø ľščťžý İstanbul ß ﬁ Ⅷ ½
+Что это? 这是什么？ これは何ですか 이것은 무엇인가 מה זה ما هذا यह क्या है กขค 🚀👩\u200d👩\u200d👧 ✅ 🇸🇰 \U0001f9d1\U0001f3fd trailing """
 
-def merged_folder(cfg: Config, beside: Path) -> Path:
-    """Merged weights of OUTPUT_DIR: itself, those of an earlier export, or made now."""
-    place = local_path(cfg.OUTPUT_DIR)
-    if os.path.isdir(place) and is_merged(place):
-        return place
-    merged = beside.with_name(f"{exported_name(cfg)}-merged")
-    run = open_run(place)
-    if os.path.isdir(merged) and record_of(merged).get("adapter") == adapter_of(run.folder):
-        say("Merged", f"taken from {short_path(merged)}")
-        return merged
-    say(
-        "Merging",
-        f"first into {short_path(merged)}, which serves further exports and may be deleted",
-    )
-    return export_merged(cfg, merged)
+
+def export_gguf(cfg: Config, final: Path) -> Path:
+    """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp; others stay beside it."""
+    llama_cpp()
+    run = exported_before("merged", cfg, final, "config.json")
+    name, kind = gguf_name(cfg), cfg.QUANTIZE
+    weights = sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
+    with export_folder("gguf", run, final, weights * SHARE_OF_MERGED[kind], name) as folder:
+        if record_of(final).get("adapter") == adapter_of(run):
+            for other in final.glob("*.gguf"):
+                if other.name != name:
+                    link_or_copy(other, folder / other.name)
+        begin_with_blank(run.tokenizer)
+        save_tokenizer(run.tokenizer, folder)
+        say("Converting", f"{short_path(run.folder)} to {kind}")
+        if kind == "q4_k_m":
+            convert(run, whole := folder / "f16.partial", "f16")
+            how = llama_cpp().LlamaModelQuantizeParams()
+            how.ftype, how.nthread = Q4_K_M, os.cpu_count() or 1
+            llama_cpp().model_quantize(str(whole), str(folder / name), how)
+            whole.unlink()
+        else:
+            convert(run, folder / name, kind)
+        run.record["gguf"] = {kind: tested_gguf(folder / name, run, kind)}
+        (folder / "Modelfile").write_text(modelfile(run, name), encoding="utf-8")
+    return final
+
+
+def blank_after_signs(tokenizer: Any) -> bool:
+    """Whether a text after a sign gets a blank before it; llama.cpp gives one to all texts or to none."""
+    return str(tokenizer.tokenize(f"{tokenizer.eos_token}a")[1]).startswith("▁")
+
+
+def begin_with_blank(tokenizer: Any) -> None:
+    """Let the chat template say the blank that transformers puts before a text, and llama.cpp does not."""
+    asked = prompt_in_words(tokenizer)
+    alike = tokenizer.tokenize(asked) == tokenizer.tokenize(f" {asked}")
+    if alike and not blank_after_signs(tokenizer):
+        tokenizer.chat_template = "{{ ' ' }}" + tokenizer.get_chat_template()
+
+
+def convert(run: Run, file: Path, kind: str) -> None:
+    """By llama.cpp's converter, in a process of its own; the tokenizer lies beside the file."""
+    how = (converters(), blank_after_signs(run.tokenizer), file, run.folder, "--outtype", kind)
+    command = [sys.executable, "-c", CONVERT, *map(str, how)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    LOG.info("%s", done.stdout + done.stderr)
+    if done.returncode:
+        last = (done.stderr.strip() or "it was killed, perhaps for want of memory").splitlines()[-1]
+        raise UserError(f"The conversion failed: {preview(last, 200)}\nUse --to merged.")
 
 
 def converters() -> Path:
@@ -5786,41 +5630,19 @@ def converters() -> Path:
     if os.path.isdir(folder):
         return folder
     [archive] = fetch(CONVERTERS)
-    found = checksum(archive)
-    if found != CONVERTERS_SHA256:
+    try:
+        if (found := checksum(archive)) != CONVERTERS_SHA256:
+            raise UserError(
+                f"The converters of llama.cpp did not arrive as they should: checksum {found}.\n"
+                "Run the same command again; if it stays so, the network changes what it carries."
+            )
+        with atomic_folder(folder) as staged, tarfile.open(archive) as packed:
+            for member in packed:
+                if part := CONVERTER_PARTS.fullmatch(member.name):
+                    packed.extract(member.replace(name=part[1]), staged, filter="data")
+    finally:
         archive.unlink()
-        raise UserError(
-            f"The converters of llama.cpp did not arrive as they should: checksum {found}.\n"
-            "Run the same command again; if it stays so, the network changes what it carries."
-        )
-    with atomic_folder(folder) as staged, tarfile.open(archive) as packed:
-        for member in packed:
-            wanted = CONVERTER_PARTS.fullmatch(member.name)
-            content = packed.extractfile(member) if wanted and member.isfile() else None
-            if wanted and content:
-                path = staged / wanted[1]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content.read())
-    archive.unlink()
     return folder
-
-
-def convert(script: str, *options: object, vocabulary: Path | str = "") -> None:
-    """Run a converter in a process of its own; the tokenizer may lie in another folder."""
-    import subprocess
-
-    command = [sys.executable, "-c", CONVERT, converters(), vocabulary, script, *options]
-    done = subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, check=False
-    )
-    LOG.info("%s", done.stdout + done.stderr)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
-        missing = re.search("No module named '(\\w+)'", lines[-1])
-        advice = (
-            f"pip install {missing[1]}" if missing else "llama.cpp may not know this model yet."
-        )
-        raise UserError(f"The conversion failed: {preview(lines[-1], 200)}\n{advice}")
 
 
 def llama_cpp() -> Any:
@@ -5833,23 +5655,29 @@ def llama_cpp() -> Any:
     return library
 
 
-def opened_gguf(path: Path) -> Any:
-    """The model in llama.cpp, on the processor."""
-    library = llama_cpp()
-
-    class Model(library.LlamaModel):  # type: ignore[name-defined]
-        n_vocab = 0  # where some versions of cyllama look for it in vain
-
-    settings = library.LlamaModelParams()
+def tested_gguf(file: Path, run: Run, kind: str) -> float:
+    """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
+    library, settings = llama_cpp(), llama_cpp().LlamaModelParams()
     settings.n_gpu_layers = 0
-    try:
-        model = Model(str(path), settings, verbose=False)
-    except Exception as error:
-        raise UserError(
-            f"llama.cpp cannot open {path.name}: {preview(str(error), 200)}\nExport it once more."
-        ) from None
-    model.n_vocab = model.get_vocab().n_vocab
-    return model
+    with explained(f"llama.cpp cannot open {file.name}.", "Use --to merged."):
+        # a class of our own takes n_vocab, for which cyllama looks there in vain
+        model = type("Model", (library.LlamaModel,), {})(str(file), settings, verbose=False)
+    vocabulary, end = model.get_vocab(), run.tokenizer.eos_token_id
+    model.n_vocab = vocabulary.n_vocab
+    prompt = prompt_in_words(run.tokenizer)
+    signs = bool(special_tokens(run.tokenizer).search(prompt))
+    for question in (HARD_TO_CUT, "\n", " ", "a"):
+        here = encode(run.tokenizer, [asked_by_user(question)])["input_ids"]
+        if here != vocabulary.tokenize(prompt.replace("{question}", question), True, signs):
+            raise UserError(
+                f"llama.cpp cuts the question {preview(question)!r} into other tokens than the training did, "
+                "so the file would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
+            )
+    if vocabulary.token_eos() != end:
+        raise UserError(f"llama.cpp does not end at token {end}, so the model would never stop.")
+    loss, merged = loss_in_llama_cpp(model, examples_to_measure(run)), run.record["merged"]
+    refuse_loss(kind, loss, merged[merged["way"]])
+    return loss
 
 
 def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
@@ -5876,159 +5704,6 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
     return float(np.mean(losses))
 
 
-def export_gguf(cfg: Config, final: Path) -> Path:
-    """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp before it gets its name."""
-    llama_cpp()
-    refuse_other_folder(final, "gguf")
-    source = merged_folder(cfg, final)
-    run = open_run(source)
-    begin_with_blank(run)
-    refuse_unconvertible(run.shape)
-    if record_of(final).get("adapter") not in (None, adapter_of(source)):
-        final.rename(unused(final.with_name(f"{final.name}.previous")))
-    file = final / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
-    merged = sum(path.stat().st_size for path in source.glob("*.safetensors"))
-    need = merged * SHARE_OF_MERGED[cfg.QUANTIZE] + SMALL_FILES
-    with explained_export_errors(final, need):
-        final.mkdir(parents=True, exist_ok=True)
-        for cut_off in final.glob("*.partial"):
-            cut_off.unlink()
-        losses = record_of(final).get("gguf", {})
-        write_export_record(final, run, "gguf", gguf=losses)  # first of all: it marks the folder
-        save_tokenizer(run.tokenizer, final)
-        with atomic_write(file) as staged:
-            write_gguf(run, staged, cfg.QUANTIZE)
-            losses[cfg.QUANTIZE] = tested_gguf(staged, run, cfg.QUANTIZE)
-        if not (final / ADAPTER_GGUF).exists():
-            write_adapter_gguf(cfg, source, final / ADAPTER_GGUF, file)
-        (final / "Modelfile").write_text(modelfile(run, file.name), encoding="utf-8")
-        write_card(final, run, GGUF_CARD, file=file.name)
-        write_export_record(final, run, "gguf", gguf=losses)
-    return final
-
-
-def refuse_unconvertible(shape: Any) -> None:
-    if shape.model_type == "phi" and shape.intermediate_size != 4 * shape.hidden_size:
-        raise UserError(
-            "llama.cpp takes only models of phi-2's type whose inner size is four times the hidden one;\n"
-            f"this one has {shape.intermediate_size} and {shape.hidden_size}. Use --to merged."
-        )
-
-
-def marks_blanks(run: Run) -> bool:
-    """Whether texts are cut by a tokenizer as SentencePiece's, with ▁ for a blank."""
-    return "▁" in "".join(run.tokenizer.tokenize("a b"))
-
-
-def blank_after_signs(tokenizer: Any) -> bool:
-    """Whether a text after a sign gets a blank before it; llama.cpp gives one to all texts or to none."""
-    return str(tokenizer.tokenize(f"{tokenizer.eos_token}a")[1]).startswith("▁")
-
-
-def begin_with_blank(run: Run) -> None:
-    """Let the chat template say the blank that transformers puts before a text, and llama.cpp does not."""
-    if not marks_blanks(run) or blank_after_signs(run.tokenizer):
-        return
-    asked = run.tokenizer.apply_chat_template(
-        [asked_by_user("Why?")], tokenize=False, add_generation_prompt=True
-    )
-    if run.tokenizer.tokenize(asked) == run.tokenizer.tokenize(f" {asked}"):
-        run.tokenizer.chat_template = "{{ ' ' }}" + run.tokenizer.get_chat_template()
-
-
-def save_vocabulary(run: Run, folder: Path) -> None:
-    """The tokenizer with what the converters ask for and transformers no longer writes."""
-    save_tokenizer(run.tokenizer, folder)
-    for name in ("config.json", "tokenizer.model"):
-        if (run.folder / name).is_file():
-            shutil.copyfile(run.folder / name, folder / name)
-    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    settings = json.loads((folder / TOKENIZER_FILE).read_text(encoding="utf-8"))
-    settings["added_tokens_decoder"] = {str(one["id"]): one for one in whole["added_tokens"]}
-    settings["add_prefix_space"] = blank_after_signs(run.tokenizer)
-    write_json(folder / TOKENIZER_FILE, settings)
-
-
-def convert_whole(run: Run, file: Path, kind: str) -> None:
-    """By llama.cpp's converter, told all that it needs to cut texts as here."""
-    options: list[object] = [run.folder, "--outfile", file, "--outtype", kind]
-    swallow = any(token.rstrip for token in run.tokenizer.added_tokens_decoder.values())
-    if swallow and run.tokenizer.get_vocab().keys() >= SIGNS_OF_PHI_3:
-        options += ["--model-name", f"Phi-3 {run.folder.name}"]
-    if not marks_blanks(run):
-        convert("convert_hf_to_gguf.py", *options)
-        return
-    with tempfile.TemporaryDirectory(prefix="finetune") as place:
-        save_vocabulary(run, Path(place))
-        convert("convert_hf_to_gguf.py", *options, vocabulary=place)
-
-
-def write_gguf(run: Run, file: Path, quantize: str) -> None:
-    say("Converting", f"{short_path(run.folder)} to {quantize}")
-    if quantize != "q4_k_m":
-        convert_whole(run, file, quantize)
-        return
-    whole = file.with_suffix(".f16.partial")
-    try:
-        convert_whole(run, whole, "f16")
-        how = llama_cpp().LlamaModelQuantizeParams()
-        how.ftype, how.nthread = Q4_K_M, os.cpu_count() or 1
-        llama_cpp().model_quantize(str(whole), str(file), how)
-    finally:
-        whole.unlink(missing_ok=True)
-
-
-def write_adapter_gguf(cfg: Config, base: Path, final: Path, whole: Path) -> None:
-    """The adapter alone, which has to fit the whole model's file; nothing where it is merged already."""
-    run = open_run(local_path(cfg.OUTPUT_DIR))  # kept, as are the files of a zip as long as it is
-    folder = run.folder
-    if not (folder / ADAPTER).is_file():
-        return
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if settings.get("use_dora"):  # which llama.cpp does not know
-        return
-    with tempfile.TemporaryDirectory(prefix="finetune") as place, atomic_write(final) as staged:
-        if settings.get("use_rslora"):  # said in the one way of counting that it knows
-            strength = settings["lora_alpha"] * settings["r"] ** 0.5
-            settings |= {"use_rslora": False, "lora_alpha": strength}
-        shutil.copyfile(folder / ADAPTER, Path(place, ADAPTER))
-        write_json(Path(place, "adapter_config.json"), settings)
-        options = ("--base", base, "--outfile", staged, "--outtype", "f16")
-        convert("convert_lora_to_gguf.py", place, *options)
-        opened_gguf(whole).lora_adapter_init(str(staged))
-
-
-def tested_gguf(file: Path, run: Run, quantize: str) -> float:
-    """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
-    model, examples = opened_gguf(file), examples_to_measure(run)
-    vocabulary = model.get_vocab()
-    form, marks = prompt_in_words(run.tokenizer), special_tokens(run.tokenizer)
-    for question in HARD_TO_CUT:
-        if marks.search(form) and marks.search(question):
-            continue  # there it is a sign, whoever says it
-        prompt = form.replace("{question}", question)
-        composed = unicodedata.normalize("NFC", prompt)  # by Qwen's tokenizer, not by llama.cpp
-        here = encode(run.tokenizer, [asked_by_user(question)])["input_ids"]
-        marked = bool(marks.search(form))
-        if here not in (vocabulary.tokenize(text, True, marked) for text in (prompt, composed)):
-            raise UserError(
-                f"llama.cpp cuts the question {question!r} into other tokens than the training did, so "
-                "the file would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
-            )
-    end = vocabulary.token_eos()
-    if end != run.tokenizer.eos_token_id:
-        raise UserError(f"llama.cpp takes token {end} for the end, so the model would never stop.")
-    loss, wanted = loss_in_llama_cpp(model, examples), known_merged_loss(run)
-    say("Loss", f"in llama.cpp {loss:.4f}, in transformers {wanted:.4f}, on {len(examples)} rows")
-    refuse_loss(quantize, loss, wanted)
-    return loss
-
-
-def known_merged_loss(run: Run) -> float:
-    measured = run.record["merged"]
-    return float(measured[measured["way"]])
-
-
 def modelfile(run: Run, file: str) -> str:
     """How Ollama asks: whole talks as they were taught, instructions before the first question."""
     talk = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
@@ -6051,23 +5726,14 @@ def modelfile(run: Run, file: str) -> str:
 
 def export_space(cfg: Config, final: Path) -> Path:
     """A folder for Hugging Face Spaces: a page to ask the GGUF, which llama.cpp runs on a processor."""
-    refuse_other_folder(final, "space")
-    source = final.with_name(f"{exported_name(cfg)}-gguf")
-    file = source / f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
-    merged = merged_folder(cfg, source)
-    if not file.is_file() or record_of(source).get("adapter") != adapter_of(merged):
-        export_gguf(cfg, source)
-    run = open_run(source)
-    earlier = place_for_earlier(final, "")
+    name = gguf_name(cfg)
+    run = exported_before("gguf", cfg, final, name)
     how = {"temperature": run.cfg.TEMPERATURE, "top_p": run.cfg.TOP_P}
     how |= {"repeat_penalty": run.cfg.REPETITION_PENALTY, "max_tokens": run.cfg.MAX_TOKENS}
-    need = file.stat().st_size + SMALL_FILES
-    with explained_export_errors(final, need), atomic_folder(final, earlier) as staged:
-        shutil.copyfile(file, staged / file.name)
-        for name, text in SPACE_FILES.items():
-            (staged / name).write_text(text.replace("HOW_TO_ANSWER", repr(how)), encoding="utf-8")
-        write_card(staged, run, SPACE_CARD)
-        write_export_record(staged, run, "space")
+    with export_folder("space", run, final, (run.folder / name).stat().st_size) as folder:
+        link_or_copy(run.folder / name, folder / name)
+        for file, text in SPACE_FILES.items():
+            (folder / file).write_text(text.replace("HOW_TO_ANSWER", repr(how)), encoding="utf-8")
     return final
 
 
@@ -6075,27 +5741,21 @@ def export_hub(cfg: Config, _: Path) -> str:
     """Put OUTPUT_DIR on the Hub, whatever it holds: an adapter, merged weights, GGUF, a Space."""
     from huggingface_hub import HfApi, get_token
 
-    folder = local_path(cfg.OUTPUT_DIR)
-    if not os.path.isdir(folder):
-        raise UserError(f"There is no folder {folder} to upload.\nName one: --output-dir ./model")
-    open_run(folder)
+    run, token = open_run(local_path(cfg.OUTPUT_DIR)), get_token()
     if not cfg.HUB_REPO:
         raise UserError("Where to? Name the repository: --hub-repo YOUR-NAME/my-model")
-    token = get_token()
     if not token:
         raise UserError(
             "No token of the Hugging Face Hub was found.\nMake one with the right to write at "
             "https://huggingface.co/settings/tokens and put it into HF_TOKEN (on Colab: the key at the left)."
         )
-    kind = "space" if record_of(folder).get("export") == "space" else "model"
-    api = HfApi(token=token)
-    with explained_upload_errors(cfg.HUB_REPO, token):
+    files = files_to_upload(cfg, run.folder)
+    is_space, api = run.record.get("export") == "space", HfApi(token=token)
+    kind, sdk = ("space", "gradio") if is_space else ("model", None)
+    what: dict[str, Any] = {"repo_type": kind, "folder_path": run.folder, "allow_patterns": files}
+    try:
         made = api.create_repo(
-            cfg.HUB_REPO,
-            repo_type=kind,
-            private=cfg.HUB_PRIVATE,
-            exist_ok=True,
-            space_sdk="gradio" if kind == "space" else None,
+            cfg.HUB_REPO, repo_type=kind, private=cfg.HUB_PRIVATE, exist_ok=True, space_sdk=sdk
         )
         private = api.repo_info(made.repo_id, repo_type=kind).private
         if cfg.HUB_PRIVATE and not private:
@@ -6103,156 +5763,124 @@ def export_hub(cfg: Config, _: Path) -> str:
                 f"{made.repo_id} is there already, and everybody can see it.\n"
                 "Choose another --hub-repo, or say that this is meant: --no-hub-private"
             )
-        say(
-            "Upload",
-            f"{short_path(folder)} to {made.repo_id}, {'private' if private else 'public'}",
-        )
-        api.upload_folder(
-            repo_id=made.repo_id,
-            repo_type=kind,
-            folder_path=folder,
-            allow_patterns=files_for_the_hub(folder),
-            commit_message="Uploaded by finetune_colab.py",
-        )
-    return str(made)
-
-
-@contextmanager
-def explained_upload_errors(repository: str, token: str) -> Iterator[None]:
-    try:
-        yield
+        say("Upload", f"to {made.repo_id}, {'private' if private else 'public'}")
+        api.upload_folder(repo_id=made.repo_id, **what, commit_message="By finetune_colab.py")
     except UserError:
         raise
     except Exception as error:  # of the Hub's client, the network or the disk
-        told = getattr(error, "server_message", None) or error  # the Hub's own words, if any
-        found = f"{type(error).__name__}: {told}"
+        found = f"{type(error).__name__}: {getattr(error, 'server_message', None) or error}"
         for shape in (token, repr(token)[1:-1]):  # a sign that no header may hold is shown as \x0b
             found = found.replace(shape, "…")
         raise UserError(
-            f"The upload to {repository} did not end well.\n{preview(found, 300)}\nCheck the name, the token's right "
-            "to write, and the connection; then run the same command again: files that have arrived are "
-            "not sent again."
+            f"The upload to {cfg.HUB_REPO} did not end well.\n{preview(found, 300)}\nCheck the name, the token's "
+            "right to write, and the connection; then run the same command again: files that have arrived "
+            "are not sent again."
         ) from None
+    return str(made)
 
 
-def files_for_the_hub(folder: Path) -> list[str]:
-    """Nor the rows of the data, nor hidden files and half ones; as patterns."""
-    inside = [path.relative_to(folder) for path in files_for_others(folder)]
-    return [
-        glob.escape(path.as_posix())
-        for path in inside
+def files_to_upload(cfg: Config, folder: Path) -> list[str]:
+    """What may leave this computer, as patterns: no rows of the data, nothing hidden or half; once agreed."""
+    files = [
+        path
+        for path in files_for_others(folder)
         if path.name not in (ANSWERS, SAMPLE) and path.suffix != ".partial"
-        if not any(part.startswith(".") for part in path.parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
+    say("Files", f"that go to {cfg.HUB_REPO}; the rows of your data stay here:")
+    for path in files:
+        say("", f"{path.stat().st_size / 1e6:10.2f} MB  {path.relative_to(folder)}")
+    agreed = cfg.YES
+    with suppress(EOFError):
+        if not agreed and can_be_asked():
+            agreed = input("Upload them? [y/N] ").strip().casefold() in ("y", "yes")
+    if not agreed:
+        raise UserError("Nothing was uploaded.\nTo upload without a question, add --yes")
+    return [glob.escape(path.relative_to(folder).as_posix()) for path in files]
 
 
-LICENCES = {"microsoft/phi-2": "mit"}
+EXPORTERS: dict[str, Callable[[Config, Path], Path | str]] = {
+    **{"merged": export_merged, "gguf": export_gguf, "space": export_space, "hub": export_hub}
+}
+NEXT = {  # {0} is what was made, {1} the GGUF
+    "merged": "ask it: python finetune_colab.py chat --output-dir {0}",
+    "gguf": "ask it: llama-cli -m {0}/{1} --jinja; README.md there tells how Ollama and LM Studio open it",
+    "space": "try it: python app.py in {0}. To put it online: python finetune_colab.py export --to hub "
+    "--output-dir {0} --hub-repo NAME",
+    "hub": "open {0} in your browser",
+}
+
+# -- Cards, and the files of a Space
 
 
-def write_card(folder: Path, run: Run, card: str, **more: str) -> None:
-    base = run.cfg.MODEL_NAME
-    named = "" if base.startswith("./") else f"base_model: {base}\n"
-    licence = f"license: {LICENCES[base]}\n" if base in LICENCES else ""
-    figures = ""
-    with suppress(OSError):
-        whole = (run.folder / "README.md").read_text(encoding="utf-8")
-        figures = "".join(whole.partition("## The run")[1:])
+def write_card(folder: Path, run: Run, kind: str, file: str) -> None:
+    """What others read first: what it is, how to ask it, and the results of the run."""
+    base, (front, how), readme = run.cfg.MODEL_NAME, CARDS[kind], run.folder / "README.md"
     name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
-    text = card.format(
-        front=licence + named,
-        base=name,
-        title=json.dumps(f"Ask {name}, fine-tuned", ensure_ascii=False),  # quoted, as YAML has it
-        figures=figures,
-        prompt=prompt_in_words(run.tokenizer),
-        **more,
+    if base in LICENCES:
+        front += f"license: {LICENCES[base]}\n"
+    if kind != "space" and not base.startswith("./"):
+        front += f"base_model: {base}\nbase_model_relation: finetune\n"
+    quoted = functools.partial(json.dumps, ensure_ascii=False)  # as YAML and Python have it
+    question = quoted((run.record["examples"] or ["Why?"])[0])
+    told = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    text = EXPORT_CARD.format(
+        front=front.format(title=quoted(f"Ask {name}, fine-tuned")),
+        name=name,
+        how=how.format(file=file, question=question),
+        results="".join(told.partition("## The run")[1:]),
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-MERGED_CARD = """\
+EXPORT_CARD = """\
 ---
-{front}library_name: transformers
-pipeline_tag: text-generation
-tags:
-- question-answering
----
+{front}---
 
-# {base}, fine-tuned
+# {name}, fine-tuned
 
-Fine-tuned by `finetune_colab.py` on pairs of questions and answers; the adapter is in the weights.
+Fine-tuned by `finetune_colab.py` on pairs of questions and answers.
+{how}
+
+{results}"""
+FOR_TEXT = "pipeline_tag: text-generation\ntags: [question-answering]\n"
+CARDS = {  # the front matter, and how to ask
+    "merged": (
+        f"library_name: transformers\n{FOR_TEXT}",
+        """\
+The adapter is in the weights; the tokenizer's chat template is the form of the training.
 
 ```python
 from transformers import pipeline
 
 ask = pipeline("text-generation", ".")
-talk = [{{"role": "user", "content": "What is overfitting?"}}]
+talk = [{{"role": "user", "content": {question}}}]
 print(ask(talk, return_full_text=False)[0]["generated_text"].strip())
-```
-
-The tokenizer's chat template is the form of the training:
-
-```text
-{prompt}
-```
-
-{figures}"""
-
-GGUF_CARD = """\
----
-{front}base_model_relation: quantized
-library_name: gguf
-pipeline_tag: text-generation
-tags:
-- question-answering
----
-
-# {base}, fine-tuned, for llama.cpp
+```""",
+    ),
+    "gguf": (
+        f"library_name: gguf\n{FOR_TEXT}",
+        """\
+The form of a question is in the file, for programs that use templates, and in `Modelfile`.
 
 | program | how |
 | --- | --- |
 | Ollama | `ollama create mine -f Modelfile`, then `ollama run mine` |
 | llama.cpp | `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja` |
-| LM Studio | `lms import {file}`, or copy the file into its folder of models |
-
-The form of a question is in the file, for programs that use templates, and in `Modelfile`:
-
-```text
-{prompt}
-```
-
-`adapter-f16.gguf` is the adapter alone, for a GGUF of the base model: `llama-cli -m BASE --lora adapter-f16.gguf`.
-
-{figures}"""
-
-SPACE_CARD = """\
----
-title: {title}
-emoji: 💬
-colorFrom: blue
-colorTo: indigo
-sdk: gradio
-sdk_version: 6.31.0
-python_version: "3.12"
-app_file: app.py
-{front}suggested_hardware: cpu-basic
----
-
-# Ask {base}, fine-tuned
-
-A page that asks the model, which llama.cpp runs on a processor. On your own computer:
-`pip install -r requirements.txt`, then `python app.py`.
-"""
+| LM Studio | `lms import {file}`, or copy the file into its folder of models |""",
+    ),
+    "space": (
+        "title: {title}\nemoji: 💬\ncolorFrom: blue\ncolorTo: indigo\nsdk: gradio\nsdk_version: 6.31.0\n"
+        'python_version: "3.12"\napp_file: app.py\nsuggested_hardware: cpu-basic\n',
+        "A page asks the model, which llama.cpp runs on a processor. On your own computer:\n"
+        "`pip install -r requirements.txt`, then `python app.py`.",
+    ),
+}
 SPACE_FILES = {
     "app.py": '''\
 """A page that asks the fine-tuned model, which llama.cpp runs on the processor."""
-
-import html
-import json
-import pathlib
-import urllib.request
-
-import gradio
-import xllamacpp
+import html, json, pathlib, urllib.request
+import gradio, xllamacpp
 
 options = xllamacpp.CommonParams()
 options.model.path = str(next(pathlib.Path(__file__).parent.glob("*.gguf")))
@@ -6283,24 +5911,11 @@ page.launch()
 }
 
 
-NEXT = {
-    "merged": "ask it: python finetune_colab.py chat --output-dir {}",
-    "gguf": "README.md in {} says how LM Studio, Ollama and llama.cpp open it",
-    "space": "try it: python app.py in {0}. To put it online: python finetune_colab.py export --to hub "
-    "--output-dir {0} --hub-repo NAME",
-    "hub": "open {} in your browser",
-}
-EXPORTERS: dict[str, Callable[[Config, Path], object]] = {
-    "merged": export_merged,
-    "gguf": export_gguf,
-    "space": export_space,
-    "hub": export_hub,
-}
-
-
 # ==================================================================================================
 # 12  Commands
 # ==================================================================================================
+
+INSTALL = "pip install -r requirements-finetune.txt"
 
 # -- The log
 
@@ -6319,270 +5934,388 @@ def censored(text: str) -> str:
 
 
 class LogFile(logging.Handler):
-    """Keeps what is said until start_log has a file for it; without one it is forgotten."""
+    """Keeps what is said until there is a file for it; without one it is forgotten."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.lines: list[str] = []
-        self.file: TextIO | None = None
+    lines: list[str] = []
+    path: Path | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         text = censored(self.format(record))
         self.lines += [f"{stamp}  {printable(line)}\n" for line in text.splitlines()]
-        self.write()
+        if self.path:
+            self.write_to(self.path)
 
-    def write(self) -> None:
-        if file := self.file:
-            try:
+    def write_to(self, path: Path) -> None:
+        """Append what was said so far to this file, and then all that is said."""
+        is_new = path != self.path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(self.lines)
-                file.flush()
-                self.lines.clear()
-            except OSError as error:  # a full disk must not cost anybody the training
-                self.close()
-                say("Warning", f"the log {file.name} cannot be written to any more: {error}")
+            self.path, self.lines = path, []
+        except OSError as error:  # a full disk must not cost anybody the training
+            self.path = None
+            say("Warning", f"the log {path} cannot be written to any more: {error}")
+        if is_new and self.path:
+            say("Log", f"{path} keeps all that is said here")
 
-    def close(self) -> None:
-        file, self.file = self.file, None
-        with suppress(OSError):  # a full disk has had its warning
-            if file:
-                file.close()
-        super().close()
+    @contextmanager
+    def of_one_command(self) -> Iterator[None]:
+        self.lines, self.path = [], None
+        try:
+            yield
+        finally:
+            self.lines, self.path = [], None
+
+
+LOG_FILE = LogFile()
+LOG.handlers = [LOG_FILE]  # in a notebook, an earlier run of this file may have left its own
+LOG.setLevel(logging.INFO)
+LOG.propagate = False
+
+
+# -- What would stop a training, found before it begins
+
+
+def quick_problems(cfg: Config) -> Iterator[str]:
+    """What shows without the data and the model, in less than a second."""
+    below = [
+        f"{package} {version or 'is missing'} ({FLOORS[package]} or newer)"
+        for package, version in installed_versions().items()
+        if package != "matplotlib" and is_below(version, FLOORS[package])  # it is for pictures only
+    ]
+    if below:
+        yield f"Packages are missing or too old: {', '.join(below)}.\n{INSTALL}"
+    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
+        yield f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}"
+    try:
+        yield from output_problems(cfg)
+    except OSError as error:
+        yield f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be looked into: {error.strerror}."
+    for setting in ("OUTPUT_DIR", "CHECKPOINT_DIR"):
+        folder = local_path(getattr(cfg, setting)).resolve()
+        place = folder.parent if setting == "OUTPUT_DIR" else folder
+        try:
+            with tempfile.TemporaryDirectory(prefix=".finetune", dir=nearest(place)) as probe:
+                write_json(Path(probe, "written"), "can this folder be written to?")
+        except OSError as error:
+            why = f"{place} cannot be written to: {error.strerror}"
+            yield f"The folder {why}.\nChoose another with {flag(setting)}"
+    mirror = cfg.CHECKPOINT_MIRROR
+    if mirror and not local_path(mirror).resolve().parent.is_dir():
+        yield f"CHECKPOINT_MIRROR {mirror} has no folder to lie in.\nMount the drive, or make it."
+
+
+def output_problems(cfg: Config) -> Iterator[str]:
+    """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
+    final, toy = output_folder(cfg), cfg.MODEL_NAME == DEMO_MODEL
+    is_folder = not final.is_mount() and (final.is_dir() or not final.exists())
+    is_text = str(final) == str(final).encode("utf-8", "replace").decode()  # as libraries need it
+    if Path.cwd().is_relative_to(final) or not (is_folder and is_text):
+        why = "it is no folder of its own, or the current folder lies in it"
+        yield f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced: {why}.\nUse one such as ./model"
+        return
+    places = {name: getattr(cfg, name) for name in PLACES if name != "OUTPUT_DIR"}
+    if not toy and os.path.isdir(local_path(cfg.MODEL_NAME)):
+        places["MODEL_NAME"] = cfg.MODEL_NAME
+    for name, place in places.items():
+        if place and local_path(place).resolve().is_relative_to(final):
+            where = f"{name} {place} lies in OUTPUT_DIR {final}, which a new model replaces"
+            yield f"{where}.\nMove it, or take another {flag(name)} or --output-dir"
+    base, theirs = str(record_of(final).get("base_model", "model")), ""
+    if not (final / "run.json").is_file():
+        strange = final.is_dir() and any(final.iterdir())
+        theirs = "files that are not from this script" if strange else ""
+    elif toy and base.removeprefix("./") != DEMO_MODEL:
+        theirs = f"your fine-tuned {base}"
+    if theirs:
+        new = f"Choose a new folder: --output-dir {final / 'model'}"
+        yield f"OUTPUT_DIR {final} holds {theirs}, so it is left alone.\n{new}"
+
+
+def model_problems(cfg: Config, model: Outline) -> Iterator[str]:
+    """What the outline of the model tells before its weights are here: layers, memory and disk."""
+    device = device_here(cfg)
+    checks: tuple[tuple[Any, ...], ...] = (
+        (adapted_outline, cfg, model),
+        (optimizer_name, cfg, device),
+        (refuse_small_memory, cfg, device, model.parameters),
+        (refuse_full_disk, cfg, model),
+    )
+    for refuse, *given in checks:
+        try:
+            refuse(*given)
+        except UserError as error:
+            yield str(error)
+
+
+def refuse_full_disk(cfg: Config, model: Outline) -> None:
+    """At the worst moment four checkpoints lie there: the newest, before the oldest is deleted."""
+    trainable, states = 0, local_path(cfg.CHECKPOINT_DIR)
+    with suppress(UserError):  # of the layers, which is said already
+        trainable = cfg.LORA_R * sum(map(sum, adapted_outline(cfg, model).adapted))
+    present = Counter(path.parents[1] for path in states.glob("*/checkpoint-*/" + COMMIT))
+    to_come = max(1, 4 - max(present.values(), default=0)) * (1 + cfg.ARCHIVE_CHECKPOINTS)
+    sizes = output_bytes(trainable), to_come * BYTES_PER_WEIGHT * trainable
+    with suppress(OSError):  # what cannot be measured is not judged
+        folders = nearest(output_folder(cfg).parent), nearest(states)
+        if folders[0].stat().st_dev == folders[1].stat().st_dev:
+            sizes = sum(sizes), 0
+        for folder, size, name in zip(
+            folders, sizes, ("OUTPUT_DIR", "CHECKPOINT_DIR"), strict=True
+        ):
+            usage = shutil.disk_usage(folder)
+            if usage.total and usage.free < size:  # some mounted drives do not know their size
+                free = f"{usage.free / 1e9:.1f} GB are free in {folder.absolute()}"
+                raise UserError(
+                    f"The run needs up to {size / 1e9:.1f} GB, {free}.\nDelete something, such as "
+                    f"checkpoints of earlier runs, or take another disk with {flag(name)}"
+                )
 
 
 @contextmanager
-def collected_log() -> Iterator[None]:
-    LOG.setLevel(logging.INFO)
-    LOG.propagate = False
-    LOG.addHandler(log := LogFile())
-    try:
+def only_run_in(folder: Path, setting: str) -> Iterator[None]:
+    """Keep a second run out of a folder while this one lasts.
+
+    The lock is the system's, and goes with the process however that ends. It lies among the caches
+    of this computer: a mounted drive may know no locks, or keep those of other machines.
+    """
+    import filelock
+
+    place = cache_folder("locks", hashlib.sha256(os.fsencode(folder)).hexdigest()[:16])
+    holder = place.with_suffix(".txt")  # not the lock, which some systems let nobody else read
+    with ExitStack() as held:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(filelock.FileLock(place.with_suffix(".lock")).acquire(timeout=0))
+            holder.write_text(f"process {os.getpid()}, since {time.ctime()}")
+        except filelock.Timeout:
+            who = f": {holder.read_text()}" if holder.is_file() else ""
+            raise UserError(
+                f"Another run is at work in {setting} {folder}{who}.\n"
+                f"Wait until it has ended, or stop it, or take another folder with {flag(setting)}"
+            ) from None
+        except (OSError, NotImplementedError) as error:  # the latter of older filelocks
+            say("Note", f"a second run in {setting} would not be noticed: no locks here ({error})")
         yield
-    finally:
-        LOG.removeHandler(log)
-        log.close()
-
-
-def start_log(path: Path) -> None:
-    """Append what was said so far to this file, and then all that is said."""
-    for log in LOG.handlers:
-        if isinstance(log, LogFile) and not log.file:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                log.file = path.open("a", encoding="utf-8", errors="backslashreplace")
-            except OSError as error:
-                say("Warning", f"the log {path} cannot be written to any more: {error}")
-                continue
-            log.write()
-            if log.file:
-                say("Log", f"{path} keeps all that is said here")
 
 
 # -- Training, and looking before it
 
-DEMO_SETTINGS: dict[str, Any] = {
-    "MODEL_NAME": DEMO_MODEL,
-    "DATASET_PATH": EXAMPLE_DATASET,
-    "LEARNING_RATE": 1e-2,
-    "BATCH_SIZE": 10,
-    "GRADIENT_ACCUMULATION_STEPS": 1,
-    "MAX_STEPS": 400,
-    "EVAL_STEPS": 100,
-    "SAVE_STEPS": 400,
-    "KEEP_BEST": False,  # learning by heart is the point here, and held-out answers suffer from it
-}
-
-SMALL_ADAPTER = {"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
-LARGE_ADAPTER = {"LORA_R": 32, "LORA_ALPHA": 64, "LEARNING_RATE": 1e-4}
-PRESETS: dict[str, dict[str, Any]] = {
-    "quick": {"NUM_EPOCHS": 1, **SMALL_ADAPTER, "EVAL_ANSWERS": 5},
-    "balanced": {},  # the defaults
-    "quality": {"NUM_EPOCHS": 8, **LARGE_ADAPTER, "EARLY_STOPPING_PATIENCE": 3},
-    "low-memory": {**SMALL_ADAPTER, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True},
-}
-
-
-def refuse(problems: list[str]) -> None:
-    if problems:
-        raise UserError("\n\n".join(problems))
-
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
-    with cleared(cfg):
-        run_training(cfg)
+    with ExitStack() as locks:
+        with first_goes_first():
+            data, outline = prepare_run(cfg, locks)
+            device, plan = plan_here(cfg, data, outline)
+            keeper = open_checkpoints(cfg, data, device, plan)
+        model = fine_tune(cfg, data, device, plan, keeper)
+        if is_first():
+            save_and_report(cfg, data, device, keeper, model)
     return 0
 
 
-def run_training(cfg: Config) -> Prepared:
-    """All of it in the first process; in others, their share of the steps."""
-    with first_goes_first():
-        cfg, data, device, plan, keeper, last = begun(cfg)
-    model = None
-    if not last or not last.record["tally"]["finished"]:
-        base = load_base(cfg, device)
-        from transformers import set_seed
-
-        set_seed(cfg.SEED)
-        model = add_lora(cfg, base)
-        last = train_adapter(cfg, model, data, device, plan, keeper)
-    if is_first():
-        finish(cfg, data, device, keeper, last, model)
-    return data
+def prepare_run(cfg: Config, locks: ExitStack) -> tuple[Prepared, Outline | None]:
+    """Refuse, all at once, what would fail later; hold the folders of the run; read the data."""
+    problems = [*quick_problems(cfg)] if is_first() else []
+    if not problems and is_first():
+        folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
+        for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
+            locks.enter_context(only_run_in(folder, setting))
+        for name, value in (public_settings(cfg) | installed_versions()).items():
+            LOG.info("%-28s%s", name, as_text(value))
+    data, outline = (None, None) if problems else load_data(cfg, problems)
+    if problems or not data:
+        raise UserError("\n\n".join(problems))
+    return data, outline
 
 
-class Begun(NamedTuple):
-    """What is known when the first step can begin."""
+def load_data(
+    cfg: Config, problems: list[str], offline: bool = False
+) -> tuple[Prepared | None, Outline | None]:
+    """Pairs in tokens, and what the model is made of; what stands in the way joins the problems."""
+    data = outline = None
+    if cfg.MODEL_NAME == DEMO_MODEL:
+        say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
+    if cfg.PRESET:
+        used = (f"{name} {as_text(getattr(cfg, name))}" for name in PRESETS[cfg.PRESET])
+        say("Preset", f"{cfg.PRESET}: {', '.join(used) or 'the defaults'}")
+    try:
+        pairs = find_pairs(cfg)  # before what has to wait for torch
+        if outline := known_outline(cfg):
+            problems += model_problems(cfg, outline)
+        data = prepare(cfg, pairs, offline)
+        refuse_unfit(cfg, data)
+    except UserError as error:
+        problems.append(str(error))
+    except ModuleNotFoundError:
+        if not problems:  # otherwise what is missing is among them
+            raise
+    return data, outline
 
-    cfg: Config  # with the commit of the model
-    data: Prepared
-    device: Device
-    plan: Plan
-    keeper: Checkpoints
-    start: Checkpoint | None
 
-
-def begun(cfg: Config) -> Begun:
-    """Everything before the model is loaded."""
-    say_preset(cfg)
-    pairs = find_pairs(cfg)
-    model = outline_here(cfg)
-    refuse(model_problems(cfg, model))
-    data = prepare(cfg, pairs)
-    refuse_unfit(cfg, data)
+def plan_here(cfg: Config, data: Prepared, outline: Outline | None) -> tuple[Device, Plan]:
+    """How the training goes on this machine, and what it will cost."""
     device = device_here(cfg)
+    plan = plan_run(cfg, data.train, device, outline and adapted_outline(cfg, outline))
+    held_out = f"{len(data.held_out)} held out to measure" if data.held_out else "none held out"
+    epochs = f"{plan.steps / plan.steps_per_epoch:.3g} times over {plan.tokens_per_epoch:,} tokens"
+    cost = cost_in_words(plan.seconds and plan.seconds + plan.asking_seconds, plan.memory_gb)
     say("Device", device.reason)
-    plan = plan_run(cfg, data.train, device, model and adapted_outline(cfg, model))
-    say_plan(cfg, data, plan)
-    ask_about_quality(cfg, data.quality)
+    say("Pairs", f"{len(data.train)} to learn, {held_out}")
+    if processes() > 1:
+        say("Processes", f"{processes()}, which share the pairs of every step")
+    say("Plan", f"{plan.steps} steps of {plan.pairs} pairs, {epochs}")
+    say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
+    say("Estimate", f"{cost}; measuring and saving come on top")
+    return device, plan
+
+
+def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
+    memory = f", at most {memory_gb:.1f} GB of memory" if memory_gb else ""
+    return f"{in_time(seconds)}{memory}" if seconds else "not known"
+
+
+def open_checkpoints(cfg: Config, data: Prepared, device: Device, plan: Plan) -> Checkpoints:
+    """The checkpoints of this run, and where its training begins."""
     keeper = Checkpoints(cfg, identity_of(cfg, data, device))
-    last = keeper.starting_point()
-    if last and LOG_NAME.fullmatch(str(last.record["tally"]["log"])):  # one log for the whole run
-        keeper.log = keeper.log.with_name(last.record["tally"]["log"])
+    start = keeper.starting_point()
+    if start and LOG_NAME.fullmatch(str(start.record["tally"]["log"])):
+        keeper.log = keeper.log.with_name(start.record["tally"]["log"])  # one for the whole run
     if is_first():
-        start_log(keeper.log)
-    say_start(cfg, plan, keeper, last)
-    return Begun(cfg, data, device, plan, keeper, last)
+        LOG_FILE.write_to(keeper.log)
+    if not start:
+        often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
+        say("Safe", f"saved in {short_path(keeper.folder)} {often}; {resume_hint(cfg)}")
+    elif start.record["tally"]["finished"]:
+        say("Resume", "this run is finished: nothing is trained, its files are written anew")
+    else:
+        say("Resume", f"from step {start.step} of {plan.steps}, in {short_path(start.folder)}")
+    return keeper
 
 
-def finish(
-    cfg: Config,
-    data: Prepared,
-    device: Device,
-    keeper: Checkpoints,
-    last: Checkpoint,
-    model: PeftModel | None,
+def fine_tune(
+    cfg: Config, data: Prepared, device: Device, plan: Plan, keeper: Checkpoints
+) -> PeftModel | None:
+    """The model after all steps; not even loaded where an earlier run has done them."""
+    if keeper.last and keeper.last.record["tally"]["finished"]:
+        return None
+    from transformers import set_seed
+
+    base = load_base(cfg, device)
+    set_seed(cfg.SEED)
+    model = add_lora(cfg, base)
+    train_adapter(cfg, model, data, device, plan, keeper)
+    return model
+
+
+def save_and_report(
+    cfg: Config, data: Prepared, device: Device, keeper: Checkpoints, model: PeftModel | None
 ) -> None:
     """Everything after the last step: OUTPUT_DIR, the questions, and what came of it all."""
-    result = kept_answers(cfg, data, keeper, last)
+    last, result = keeper.last, None
+    assert last, "the Trainer saves its last step"
+    trained = outcome(cfg, last)
+    toy = cfg.MODEL_NAME == DEMO_MODEL  # which learns by heart, and nothing else
+    pairs = (data.train_pairs if toy else pairs_to_ask(data))[: cfg.EVAL_ANSWERS]
+    kept = keeper.folder / f"answers-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
+    with suppress(OSError, ValueError, TypeError, KeyError):  # asked in an earlier sitting
+        record = json.loads(kept.read_text(encoding="utf-8"))
+        result = Comparison([Asked(*one) for one in record["asked"]], *record["effort"])
     folder, archive = save_run(cfg, device, data, last, result)
-    if not result and (result := held_out_answers(cfg, data, device, keeper, last, model)):
-        folder, archive = save_run(cfg, device, data, last, result)
+    if pairs and not result:
+        with warned("there will be no answers.xlsx; the adapter is saved"):
+            model = model or add_lora(cfg, load_base(cfg, device))
+            result = before_and_after(cfg, data, model, trained.adapter, pairs)
+            if len(result.asked) == len(pairs):
+                effort = result.tokens, result.seconds
+                write_json(kept, {"asked": result.asked, "effort": effort})
+            archive = add_answers(folder, data, result)
+    say_result(trained, folder, archive)
     if result:
         say_answers(result)
-    say_result(outcome(cfg, last), folder, archive)
+    say("Next", "ask it with the command chat, or with compare beside what it said before")
 
 
-def place_of_answers(cfg: Config, data: Prepared, keeper: Checkpoints, last: Checkpoint) -> Path:
-    asked = min(cfg.EVAL_ANSWERS, len(pairs_to_ask(data)))
-    return keeper.folder / f"answers-{last.step}-{asked}-{cfg.MAX_TOKENS}.json"
+def before_and_after(
+    cfg: Config, data: Prepared, model: PeftModel, adapter: Path, pairs: Sequence[Pair]
+) -> Comparison:
+    from safetensors.torch import load_file
+
+    which = "questions that were taught" if pairs[0] in data.train_pairs else "held-out questions"
+    say("Asking", f"{len(pairs)} {which}, before and after; the adapter is saved already")
+    put_adapter(model, load_file(adapter))
+    talks = [Talk(pair.place[4:], pair.messages[:-1], pair.answer) for pair in pairs]
+    return ask_both(Run(cfg, data.tokenizer, model), talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
 
 
-def kept_answers(
-    cfg: Config, data: Prepared, keeper: Checkpoints, last: Checkpoint
-) -> Comparison | None:
-    """What the model has answered already, in an earlier sitting of the same run."""
-    with suppress(OSError, ValueError, TypeError, KeyError):
-        place = place_of_answers(cfg, data, keeper, last)
-        kept = json.loads(place.read_text(encoding="utf-8"))
-        return Comparison([Asked(**one) for one in kept["asked"]], kept["tokens"], kept["seconds"])
-    return None
+def say_answers(result: Comparison) -> None:
+    """The first three, and how good all are together."""
+    for one in result.asked[:EXAMPLES_SHOWN]:
+        wanted = {"  wanted": one.reference} if one.reference else {}
+        told = {"Question": one.question, **wanted, "  before": one.before, "  after": one.after}
+        for label, text in told.items():
+            say(label, preview(text, 130))
+    for figure, what in FIGURES_OF_ANSWERS.items():
+        before, after = result.mean(f"{figure}_before"), result.mean(f"{figure}_after")
+        if before is not None and after is not None:
+            say(figure.capitalize(), f"{before:.2f} before, {after:.2f} after: {what}")
+    count = len(result.asked)
+    say("Speed", f"{result.pace}; {count} questions asked twice")
+    if exact := sum(one.after == one.reference for one in result.asked):
+        say("Result", f"{exact} of the {count} answers come back word for word as they were wanted")
 
 
-def held_out_answers(
-    cfg: Config,
-    data: Prepared,
-    device: Device,
-    keeper: Checkpoints,
-    last: Checkpoint,
-    model: PeftModel | None,
-) -> Comparison | None:
-    """What the model says before and after: an extra, for which nobody pays with the adapter."""
-    pairs = pairs_to_ask(data)[: cfg.EVAL_ANSWERS]
-    if not pairs:
-        return None
-    try:
-        from safetensors.torch import load_file
-
-        which = "held-out questions" if data.held_out_pairs else "questions that were taught"
-        say("Asking", f"{len(pairs)} {which}, before and after; the adapter is saved already")
-        model = model or add_lora(cfg, load_base(cfg, device))
-        put_adapter(model, load_file(outcome(cfg, last).adapter))
-        talks = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in pairs]
-        tuned = Run(cfg, data.tokenizer, model)
-        result = ask_both(tuned, talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
-        if len(result.asked) == len(pairs):
-            write_json(
-                place_of_answers(cfg, data, keeper, last),
-                asdict(result) | {"asked": [one._asdict() for one in result.asked]},
-            )
-        return result
-    except (Exception, KeyboardInterrupt) as error:
-        reason = preview(f"{type(error).__name__} {error}", 100)
-        say("Warning", f"there will be no answers.xlsx ({reason}); the adapter is saved")
-        return None
-
-
-def ask_about_quality(cfg: Config, quality: Quality) -> None:
-    """Doubtful data is trained on if the person wants it; where nobody can answer, with a warning."""
-    asking = sys.stdin is not None and sys.stdin.isatty()
-    if cfg.YES or quality.score >= cfg.MIN_QUALITY or not asking:
-        return
-    try:
-        reply = input("Train anyway? [y/N] ")
-    except EOFError:
-        reply = ""
-    if reply.strip().casefold() not in ("y", "yes"):
-        raise UserError(
-            "Nothing was trained and nothing was changed, as you wished.\nFix the rows named above (the command check "
-            "lists them all), or add --yes to train without this question."
-        )
-
-
-@contextmanager
-def aside(wanted: bool) -> Iterator[None]:
-    """Say on the error stream what is said, where a program may read the answers from the other."""
-    with redirect_stdout(sys.stderr) if wanted else nullcontext():
-        yield
+def say_result(trained: Trained, folder: Path, archive: Path) -> None:
+    before, after, tally = trained.base_loss, trained.final_loss, trained.tally
+    if before is not None and after is not None:
+        change = f"{abs(1 - after / before):.0%} {'lower' if after < before else 'HIGHER'}"
+        say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
+    took = cost_in_words(tally.seconds, tally.peak_memory_gb)
+    foreseen = cost_in_words(tally.foreseen_seconds, tally.foreseen_memory_gb)
+    speed = trained.tokens / tally.seconds
+    say("Time", f"of the training {took}; foreseen: {foreseen}; {speed:,.0f} tokens a second")
+    pictures = short_path(folder / "training_visuals")
+    say("Saved", f"the adapter in {short_path(folder)}, pictures in {pictures}")
+    if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
+        say("", f"the model that was there before is kept in {short_path(earlier)}")
+    say("Download", f"{short_path(archive)} (on Colab: the folder icon at the left, then ⋮)")
 
 
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
-    with aside(cfg.JSON):
-        data, model, place = None, None, ""
-        problems = preflight(cfg)
-        with collecting(problems):
-            place = without_secrets(cfg.DATASET_PATH)
-            pairs = find_pairs(cfg)  # before what has to wait for torch
-            model = outline_here(cfg)
-            problems += model_problems(cfg, model)
-            data = prepare(cfg, pairs, offline=True)
-            refuse_unfit(cfg, data)
+    with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
+        problems, report = [*quick_problems(cfg)], None
+        data, outline = load_data(cfg, problems, offline=True)
         for problem in problems:
             say("Problem", problem)
         if data and data.tokenizer and not problems:
-            model = model and adapted_outline(cfg, model)
-            say_plan(cfg, data, plan_run(cfg, data.train, device_here(cfg), model))
-            if model and cfg.MODEL_NAME != DEMO_MODEL:
-                say_elsewhere(cfg, data.train, model)
-        report = say_report(cfg, data) if data else None
-        if not problems:
-            say(
-                "Ready",
-                "training would go ahead. Start it with the same command without the word check.",
-            )
+            plan_here(cfg, data, outline)
+            if outline and cfg.MODEL_NAME != DEMO_MODEL:
+                say_cost_on_colab(cfg, data.train, adapted_outline(cfg, outline))
+        if data:
+            report = say_report(cfg, data)
+        if not problems and data:
+            ready = "training would go ahead: the same command without the word check"
+            if not data.tokenizer:
+                ready = f"so far; the tokenizer of {cfg.MODEL_NAME} is missing: check with internet"
+            say("Ready", f"{ready}.")
     if cfg.JSON:
-        show(json.dumps(check_record(place, data, problems, report)))
+        show(json.dumps(check_record(cfg, data, problems, report)))
     return 1 if problems else 0
+
+
+def say_cost_on_colab(cfg: Config, examples: Sequence[Example], model: Outline) -> None:
+    """What the same would cost on the GPUs that Colab has."""
+    costs = []
+    for name, (capability, figures) in GPUS.items():
+        device = choose_device(cfg, "cuda", capability, *figures)
+        plan = plan_run(cfg, examples, device, model)
+        seconds = (plan.seconds or 0) + plan.asking_seconds
+        costs.append(f"{name} {cost_in_words(seconds, plan.memory_gb)}")
+    say("On Colab", f"by arithmetic, not timed: {'; '.join(costs)}")
 
 
 def say_report(cfg: Config, data: Prepared) -> Path | None:
@@ -6590,37 +6323,27 @@ def say_report(cfg: Config, data: Prepared) -> Path | None:
     if data.tokens:
         figures = token_figures(data)
         say("Tokens", "{min} to {max} in a pair, median {median}".format(**figures))
-    if not data.tokenizer:
-        say(
-            "Note",
-            f"the tokenizer of {cfg.MODEL_NAME} is not on this computer, and the Hub cannot be reached: "
-            "no tokens were counted and no plan was made. Run check once more with internet.",
-        )
-    elif data.train:
-        example = min(data.train, key=lambda one: len(one["input_ids"]))
+    if data.train:
+        middle = sorted(data.train, key=lambda one: len(one["input_ids"]))[len(data.train) // 2]
         say("Example", "what the model reads, with what it learns between [[ and ]]:")
-        for line in marked(data.tokenizer, example).split("\n")[:LONGEST_EXAMPLE]:
+        for line in marked(data.tokenizer, middle).split("\n")[:LONGEST_EXAMPLE]:
             say("", preview(line, 300))
-    path = write_report(cfg, data)
-    if path:
-        say(
-            "Report",
-            f"every row in {short_path(path)}, the lengths in {short_path(path.with_suffix('.png'))}",
-        )
+    if path := write_report(cfg, data):
+        picture = short_path(path.with_suffix(".png"))
+        say("Report", f"every row in {short_path(path)}, the lengths in {picture}")
     return path
 
 
 def check_record(
-    place: str, data: Prepared | None, problems: list[str], report: Path | None
+    cfg: Config, data: Prepared | None, problems: list[str], report: Path | None
 ) -> dict[str, Any]:
     """What `check --json` prints; every name is there, whatever was found."""
     pairs = data.pairs if data else None
     quality = data.quality if data else quality_of([], [])
-    record = quality_record(quality)
     kept = len(pairs.kept) if pairs else 0
     return {
         "ready": not problems,
-        "file": pairs.name if pairs else place,
+        "file": pairs.name if pairs else local_path(censored(cfg.DATASET_PATH)).name,
         "shape": pairs.shape if pairs else None,
         "sheet": (pairs.table.sheet or None) if pairs else None,
         **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
@@ -6630,51 +6353,26 @@ def check_record(
         "pairs_held_out": len(data.held_out_pairs) if data else 0,
         "other_tables": pairs.other_tables if pairs else [],
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
-        "quality": record["score"],
-        "quality_parts": record["parts"],
+        "quality": quality_record(quality)["score"],
+        "quality_parts": quality_record(quality)["parts"],
         "problems": problems + grouped(quality.flagged),
         "tokens": token_figures(data) or None if data else None,
         "report": str(report) if report else None,
     }
 
 
-def demo(cfg: Config) -> int:
-    """The whole job on the built-in model, then the questions of the workbook, before and after."""
-    say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
-    with cleared(cfg):
-        taught = run_training(cfg).train_pairs
-    if not is_first():
-        return 0
-    tuned = load_tuned(output_folder(cfg))
-    prompts = [prompt_of(tuned, pair.messages[:-1], cfg) for pair in taught]
-    with tuned.untuned() as model:
-        before = answers(model, tuned.tokenizer, prompts[:EXAMPLES_SHOWN], cfg)
-    after = answers(tuned.model, tuned.tokenizer, prompts, cfg)
-    for pair, old, new in zip(taught, before, after, strict=False):
-        say("Question", pair.question)
-        say("  before", preview(old.text, 130))
-        say("  after", new.text if new.text == pair.answer else preview(new.text, 130))
-    exact = sum(new.text == pair.answer for pair, new in zip(taught, after, strict=True))
-    stopped = sum(new.stopped for new in after)
-    say(
-        "Result",
-        f"{exact} of the {len(taught)} answers it was taught come back word for word; "
-        f"{stopped} of {len(taught)} stop by themselves.",
-    )
-    return 0
+# -- What comes after it
 
 
 def chat(cfg: Config) -> int:
     """Talk with the tuned model, in the terminal or with --web in the browser."""
     if cfg.WEB:
         return serve(cfg)
-    talking = not cfg.QUESTION and can_be_asked()
-    questions = [] if talking else questions_given(cfg)
-    with aside(bool(questions)):
+    if not cfg.QUESTION and can_be_asked():
+        return converse(model_to_ask(cfg), cfg)
+    questions, failed = questions_given(cfg), False
+    with redirect_stdout(sys.stderr):  # a program may read the answers
         tuned = model_to_ask(cfg)
-    if talking:
-        return converse(tuned, cfg)
-    failed = False
     for question in questions:
         try:
             told = tell(tuned, [asked_by_user(question)], cfg)
@@ -6689,30 +6387,23 @@ def chat(cfg: Config) -> int:
 
 def compare(cfg: Config) -> int:
     """Put the same questions to the base and the tuned model, side by side."""
-    listed = listed_questions(cfg) if cfg.QUESTIONS else []
+    if cfg.QUESTIONS:
+        return compare_all(cfg, listed_questions(cfg))
     talking = not cfg.QUESTION and can_be_asked()
-    questions = [] if talking or listed else questions_given(cfg)
-    with aside(bool(questions)):
+    questions = questions_typed() if talking else questions_given(cfg)
+    with nullcontext() if talking else redirect_stdout(sys.stderr):
         tuned = model_to_ask(cfg)
-    if listed:
-        return compare_all(tuned, listed, cfg)
-    for question in questions or questions_typed():
-        try:
-            result = ask_both(tuned, [Talk("", [asked_by_user(question)])], cfg)
-        except KeyboardInterrupt:
-            if not talking:
-                raise
-            show("")
-            continue
+    for question in questions:
+        result = ask_both(tuned, [Talk("", [asked_by_user(question)])], cfg)
         for asked in result.asked:
-            width = shutil.get_terminal_size().columns
             coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-            show(side_by_side(asked, width, coloured))
-            show(f"({result.tokens_per_second:.1f} tokens a second)", sys.stderr)
+            show(side_by_side(asked, shutil.get_terminal_size().columns, coloured))
+            show(f"({result.pace})", sys.stderr)
     return 0
 
 
-def compare_all(tuned: Run, listed: list[Talk], cfg: Config) -> int:
+def compare_all(cfg: Config, listed: list[Talk]) -> int:
+    tuned = model_to_ask(cfg)
     say("Asking", f"{len(listed)} questions, each of both models; Ctrl+C ends with what is done")
     result = ask_both(tuned, listed, cfg)
     if not result.asked:
@@ -6728,518 +6419,183 @@ def compare_all(tuned: Run, listed: list[Talk], cfg: Config) -> int:
     return 0
 
 
-def say_answers(result: Comparison) -> None:
-    """The first three, and how good all are together."""
-    for one in result.asked[:EXAMPLES_SHOWN]:
-        say("Question", preview(one.question, 130))
-        if one.reference:
-            say("  wanted", preview(one.reference, 130))
-        say("  before", preview(one.before, 130))
-        say("  after", preview(one.after, 130))
-    for figure, what in FIGURES_OF_ANSWERS.items():
-        before, after = result.mean(f"{figure}_before"), result.mean(f"{figure}_after")
-        if before is not None and after is not None:
-            say(figure.capitalize(), f"{before:.2f} before, {after:.2f} after: {what}")
-    count = len(result.asked)
-    say("Speed", f"{result.tokens_per_second:.1f} tokens a second, {count} questions asked twice")
-
-
 def export(cfg: Config) -> int:
     """Take the model elsewhere: merged weights, GGUF, a Space, the Hub."""
     if not cfg.TO:
         raise UserError("Export to what? --to merged, gguf, space or hub; see finetune.md.")
+    if not os.path.exists(local_path(cfg.OUTPUT_DIR)):
+        raise UserError(f"There is no model in {cfg.OUTPUT_DIR} yet.\nRun the command train first")
+    LOG_FILE.write_to(log_path(cfg))
     final = export_place(cfg, cfg.TO)
     with only_run_in(final, "EXPORT_DIR"):
-        place = EXPORTERS[cfg.TO](cfg, final)
+        place = export_to(cfg.TO, cfg, final)
     name = short_path(place) if isinstance(place, Path) else str(place)
     say("Saved", name)
-    say("Next", NEXT[cfg.TO].format(name))
+    say("Next", NEXT[cfg.TO].format(name, gguf_name(cfg)))
     return 0
-
-
-COMMANDS: dict[str, Callable[[Config], int]] = {
-    "train": train,
-    "check": check,
-    "demo": demo,
-    "chat": chat,
-    "compare": compare,
-    "export": export,
-}
-
-
-def say_preset(cfg: Config) -> None:
-    """What a preset has set, and which of it the person has set otherwise."""
-    if not cfg.PRESET:
-        return
-    told = []
-    for name, value in PRESETS[cfg.PRESET].items():
-        own = "" if getattr(cfg, name) == value else f" (yours: {as_text(getattr(cfg, name))})"
-        told.append(f"{name} {as_text(value)}{own}")
-    say("Preset", f"{cfg.PRESET} sets {', '.join(told) or 'nothing: these are the defaults'}")
-
-
-def say_plan(cfg: Config, data: Prepared, plan: Plan) -> None:
-    held_out = (
-        f"{len(data.held_out_pairs)} held out to measure" if data.held_out else "none held out"
-    )
-    say("Pairs", f"{len(data.train_pairs)} to learn, {held_out}")
-    if processes() > 1:
-        say("Processes", f"{processes()}, which share the pairs of every step")
-    epochs = plan.steps / plan.steps_per_epoch
-    say(
-        "Plan",
-        f"{plan.steps} steps of {plan.pairs} pairs, {epochs:.3g} times over {plan.tokens_per_epoch:,} tokens",
-    )
-    if plan.seconds:
-        say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
-    seconds = plan.seconds and plan.seconds + plan.asking_seconds
-    asking = f", {in_time(plan.asking_seconds)} of it for the questions at the end"
-    cost = cost_in_words(seconds, plan.memory_gb) + (asking if plan.asking_seconds >= 1 else "")
-    say("Estimate", f"{cost}; measuring and saving come on top")
-
-
-def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
-    memory = f", at most {memory_gb:.1f} GB of memory" if memory_gb else ""
-    return f"{in_time(seconds)}{memory}" if seconds else "not known"
-
-
-def say_elsewhere(cfg: Config, examples: Sequence[Example], model: Outline) -> None:
-    """What the same would cost on the GPUs that Colab has."""
-    costs = []
-    for name, (capability, figures) in GPUS.items():
-        device = choose_device(cfg, "cuda", capability, *figures)
-        plan = plan_run(cfg, examples, device, model)
-        seconds = (plan.seconds or 0) + plan.asking_seconds
-        costs.append(f"{name} {cost_in_words(seconds, plan.memory_gb)}")
-    say("On Colab", f"by arithmetic, not timed: {'; '.join(costs)}")
-
-
-def say_start(cfg: Config, plan: Plan, keeper: Checkpoints, start: Checkpoint | None) -> None:
-    """Where the training begins, and what a person can count on."""
-    if not start:
-        often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
-        say("Safe", f"saved in {short_path(keeper.folder)} {often}; {resume_hint(cfg)}")
-    elif start.record["tally"]["finished"]:
-        say("Resume", "this run is finished: nothing is trained, its files are written anew")
-    else:
-        say("Resume", f"from step {start.step} of {plan.steps}, in {short_path(start.folder)}")
-
-
-def say_result(trained: Trained, folder: Path, archive: Path) -> None:
-    before, after, tally = trained.base_loss, trained.final_loss, trained.tally
-    if before is not None and after is not None:
-        share = 1 - after / before
-        change = f"{share:.0%} lower" if share > 0 else f"{-share:.0%} HIGHER, it did not learn"
-        change = "unchanged" if abs(share) < 0.005 else change
-        say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
-    took = cost_in_words(tally.seconds, tally.peak_memory_gb)
-    foreseen = cost_in_words(tally.foreseen_seconds, tally.foreseen_memory_gb)
-    say("Time", f"of the training {took}; foreseen: {foreseen}")
-    say("", f"{trained.tokens / tally.seconds:,.0f} tokens a second")
-    say(
-        "Saved",
-        f"the adapter in {short_path(folder)}, pictures in {short_path(folder / 'training_visuals')}",
-    )
-    if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
-        say("", f"the model that was there before is kept in {short_path(earlier)}")
-    say("Download", f"{short_path(archive)} (on Colab: the folder icon at the left, then ⋮)")
-
-
-# -- Before training
-
-
-@contextmanager
-def cleared(cfg: Config) -> Iterator[None]:
-    """Refuse, all at once, what would fail later; then hold the folders of the run to its end."""
-    with ExitStack() as held:
-        with first_goes_first():
-            if is_first():
-                clear(cfg, held)
-        yield
-
-
-def clear(cfg: Config, held: ExitStack) -> None:
-    problems = preflight(cfg)
-    folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
-    for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
-        with collecting(problems):
-            held.enter_context(only_run_in(folder, setting))
-    refuse(problems)
-    for name, value in (public_settings(cfg) | installed_versions()).items():
-        LOG.info("%-28s%s", name, as_text(value))
-
-
-@contextmanager
-def collecting(problems: list[str]) -> Iterator[None]:
-    """Let a refusal wait until all are found."""
-    try:
-        yield
-    except UserError as error:
-        problems.append(str(error))
-    except ModuleNotFoundError:
-        if not problems:  # otherwise what is missing is among them
-            raise
-
-
-def preflight(cfg: Config) -> list[str]:
-    """What would stop a training, as far as it shows without the data and the model."""
-    problems = [*package_problems(installed_versions())]
-    if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
-        problems.append(f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}")
-    try:
-        with collecting(problems):
-            refuse_foreign_folder(cfg)
-    except OSError as error:
-        problems.append(f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be looked into: {error.strerror}.")
-    for folder, setting in (
-        (output_folder(cfg).parent, "OUTPUT_DIR"),
-        (local_path(cfg.CHECKPOINT_DIR), "CHECKPOINT_DIR"),
-    ):
-        with collecting(problems):
-            refuse_unwritable(folder, setting)
-    if cfg.CHECKPOINT_MIRROR and not local_path(cfg.CHECKPOINT_MIRROR).resolve().parent.is_dir():
-        problems.append(
-            f"The folder in which CHECKPOINT_MIRROR {cfg.CHECKPOINT_MIRROR} would lie is not there.\n"
-            "Mount the drive first, or make the folder."
-        )
-    return problems
-
-
-def package_problems(versions: dict[str, str | None]) -> Iterator[str]:
-    python, floor = str(versions["python"]), FLOORS["python"]
-    if [int(part) for part in python.split(".")[:2]] < [int(part) for part in floor.split(".")]:
-        yield (
-            f"Python {python} is too old; {floor} or newer is needed.\n"
-            "Install a newer one from python.org, or use Colab."
-        )
-    below = [
-        f"{package} {version or 'is missing'} ({FLOORS[package]} or newer)"
-        for package, version in versions.items()
-        if package not in ("python", "matplotlib")  # training goes on without pictures
-        and is_below(version, FLOORS[package])
-    ]
-    if below:
-        yield (
-            f"Packages are missing or too old: {', '.join(below)}.\n"
-            "pip install -r requirements-finetune.txt"
-        )
-
-
-def warn_of_pictures() -> None:
-    try:
-        import matplotlib.figure  # noqa: F401
-    except Exception as error:  # a broken installation may raise anything
-        reason = preview(f"{type(error).__name__}: {error}", 100)
-        say(
-            "Warning",
-            f"matplotlib does not work, so there will be no pictures ({reason}).\n"
-            "pip install -r requirements-finetune.txt",
-        )
-
-
-def refuse_foreign_folder(cfg: Config) -> None:
-    """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
-    final = output_folder(cfg)
-    if Path.cwd().is_relative_to(final):
-        raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} is the current folder, or holds it, and a new model replaces "
-            "OUTPUT_DIR as a whole.\nUse a folder inside it: --output-dir ./model"
-        )
-    in_the_way = final.is_mount() or (final.exists() and not final.is_dir())
-    not_text = str(final) != str(final).encode("utf-8", "replace").decode()  # as libraries need it
-    if in_the_way or not_text:
-        raise UserError(
-            f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced. Use a folder such as ./model"
-        )
-    record, toy = final / "run.json", cfg.MODEL_NAME == DEMO_MODEL
-    local = not toy and os.path.isdir(local_path(cfg.MODEL_NAME))
-    for name in (*PLACES, "MODEL_NAME") if local else PLACES:
-        place = getattr(cfg, name)
-        if name != "OUTPUT_DIR" and place and local_path(place).resolve().is_relative_to(final):
-            raise UserError(
-                f"{name} {place} lies in OUTPUT_DIR {final}, which a new model replaces as a whole.\n"
-                f"Move it, or choose another place with {flag(name)} or --output-dir"
-            )
-    if final.is_dir() and any(final.iterdir()) and not record.is_file():
-        raise UserError(
-            f"OUTPUT_DIR {final} holds files that are not from this script, so it is left alone.\n"
-            f"Choose a new folder: --output-dir {final / 'model'}"
-        )
-    if record.is_file() and toy:
-        model = str(record_of(final).get("base_model", "model"))
-        if model.removeprefix("./") != DEMO_MODEL:
-            raise UserError(
-                f"{final} holds your fine-tuned {model}; the demo model is not put in its place.\n"
-                "Add --output-dir demo_model"
-            )
-
-
-def refuse_unwritable(folder: Path, setting: str) -> None:
-    try:
-        with tempfile.TemporaryDirectory(prefix=".finetune", dir=nearest(folder)) as probe:
-            write_json(Path(probe, "written"), "can this folder be written to?")
-    except OSError as error:
-        raise UserError(
-            f"The folder {folder.absolute()} cannot be written to: {error.strerror}.\n"
-            f"Choose another with {flag(setting)}"
-        ) from None
-
-
-def outline_here(cfg: Config) -> Outline | None:
-    """What the model is made of, as far as the libraries and the Hub are there to tell."""
-    if any(package_problems(installed_versions())):
-        return None
-    warn_of_pictures()
-    return known_outline(cfg)
-
-
-def model_problems(cfg: Config, model: Outline | None) -> list[str]:
-    """What the outline of the model tells before its weights are here: layers, memory and disk."""
-    problems: list[str] = []
-    if model is None:
-        return problems
-    trainable = 0
-    with collecting(problems):
-        trainable = cfg.LORA_R * sum(map(sum, adapted_outline(cfg, model).adapted))
-    with collecting(problems):
-        device = device_here(cfg)
-        with collecting(problems):
-            optimizer_name(cfg, device)
-        refuse_small_memory(cfg, device, model.parameters)
-    with collecting(problems):
-        refuse_full_disk(cfg, trainable)
-    return problems
-
-
-def disk_needed(cfg: Config, trainable: int, checkpoints: int = 0) -> tuple[int, int]:
-    """Bytes for OUTPUT_DIR and for CHECKPOINT_DIR at the worst moment, for so many weights.
-
-    There are four checkpoints while the newest is written and an older one is not deleted yet; some
-    may lie there already.
-    """
-    to_come = max(1, 4 - checkpoints) * (2 if cfg.ARCHIVE_CHECKPOINTS else 1)
-    return output_bytes(trainable), to_come * BYTES_PER_WEIGHT * trainable
-
-
-def refuse_full_disk(cfg: Config, trainable: int) -> None:
-    folders = (output_folder(cfg).parent, local_path(cfg.CHECKPOINT_DIR))
-    present = Counter(path.parents[1] for path in folders[1].glob("*/checkpoint-*/" + COMMIT))
-    sizes = disk_needed(cfg, trainable, max(present.values(), default=0))
-    with suppress(OSError):  # what cannot be measured is not judged
-        output, checkpoints = map(nearest, folders)
-        if output.stat().st_dev == checkpoints.stat().st_dev:
-            sizes = (sum(sizes), sum(sizes))
-        for folder, size, setting in zip(
-            (output, checkpoints), sizes, ("OUTPUT_DIR", "CHECKPOINT_DIR"), strict=True
-        ):
-            usage = shutil.disk_usage(folder)
-            if usage.total and usage.free < size:  # some mounted drives do not know their size
-                raise UserError(
-                    f"The disk of {folder.absolute()} is too full: the run needs up to "
-                    f"{size / 1e9:.1f} GB there, {usage.free / 1e9:.1f} GB are free.\nDelete something, "
-                    f"such as checkpoints of earlier runs, or take another disk with {flag(setting)}"
-                )
-
-
-@contextmanager
-def only_run_in(folder: Path, setting: str) -> Iterator[None]:
-    """Keep a second run out of a folder while this one lasts.
-
-    The lock is the system's, and goes with the process however that ends. It lies among the caches
-    of this computer: a mounted drive may know no locks, or keep those of other machines.
-    """
-    import platform
-
-    import filelock
-
-    place = cache_folder("locks", hashlib.sha256(os.fsencode(folder)).hexdigest()[:16])
-    holder = place.with_suffix(".txt")  # not the lock, which some systems let nobody else read
-    lock = filelock.FileLock(place.with_suffix(".lock"))
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-        holder.write_text(f"process {os.getpid()} on {platform.node()}, since {time.ctime()}")
-    except filelock.Timeout:
-        who = f": {holder.read_text()}" if holder.is_file() else ""
-        raise UserError(
-            f"Another run is at work in {setting} {folder}{who}.\n"
-            f"Wait until it has ended, or stop it, or take another folder with {flag(setting)}"
-        ) from None
-    except (OSError, NotImplementedError) as error:  # NotImplementedError: of older filelocks
-        say("Note", f"a second run in {setting} would not be noticed: no locks here ({error})")
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # -- The command line
 
-ONLY_WITH = {  # commands, and the settings that would do nothing with any other
-    "chat": "BASE WEB SHARE PORT SYSTEM QUESTION".split(),
-    "compare": "SYSTEM QUESTION QUESTIONS".split(),
-    "check": "JSON".split(),
-    "export": "TO QUANTIZE MERGE_INTO EXPORT_DIR HUB_REPO HUB_PRIVATE".split(),
+COMMANDS: dict[str, Callable[[Config], int]] = {
+    **{"train": train, "check": check, "demo": train},
+    **{"chat": chat, "compare": compare, "export": export},
 }
-
-
-def setting_notes() -> dict[str, tuple[str, str]]:
-    """Group and comment of every setting, read from the lines of Config itself."""
-    try:
-        source = inspect.getsource(Config)
-    except (OSError, TypeError):  # pasted into a notebook cell: the flags have no help texts then
-        return {}
-    notes, group = {}, ""
-    for line in source.splitlines():
-        if heading := re.fullmatch(r"    # -- (.+)", line):
-            group = heading[1]
-        elif setting := re.match(r"    ([A-Z0-9_]+): .*?  # (.+)", line):
-            notes[setting[1]] = (group, setting[2])
-    return notes
+ONLY_WITH = {  # settings that would do nothing with any other command
+    "BASE WEB SHARE PORT": "chat",
+    "SYSTEM QUESTION": "chat or compare",
+    "QUESTIONS": "compare",
+    "JSON": "check",
+    "TO QUANTIZE EXPORT_DIR HUB_REPO HUB_PRIVATE": "export",
+}
+SMALL_ADAPTER = {"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
+LARGE_ADAPTER = {"LORA_R": 32, "LORA_ALPHA": 64, "LEARNING_RATE": 1e-4}
+PRESETS: dict[str, dict[str, Any]] = {
+    **{"": {}, "balanced": {}},  # the defaults
+    "quick": {"NUM_EPOCHS": 1, **SMALL_ADAPTER, "EVAL_ANSWERS": 5},
+    "quality": {"NUM_EPOCHS": 8, **LARGE_ADAPTER, "EARLY_STOPPING_PATIENCE": 3},
+    "low-memory": {**SMALL_ADAPTER, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True},
+}
+TOY = {  # what the demo model needs to learn by heart, from which held-out answers suffer
+    **{"MODEL_NAME": DEMO_MODEL, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10, "KEEP_BEST": False},
+    **{"GRADIENT_ACCUMULATION_STEPS": 1, "MAX_STEPS": 400, "EVAL_STEPS": 100, "SAVE_STEPS": 400},
+}
+USUAL = (  # the settings that --help shows
+    "DATASET_PATH QUESTION_COLUMN ANSWER_COLUMN OUTPUT_DIR LEARNING_RATE NUM_EPOCHS PRESET".split()
+)
 
 
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UserError(
-            f"{message[:1].upper()}{message[1:]}.\n--help lists the commands and flags."
-        )
+        raise UserError(f"{message[:1].upper()}{message[1:]}.\n--help lists what there is.")
 
 
-def build_parser(explained: bool) -> Parser:
+def build_parser(argv: Sequence[str]) -> Parser:
     """The command line, derived from Config; to explain each setting takes a fifth of a second."""
     parser = Parser(
         prog="finetune_colab.py",
         usage="%(prog)s [COMMAND] [--SETTING VALUE ...]",
-        description=(__doc__ or "").partition("\n")[0],
-        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to fix; "
+        description=(__doc__ or "").partition("\n\nMap")[0],
+        epilog="Exit codes: 0 done, 1 check found a problem, 2 something to fix;\n"
         "130, 143 or 129 after Ctrl+C, SIGTERM or SIGHUP.",
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=28, width=79),
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 79),
         argument_default=argparse.SUPPRESS,
     )
-    summaries = ((run.__doc__ or "").partition(".")[0] for run in COMMANDS.values())
-    about = "; ".join(f"{name}: {text}" for name, text in zip(COMMANDS, summaries, strict=True))
-    parser.add_argument("command", nargs="?", choices=[*COMMANDS], default="train", help=about)
+    versions = installed_versions().items() if "--version" in argv else ()
+    told = "\n".join(f"{name} {version}" for name, version in versions)
+    parser.add_argument("command", nargs="?", choices=[*COMMANDS], default="train", help="[train]")
     parser.add_argument("question", nargs="*", help="of chat and compare, asked at once")
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
-    notes = setting_notes() if explained else {}
-    groups: dict[str, Any] = {}
+    parser.add_argument("--help-all", action="help", help="show every setting")
+    parser.add_argument("--version", action="version", version=told, help="of the packages")
+    notes: dict[str, str] = {}
+    if {"-h", "--help", "--help-all"} & {*argv}:
+        with suppress(OSError, TypeError):  # pasted into a cell: the flags have no help texts then
+            pattern, source = r"(?m)^    ([A-Z0-9_]+): .*?  # (.+)$", inspect.getsource(Config)
+            notes = dict(re.findall(pattern, source))
+    shown = USUAL if [*argv] in (["-h"], ["--help"]) else TYPES
     for name, kind in TYPES.items():
-        title, note = notes.get(name, ("Settings", ""))
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
+        choices = ", ".join(filter(None, CHOICES.get(name, ())))
+        default = as_text(getattr(Config, name)) or "empty"
+        about = filter(None, (notes.get(name), choices and f"one of {choices}", f"[{default}]"))
         options: dict[str, Any] = {"metavar": name.rpartition("_")[2]}
         if kind in (bool, bool | None):
             options = {"action": argparse.BooleanOptionalAction}
-        choices = ", ".join(filter(None, CHOICES.get(name, ())))
-        default = as_text(getattr(Config, name)) or "empty"
-        about = f"{note}{choices and f'; one of {choices}'} [{default}]".replace("%", "%%")
-        groups[title].add_argument(flag(name), dest=name, help=about, **options)
+        text = "; ".join(about).replace("%", "%%")
+        options["help"] = text if name in shown else argparse.SUPPRESS
+        parser.add_argument(flag(name), dest=name, **options)
     return parser
 
 
 def refuse_unknown_flags(argv: Sequence[str]) -> None:
-    known = [*map(flag, TYPES), "--config", "--help"]
+    known = [*map(flag, TYPES), "--config", "--help", "--help-all", "--version"]
     for part in argv:
         word = part.partition("=")[0].replace("--no-", "--", 1)
         if word.startswith("--") and word not in known:
-            raise UserError(
-                f"There is no flag {word}.{did_you_mean(word, known)}\n--help lists all."
-            )
+            meant = did_you_mean({"--lr": "--learning-rate"}.get(word, word), known)
+            raise UserError(f"There is no flag {word}.{meant}\n--help-all lists all.")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
     """Settings from a YAML file that uses the names of Config: each value as it is written."""
     import yaml
 
-    null = yaml.SafeLoader.yaml_implicit_resolvers["~"]
-
-    class AsWritten(yaml.SafeLoader):  # no is not False, 0123 is no octal number
-        yaml_implicit_resolvers = dict.fromkeys(("", "~", "n", "N"), null)
-
     try:
-        content = AsWritten(path.read_text(encoding="utf-8-sig")).get_single_data() or {}
-        return {str(name).upper().replace("-", "_"): value for name, value in content.items()}
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"Cannot read the settings file {path}: {error}") from None
-    except yaml.YAMLError as error:
-        reason = f"is not valid YAML: {error}"
-    except AttributeError:
-        reason = "holds something else than settings."
-    raise UserError(f"{path} {reason}\nWrite one setting a line, such as LEARNING_RATE: 1e-4")
+        content = yaml.BaseLoader(path.read_text(encoding="utf-8-sig")).get_single_data() or {}
+        if not isinstance(content, dict):
+            raise ValueError("it holds something else than settings")
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        advice = "Write one setting a line, such as LEARNING_RATE: 1e-4"
+        raise UserError(f"The file {path} cannot be read as YAML: {error}\n{advice}") from None
+    written = {str(name).upper().replace("-", "_"): value for name, value in content.items()}
+    return {name: None if value == "null" else value for name, value in written.items()}
 
 
 def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
-    """The command and its settings: Config, then the demo's, then the file's, then the flags'."""
+    """The command and its settings: of Config, a preset, the toy, the file, the flags."""
     refuse_unknown_flags(argv)
-    explained = not {"-h", "--help"}.isdisjoint(argv)
-    flags = vars(build_parser(explained).parse_intermixed_args([*argv]))  # a question may come last
+    flags = vars(build_parser(argv).parse_intermixed_args([*argv]))  # a question may come last
     command, file = flags.pop("command"), flags.pop("config", None)
     if words := flags.pop("question", []):
         flags["QUESTION"] = " ".join(words)
     own = (read_settings_file(Path(file)) if file else {}) | flags
-    preset = PRESETS.get(str(own.get("PRESET", Config.PRESET)), {})
-    demo_settings = DEMO_SETTINGS if command == "demo" else {}  # which has to learn by heart
-    cfg = checked(preset | demo_settings | own)
-    for name in dict.fromkeys(itertools.chain(*ONLY_WITH.values())):
-        commands = [other for other, names in ONLY_WITH.items() if name in names]
-        if command not in commands and getattr(cfg, name) != getattr(Config, name):
-            where = " or ".join(commands)
-            raise UserError(
-                f"{name} ({flag(name)}) goes with the command {where}, not with {command}."
-            )
+    values = PRESETS.get(str(own.get("PRESET", Config.PRESET)), {})
+    if command == "demo" or own.get("MODEL_NAME") == DEMO_MODEL:
+        values = values | TOY | ({"DATASET_PATH": EXAMPLE_DATASET} if command == "demo" else {})
+    cfg = checked(values | own)
+    for names, commands in ONLY_WITH.items():
+        for name in names.split():
+            if command not in commands and getattr(cfg, name) != getattr(Config, name):
+                raise UserError(f"{name} ({flag(name)}) goes with {commands}, not with {command}.")
+    if cfg.SHARE and not cfg.WEB:
+        raise UserError("SHARE (--share) is of the page in the browser: add --web.")
     return command, cfg
 
 
-def command_line() -> list[str]:
-    """What the person typed; in a notebook kernel the arguments are the kernel's own."""
-    return [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
-
-
 @only_first_speaks()
-@collected_log()
+@LOG_FILE.of_one_command()
 def main(argv: Sequence[str] | None = None) -> int:
     command, cfg = "", Config()
+    if argv is None:  # in a notebook kernel the arguments are the kernel's own
+        argv = [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
+    # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     try:
-        command, cfg = read_command_line(command_line() if argv is None else argv)
-        # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
-        os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
-        if not is_first() and command not in ("train", "demo"):
-            return 0
-        return COMMANDS[command](cfg)
-    except UserError as error:
-        message = str(error)
-    except ModuleNotFoundError as error:
-        message = f"The package {error.name} is missing.\npip install -r requirements-finetune.txt"
-    except KeyboardInterrupt as end:
-        done = str(end) or f"Nothing that was finished or saved is touched; {resume_hint(cfg)}."
-        show("", sys.stderr)
-        say("Stopped", f"Interrupted. {done}", sys.stderr)
-        return 128 + getattr(end, "number", signal.SIGINT)
+        command, cfg = read_command_line(argv)
+        works = is_first() or command in ("train", "demo")
+        return COMMANDS[command](cfg) if works else 0
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
-    except Exception as error:
-        message = known_fault(error, command)
-        if not message:
-            if command in ("train", "demo") and is_first():
-                start_log(log_path(cfg))
+    except (Exception, KeyboardInterrupt) as error:
+        code, why = ending(error, command, cfg)
+        if not why:
+            if is_first() and not LOG_FILE.path:
+                LOG_FILE.write_to(log_path(cfg))
             LOG.exception("Stopped    by an error that nobody foresaw:")
             raise
-    if is_first() or message != ENDED:
+    if is_first() or (code == 2 and why != ENDED):  # of several processes, one speaks
         errors = sys.stderr if is_first() else sys.__stderr__
         show("", errors)
-        say("Stopped", message, errors)
-    return 2
+        say("Stopped", why, errors)
+    return code
 
 
-def known_fault(error: Exception, command: str) -> str:
-    """What to say of an error that is not a bug of this script; nothing of any other."""
+def ending(error: BaseException, command: str, cfg: Config) -> tuple[int, str]:
+    """Exit code and explanation of what ends a command; nothing to say of an unforeseen error."""
+    if isinstance(error, KeyboardInterrupt):
+        done = str(error) or f"What was finished or saved is untouched; {resume_hint(cfg)}."
+        return 128 + getattr(error, "number", signal.SIGINT), f"Interrupted. {done}"
+    if isinstance(error, UserError):
+        return 2, str(error)
+    if isinstance(error, ModuleNotFoundError):
+        return 2, f"The package {error.name} is missing.\n{INSTALL}"
     if "by peer" in str(error) and processes() > 1:
-        return ENDED
+        return 2, ENDED
     if not memory_fault(error):
-        return ""
-    answering = "Add --load-in-4bit, or lower --max-tokens."
-    levers = answering if command in ("chat", "compare") else LEVERS
-    return f"Memory ran out: {preview(str(error), 100)}\n{levers}"
+        return 1, ""
+    asking = command in ("chat", "compare")
+    levers = "Add --load-in-4bit, or lower --max-tokens." if asking else LEVERS
+    return 2, f"Memory ran out: {preview(str(error), 100)}\n{levers}"
 
 
 if __name__ == "__main__":

@@ -127,9 +127,7 @@ def main() -> None:
         make_run(home)
     python: list[object] = [sys.executable, SCRIPT]
     if sys.argv[2:] != ["answers"]:
-        for way in ("16bit", "4bit", "auto"):
-            command = [*python, "export", "--to", "merged", "--merge-into", way]
-            measured(home, f"merge, {way}", command)
+        measured(home, "merge, into 4 bits", [*python, "export", "--to", "merged"])
         for kind in ("q8_0", "f16", "q4_k_m"):
             command = [*python, "export", "--to", "gguf", "--quantize", kind]
             measured(home, f"GGUF {kind}", command)

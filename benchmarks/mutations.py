@@ -66,12 +66,12 @@ MUTATIONS = [Mutation(*one) for one in (
     ("links are followed into the zip", "        if path.is_file() and not path.is_symlink()\n        if path.name", "        if path.is_file()\n        if path.name", "safety hub"),
     ("formulas reach the workbook", """text = f"'{text}\"""", 'text = f"{text}"', "check answers safety"),
     # asking
-    ("a chat forgets what was said", 'return cfg, [*asked, {"role": "assistant", "content": told.text}]', "return cfg, []", "chat"),
+    ("a chat forgets what was said", 'talk += [asked, {"role": "assistant", "content": told.text}]', "talk.clear()", "chat"),
     # export
     ("an export may lose what was learnt", "    if not loss <= allowed:", "    if not loss <= 100 * allowed:", "export"),
     ("rows of the data are uploaded", "if path.name not in (ANSWERS, SAMPLE) and", "if path.name not in (SAMPLE,) and", "hub"),
     # commands
-    ("a message without its advice", '"Mount the drive first, or make the folder."', '""', "commands checkpoints"),
+    ("a message without its advice", "\\nMount the drive, or make it.", "", "commands checkpoints"),
 )]
 # fmt: on
 

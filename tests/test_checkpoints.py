@@ -478,7 +478,6 @@ def test_the_base_beside_a_demo_may_be_read_by_all(workbook: Path, folder: Path,
         assert modes(folder) == {0o666}
 
 
-@pytest.mark.xfail(strict=True, reason="Training")
 def test_a_picture_is_drawn_once(begin: Begin, go: Go, patched: pytest.MonkeyPatch) -> None:
     drawn: list[str] = []
     savefig = lambda _, file, **__: [drawn.append(Path(file).name.split(".")[0]), Path(file).touch()]  # noqa: E731

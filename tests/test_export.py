@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from seams import SCRIPT, ask, encode, load_base, load_tuned, mean_loss
 from tables import cases
-from test_chat import X, output, talk
+from test_chat import X, talk
 
 TALK = (X, "5", "And 3 plus 3?", "6")
 OLLAMA = '{{ if .System }}{{ .System }}\n\n{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}…{{ else if eq .Role "assistant" }}{{ .Content }}…{{ end }}{{ end }}'
@@ -132,14 +132,13 @@ def phi(make_family: Callable[[str], Family]) -> Family:
 
 
 @functools.cache
-def llama_server(path: Path, *adapters: Path) -> Any:
+def llama_server(path: Path) -> Any:
     """llama.cpp's own server, which is another one than the script's."""
     import xllamacpp
 
     options = xllamacpp.CommonParams()
     options.model.path = str(path)
     options.n_ctx, options.warmup, options.verbosity = 512, False, -1
-    options.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(one), 1.0) for one in adapters]
     return xllamacpp.Server(options)
 
 
@@ -148,7 +147,7 @@ def to_server(path: Path, what: str, **asked: Any) -> Any:
     return json.load(urllib.request.urlopen(urllib.request.Request(place, json.dumps(asked).encode())))
 
 
-def test_llama_cpp_answers_as_transformers_does_and_takes_the_adapter(family: Family) -> None:
+def test_llama_cpp_answers_as_transformers_does(family: Family) -> None:
     import torch
 
     for question in (X, "What is 7 plus 6?", "Why is the sky blue?\n\n  And grass?"):
@@ -169,7 +168,6 @@ def test_llama_cpp_answers_as_transformers_does_and_takes_the_adapter(family: Fa
                 there.append([one["logprob"] for one in sorted(place["top_logprobs"], key=lambda one: one["id"])])
             assert (exact.exp() * (exact - torch.tensor(there))).sum(-1).mean() < allowed, kind
             assert kind != "f16" or torch.tensor(there).argmax(-1).tolist() == told
-    assert llama_server(family.gguf(), family.home / "model-gguf/adapter-f16.gguf")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
@@ -242,20 +240,13 @@ def test_the_merged_model_is_the_adapted_one(phi: Family, patched: Patch) -> Non
     exec(re.search(r"```python\n(.*?)```", Path("README.md").read_text(), re.DOTALL)[1], {})  # what its card says to do
 
 
-@pytest.mark.parametrize("way", ["auto", *(sweep(w) for w in ("16bit", "4bit"))])
-def test_of_two_ways_to_merge_the_better_one_is_taken(way: str, workbook: Path, phi_folder: Path, run: Run) -> None:
+def test_what_was_trained_on_4_bits_is_merged_into_these(workbook: Path, phi_folder: Path, run: Run) -> None:
     flags = f"--model-name {phi_folder} --load-in-4bit --eval-answers 0 --max-steps 6 --learning-rate 2e-2"
     assert run(*flags.split())[0] == 0
-    code, printed = run("export", "--to", "merged", "--merge-into", way)
-    if way == "16bit" and code == 2:  # the rounding that the adapter makes up for is not there
-        adapter, merged = map(float, re.findall(r"(?:adapter|merged|bits) ([\d.]+)", printed)[:2])
-        assert merged > adapter * 1.01 and not Path("model-merged").exists()
-        return
+    code, printed = run("export", "--to", "merged")
     assert code == 0, printed
     measured = json.loads(Path("model-merged/run.json").read_text())["merged"]
-    ways = {"16bit", "4bit"} & measured.keys()
-    assert ways == ({"16bit", "4bit"} if way == "auto" else {way})
-    assert measured[measured["way"]] == min(measured[one] for one in ways) <= measured["adapter"] * 1.01
+    assert measured["way"] == "4bit" and measured["4bit"] <= measured["adapter"] * 1.01
     tuned, live = load_tuned(Path("model-merged")), load_tuned(Path("model"), True)
     assert not any("4bit" in type(module).__name__ for module in tuned.model.modules())
     examples = [encode(live.tokenizer, talk(*pair)) for pair in PAIRS[:8]]
@@ -292,12 +283,12 @@ FULL = "raise OSError(28, 'No space left on device')"
 ENDS = {130: "raise KeyboardInterrupt", 2: FULL, -9: "os.kill(os.getpid(), 9)"}
 
 
-@pytest.mark.parametrize("last", ["tokenizer_config.json", sweep("model-q8_0.gguf")])
+@pytest.mark.parametrize("last", ["tokenizer_config.json", sweep(".model-gguf.partial/run.json")])
 @pytest.mark.parametrize("code", ENDS)
 def test_an_export_that_breaks_off_leaves_nothing_half(code: int, last: str, phi: Family, folder: Path) -> None:
     for name in ("model", PHI):
         shutil.copytree(phi.home / name, name)
-    to, final = ("gguf", f"model-gguf/{last}") if last.endswith("gguf") else ("merged", "model-merged")
+    to, final = ("gguf", "model-gguf/model-q8_0.gguf") if "gguf" in last else ("merged", "model-merged")
     argv = [sys.executable, "-c", BREAKS.format(ENDS[code], str(SCRIPT)), last, "export", "--to", to]
     done = subprocess.run(argv, capture_output=True, text=True, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (code, False)
@@ -330,24 +321,20 @@ def front_matter(folder: Path) -> dict[str, Any]:
     return dict(yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]))
 
 
-@output
 def test_a_card_describes_what_is_there(beside: Path) -> None:
     told = (beside / "model-gguf" / "README.md").read_text()
     assert not (beside / "model-gguf" / "adapter-f16.gguf").exists() and "model-f16.gguf" in told
     assert "adapter-f16.gguf" not in told
 
 
-@output
 def test_a_card_without_a_base_on_the_hub_says_nothing_of_it(phi: Family) -> None:
     assert not {"base_model", "base_model_relation"} & front_matter(phi.home / "model-gguf").keys()
 
 
-@output
 def test_the_next_command_opens_what_was_exported(phi: Family) -> None:
     assert "q4_k_m" in phi.printed.rpartition("Next")[2]
 
 
-@output
 def test_a_failed_export_is_in_the_log(finished: Path, run: Run) -> None:
     shutil.rmtree(finished / "logs", ignore_errors=True)
     assert run("export", "--to", "gguf")[0] == 2
@@ -382,4 +369,4 @@ def test_a_merge_that_loses_what_was_learnt_is_refused(finished: Path, run: Run,
     real = Linear.get_delta_weight
     patched.setattr(Linear, "get_delta_weight", lambda *args: 0 * real(*args))
     code, printed = run("export", "--to", "merged")
-    assert (code, "--merge-into" in printed, Path("model-merged").exists()) == (2, True, False)
+    assert (code, "adapter as it is" in printed, Path("model-merged").exists()) == (2, True, False)

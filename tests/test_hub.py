@@ -195,9 +195,11 @@ def upload(hub: Hub, finished: Path, run: Run, patched: Patch) -> Upload:
     patched.setenv("NO_PROXY", "127.0.0.1")
     patched.setattr(time, "sleep", lambda _: None)  # the client waits before it tries again
 
-    def upload(flags: str = "--hub-repo mine", token: str = TOKEN) -> tuple[int, str]:
+    def upload(
+        flags: str = "--hub-repo mine", token: str = TOKEN, agreed: tuple[str, ...] = ("--yes",)
+    ) -> tuple[int, str]:
         patched.setenv("HF_TOKEN", token)
-        code, printed = run("export", "--to", "hub", *flags.split())
+        code, printed = run("export", "--to", "hub", *agreed, *flags.split())
         assert not token or token not in printed
         assert not [path for path in finished.rglob("*.log") if TOKEN in path.read_text()]
         assert ("Traceback" in printed, printed.count("Stopped  ")) == (False, code != 0)
@@ -312,3 +314,16 @@ def test_a_card_that_cannot_be_read_is_said_before_anything_is_sent(hub: Hub, up
     Path("model/README.md").write_text("---\ntitle: a: b\n---\n")
     code, printed = upload()
     assert (code, hub.sent, "README.md" in printed) == (2, [], True)
+
+
+@pytest.mark.parametrize("reply", [None, "", "n", "y"])
+def test_nothing_leaves_before_it_was_listed_and_agreed_to(
+    reply: str | None, hub: Hub, upload: Upload, patched: Patch
+) -> None:
+    asked = iter([reply or ""])
+    patched.setattr("sys.stdin", SimpleNamespace(isatty=lambda: reply is not None, readline=lambda: next(asked) + "\n"))
+    patched.setattr("builtins.input", lambda _: next(asked))
+    code, printed = upload(agreed=())
+    assert (code, bool(hub.repositories)) == ((0, True) if reply == "y" else (2, False))
+    assert "MB adapter_model.safetensors" in printed and "answers.xlsx" not in printed
+    assert code == 0 or "--yes" in printed

@@ -161,11 +161,11 @@ QUICK = {"NUM_EPOCHS": 1, "LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPH
 
 
 @pytest.mark.parametrize("flags, settings, told", [
-    ("--preset quick", QUICK, r"LORA_R 8\b.*EVAL_ANSWERS 5 \D*0\b"),  # of which 0 is the person's
+    ("--preset quick", QUICK, r"LORA_R 8\b.*EVAL_ANSWERS 0\b"),  # which is the person's
     sweep("--preset balanced", {"LORA_R": 16, "NUM_EPOCHS": 5}, "balanced"),
     sweep("--preset quality", {"NUM_EPOCHS": 8, "LEARNING_RATE": 1e-4, "LORA_R": 32, "LORA_ALPHA": 64, "EARLY_STOPPING_PATIENCE": 3}, "LORA_ALPHA 64"),
     ("--preset low-memory", {**QUICK, "NUM_EPOCHS": 5, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True}, "TOKENS_AT_ONCE 512"),
-    ("--config mine.yaml --lora-r 4", {**QUICK, "NUM_EPOCHS": 3, "LORA_R": 4}, r"LORA_R 8 \D*4\b"),
+    ("--config mine.yaml --lora-r 4", {**QUICK, "NUM_EPOCHS": 3, "LORA_R": 4}, r"LORA_R 4\b"),
     sweep("demo --preset quick", {"LORA_R": 8, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10}, ""),  # which learns by heart
     sweep("demo --preset quality", {"LORA_R": 32, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10}, ""),
 ])  # fmt: skip

@@ -161,7 +161,7 @@ def test_phi_2s_form_replaces_a_bad_template(workbook: Path, run: Run, template:
     write_workbook(workbook, [("question", "answer"), ("Why?", "So."), *PAIRS])
     code, printed = run("check", "--model-name", "./base", "--validation-fraction", 0)
     assert (code, in_words(printed).lower().count("chat template")) == (0, 1), printed
-    assert "Instruct: Why? Output:[[ So.</s>]]" in in_words(printed), "what is learnt is marked"
+    assert re.search(r"Instruct: [^\[]+ Output:\[\[ [^\[]+</s>\]\]", in_words(printed)), "what is learnt is marked"
 
 
 @pytest.mark.parametrize("different, fraction, expected", [(20, 0.2, 8), (20, 0, 0), (4, 0.5, 0), (5, 0.01, 2)])

@@ -161,19 +161,16 @@ def test_an_earlier_model_is_kept_and_a_linked_folder_stays_a_link(again: Run, f
     assert steps == [12, 1]
 
 
-def test_rows_of_a_workbook_of_answers_are_as_high_as_their_text(finished: Path, run: Run) -> None:
+def test_a_workbook_of_answers_is_wide_enough_and_has_no_formulas(finished: Path, run: Run) -> None:
     rows = [("Why?", "word " * 60 + "雪" * 20), ("How?", "a\n" * 500), ("Sum?", "'=1+1")]
     write_workbook(finished / "ask.xlsx", [HEADER, *rows])
     assert run("compare", "--questions", "ask.xlsx", "--max-tokens", 2)[0] == 0
     sheet = openpyxl.load_workbook("compare.xlsx")["Answers"]
-    heights = [sheet.row_dimensions[n].height for n in (2, 3)]
-    assert 90 <= heights[0] <= 130  # 300 and 40 columns of letters in 45: seven or eight lines
-    assert heights[0] < heights[1] <= 409  # the highest that Excel knows
+    assert 6 <= sheet.column_dimensions["A"].width < 20 < sheet.column_dimensions["C"].width <= 60
     texts = [cell.value for row in sheet for cell in row if isinstance(cell.value, str)]  # V5
     assert not [text for text in texts if text[:1] in tuple("=+@")]
 
 
-@FAULT
 def test_joiners_of_width_zero_and_tabs_survive(finished: Path, run: Run) -> None:
     text = "می\u200cرود 👨\u200d👩\u200d👧 a\tb"  # Persian and emoji of several people need them
     write_workbook(finished / "ask.xlsx", [HEADER, (text, text), *PAIRS[:1]])
@@ -181,14 +178,12 @@ def test_joiners_of_width_zero_and_tabs_survive(finished: Path, run: Run) -> Non
     assert text in Path("compare.md").read_text(encoding="utf-8")
 
 
-@FAULT
 def test_the_card_asks_a_question_of_the_data(tuned_run: Path) -> None:
     card = (tuned_run / "model/README.md").read_text()
     assert "overfitting" not in card
     assert any(question in card for question, _ in PAIRS)
 
 
-@FAULT
 def test_training_ends_with_the_next_command(again: Run) -> None:
     assert "chat" in " ".join(again()[1].strip().splitlines()[-3:])
 
