@@ -75,7 +75,7 @@ if TYPE_CHECKING:  # the heavy libraries load inside the functions that need the
     import transformers
     from peft import PeftConfig, PeftModel
     from transformers import Trainer, TrainerCallback
-else:  # Fit.trainer joins the two classes that extend these with the real ones
+else:  # Fit.built_trainer joins the two classes that extend these with the real ones
     Trainer = TrainerCallback = object
 
 # ==================================================================================================
@@ -2791,7 +2791,7 @@ def joint_layer() -> Any:
 
     Left to itself, peft makes ten operations of this, each with a copy of its input or output, some
     of which are kept for the way back. Here only x is kept, once for all layers that read it, with a
-    bit for each place that dropout spares; and where nobody asks for the gradient of x, as in the
+    byte for each place that dropout could take; and where nobody asks for the gradient of x, as in the
     first layers, it is not computed.
     """
     import torch
@@ -3078,11 +3078,11 @@ def log_path(cfg: Config) -> Path:
 
 @contextmanager
 def warned(what: str) -> Iterator[None]:
-    """Around what may fail without harm to the training."""
+    """Around what is nice to have, and must not cost anybody the training, the adapter or the check."""
     try:
         yield
     except Exception as error:
-        say("Warning", f"{what}: {error}")
+        say("Warning", f"{what}: {error or type(error).__name__}")
 
 
 def resume_hint(cfg: Config) -> str:
@@ -3928,8 +3928,8 @@ class Tally:
 
 def train_adapter(
     cfg: Config, model: PeftModel, data: Prepared, device: Device, plan: Plan, keeper: Checkpoints
-) -> Checkpoint:
-    """Train from the newest checkpoint, or from the beginning, and return the last one.
+) -> None:
+    """Train from the newest checkpoint, or from the beginning, to the last one.
 
     When memory runs out, the same steps are done with less at once.
     """
@@ -3951,7 +3951,7 @@ def train_adapter(
         tried.append(way)
         for name, parameter in learnt.items():
             parameter.data.copy_(untrained[name])
-        start = keeper.latest()
+        start = keeper.last
         tally = Tally(**(start.record["tally"] if start else first))
         tally.tokens_at_once, tally.device = way.tokens_at_once, device.kind
         tally.log = keeper.log.name
@@ -3960,9 +3960,8 @@ def train_adapter(
     try:
         as_many_as_fit(attempt, ways)
     except (RuntimeError, MemoryError) as error:
-        if memory_fault(error) == "full" and processes() == 1:
-            raise
-        if not memory_fault(error):
+        fault = memory_fault(error)
+        if not fault or (fault == "full" and processes() == 1):
             raise
         raise UserError(
             f"{'A process' if processes() > 1 else 'The GPU'} ran out of memory and answers no more: "
@@ -3971,9 +3970,7 @@ def train_adapter(
             f"add --tokens-at-once {max(longest, tried[-1].tokens_at_once // 2)}, then "
             "--gradient-checkpointing; neither changes the result."
         ) from None
-    last = keeper.latest()
-    assert last, "the Trainer saves its last step"
-    return last
+    keeper.latest()  # read back, before a model is made of it
 
 
 def say_less_memory(before: Plan, now: Plan) -> None:
@@ -4311,15 +4308,6 @@ PLACES = (
     *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR"),
     *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "QUESTIONS", "EXPORT_DIR"),
 )
-
-
-@contextmanager
-def only_warning(what: str) -> Iterator[None]:
-    """What is nice to have must not cost anybody the adapter, nor the check."""
-    try:
-        yield
-    except Exception as error:
-        say("Warning", f"{what} could not be written ({type(error).__name__}: {error})")
 
 
 # -- The record of a run, and its card
@@ -4703,12 +4691,6 @@ FIGURES_OF_ANSWERS = {
 }
 
 
-def width_of(text: str) -> int:
-    """In columns of a terminal, where wide characters take two and accents none."""
-    wide = sum(unicodedata.east_asian_width(c) in "WF" for c in text)
-    return len(text) + wide - sum(map(bool, map(unicodedata.combining, text)))
-
-
 def without_gaps(text: str) -> str:
     """Printable text without the runs of empty lines that some models write."""
     return re.sub(r"\n\s*\n", "\n\n", printable(text))
@@ -4737,7 +4719,7 @@ def answer_tables(result: Comparison) -> dict[str, pandas.DataFrame]:
 
 def write_answers(folder: Path, data: Prepared, result: Comparison) -> None:
     """Into the folder of a run: the workbook, and how near each answer came."""
-    with only_warning("the tables and pictures of the answers"):
+    with warned("the tables and pictures of the answers could not be written"):
         tables = answer_tables(result)
         write_book(folder / ANSWERS, tables)
         which = "held-out questions" if data.held_out_pairs else "questions that were taught"
@@ -4782,7 +4764,7 @@ def token_figures(data: Prepared) -> dict[str, int]:
 def write_report(cfg: Config, data: Prepared) -> Path | None:
     """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
     path, source = None, local_path(cfg.DATASET_PATH).resolve()
-    with only_warning("the report"):
+    with warned("the report could not be written"):
         wanted = free_path(
             REPORT_NAME,
             (".xlsx", ".png"),
@@ -4926,7 +4908,7 @@ def write_visuals(folder: Path, record: dict[str, Any], trained: Trained) -> Non
     """What is known of the training as tables and pictures; of run.json they are views."""
     folder.mkdir()
     settings = record["settings"] | {"device": record["device"]}
-    with only_warning("not all tables and pictures of the training"):
+    with warned("not all tables and pictures of the training could not be written"):
         write_json(folder / "training_metrics.json", record["results"])
         write_json(folder / "training_config.json", settings)
         log = training_log(trained)
@@ -6340,7 +6322,7 @@ def check_record(
     """What `check --json` prints; every name is there, whatever was found."""
     pairs = data.pairs if data else None
     quality = data.quality if data else quality_of([], [])
-    kept = len(pairs.kept) if pairs else 0
+    record, kept = quality_record(quality), len(pairs.kept) if pairs else 0
     return {
         "ready": not problems,
         "file": pairs.name if pairs else local_path(censored(cfg.DATASET_PATH)).name,
@@ -6353,8 +6335,8 @@ def check_record(
         "pairs_held_out": len(data.held_out_pairs) if data else 0,
         "other_tables": pairs.other_tables if pairs else [],
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
-        "quality": quality_record(quality)["score"],
-        "quality_parts": quality_record(quality)["parts"],
+        "quality": record["score"],
+        "quality_parts": record["parts"],
         "problems": problems + grouped(quality.flagged),
         "tokens": token_figures(data) or None if data else None,
         "report": str(report) if report else None,

@@ -35,15 +35,14 @@ def build(folder: Path, millions: float) -> tuple[Trainer, ft.Checkpoints]:
     keeper = ft.Checkpoints(cfg, ft.identity_of(cfg, data, device))
     keeper.starting_point()
     plan = ft.plan_run(cfg, data.train, device)
-    trainer = ft.build_trainer(cfg, model, data, device, plan, keeper, ft.Tally(trainable=1))
-    with ft.padding_free(model):
-        trainer.train()  # so that the optimizer has something to save
-    return trainer, keeper
+    fit = ft.Fit(cfg, model, data, device, plan, keeper, ft.Tally(trainable=1))
+    fit.run(None)  # so that the optimizer has something to save
+    return fit.trainer, keeper
 
 
 def seconds(trainer: Trainer, keeper: ft.Checkpoints, step: int, bare: bool) -> float:
     trainer.state.global_step = step
-    save: Any = super(type(trainer), trainer)._save_checkpoint if bare else trainer._save_checkpoint
+    save: Any = (super(ft.AnswerTrainer, trainer) if bare else trainer)._save_checkpoint
     started = time.perf_counter()
     save(trainer.model, None)
     taken = time.perf_counter() - started
