@@ -2339,8 +2339,6 @@ def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
 
-    for library in NOISY:
-        logging.getLogger(library).setLevel(logging.ERROR)
     dtype, options = getattr(torch, device.dtype), {}
     if device.four_bit:
         how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -2992,8 +2990,11 @@ def refuse_unfit(cfg: Config, data: Prepared) -> None:
         )
 
 
-def pairs_to_ask(data: Prepared) -> list[Pair]:
-    return data.held_out_pairs or data.train_pairs
+def pairs_to_ask(cfg: Config, data: Prepared) -> tuple[str, list[Pair]]:
+    """What is asked at the end, in words, and the pairs; the toy learns by heart, and nothing else."""
+    if data.held_out_pairs and cfg.MODEL_NAME != DEMO_MODEL:
+        return "held-out questions", data.held_out_pairs
+    return "questions that were taught", data.train_pairs
 
 
 def dealt(examples: Sequence[Example], count: int) -> list[list[Example]]:
@@ -4717,12 +4718,11 @@ def answer_tables(result: Comparison) -> dict[str, pandas.DataFrame]:
     return {"Answers": table, "Summary": pandas.DataFrame(rows, columns=titles, dtype=object)}
 
 
-def write_answers(folder: Path, data: Prepared, result: Comparison) -> None:
+def write_answers(folder: Path, which: str, result: Comparison) -> None:
     """Into the folder of a run: the workbook, and how near each answer came."""
     with warned("the tables and pictures of the answers could not be written"):
         tables = answer_tables(result)
         write_book(folder / ANSWERS, tables)
-        which = "held-out questions" if data.held_out_pairs else "questions that were taught"
         draw_answers(folder / ANSWERS_PICTURE, tables["Answers"], which)
 
 
@@ -4955,16 +4955,16 @@ def save_run(
         (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         write_visuals(staged / "training_visuals", record, trained)
         if result:
-            write_answers(staged, data, result)
+            write_answers(staged, pairs_to_ask(cfg, data)[0], result)
         files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
         own = {"run": run, "files": sorted([*files, "run.json"])}
         write_json(staged / "run.json", own | record)
     return final, write_zip(final)
 
 
-def add_answers(folder: Path, data: Prepared, result: Comparison) -> Path:
+def add_answers(folder: Path, which: str, result: Comparison) -> Path:
     """The answers go into the folder that is saved already, and into its zip."""
-    write_answers(folder, data, result)
+    write_answers(folder, which, result)
     return write_zip(folder)
 
 
@@ -6200,8 +6200,8 @@ def save_and_report(
     last, result = keeper.last, None
     assert last, "the Trainer saves its last step"
     trained = outcome(cfg, last)
-    toy = cfg.MODEL_NAME == DEMO_MODEL  # which learns by heart, and nothing else
-    pairs = (data.train_pairs if toy else pairs_to_ask(data))[: cfg.EVAL_ANSWERS]
+    which, pairs = pairs_to_ask(cfg, data)
+    pairs = pairs[: cfg.EVAL_ANSWERS]
     kept = keeper.folder / f"answers-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):  # asked in an earlier sitting
         record = json.loads(kept.read_text(encoding="utf-8"))
@@ -6210,11 +6210,12 @@ def save_and_report(
     if pairs and not result:
         with warned("there will be no answers.xlsx; the adapter is saved"):
             model = model or add_lora(cfg, load_base(cfg, device))
+            say("Asking", f"{len(pairs)} {which}, before and after; the adapter is saved already")
             result = before_and_after(cfg, data, model, trained.adapter, pairs)
             if len(result.asked) == len(pairs):
                 effort = result.tokens, result.seconds
                 write_json(kept, {"asked": result.asked, "effort": effort})
-            archive = add_answers(folder, data, result)
+            archive = add_answers(folder, which, result)
     say_result(trained, folder, archive)
     if result:
         say_answers(result)
@@ -6226,8 +6227,6 @@ def before_and_after(
 ) -> Comparison:
     from safetensors.torch import load_file
 
-    which = "questions that were taught" if pairs[0] in data.train_pairs else "held-out questions"
-    say("Asking", f"{len(pairs)} {which}, before and after; the adapter is saved already")
     put_adapter(model, load_file(adapter))
     talks = [Talk(pair.place[4:], pair.messages[:-1], pair.answer) for pair in pairs]
     return ask_both(Run(cfg, data.tokenizer, model), talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
@@ -6542,6 +6541,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv = [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
     # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    for library in NOISY:  # before anything imports them
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         command, cfg = read_command_line(argv)
         works = is_first() or command in ("train", "demo")

@@ -16,6 +16,7 @@ import torch
 from conftest import PAIRS, Patch, Run, at_attention, in_words, write_workbook
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from matplotlib.text import Text
 from seams import IGNORE, ask, encode, growing_answer, load_base, load_tuned, overlap, prompt_of
 from tables import HEADER, csv_file
 
@@ -279,6 +280,18 @@ def test_nothing_is_called_held_out_when_nothing_was(small_phi: Path, workbook: 
     assert "held-out answers" not in card + printed
     assert "held-out questions" not in card
     assert "What is overfitting?" not in card  # the question that the card asks is one of the data's
+
+
+def test_the_toy_is_asked_what_it_was_taught_and_its_picture_says_so(workbook: Path, run: Run, patched: Patch) -> None:
+    said: list[str] = []
+    texts = lambda figure, *_, **__: said.extend(one.get_text() for one in figure.findobj(Text))  # noqa: E731
+    patched.setattr("matplotlib.figure.Figure.savefig", texts)
+    flags = "--model-name demo --max-steps 1 --eval-answers 2 --max-tokens 4".split()
+    code, printed = run(*flags)
+    shown = [text for text in said if "overlap" in text and "before" in text]
+    assert (code, len(shown)) == (0, 1), printed
+    for told in (*shown, in_words(printed).partition("Asking")[2][:60]):
+        assert "2 questions that were taught" in told
 
 
 def test_a_row_is_named_with_its_sheet(small_phi: Path, folder: Path, run: Run) -> None:
