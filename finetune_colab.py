@@ -4496,10 +4496,10 @@ BIN = 1.08  # how much longer each bar of lengths goes than the one before
 @contextmanager
 def picture(path: Path, title: str, meaning: str, size: float = 5, **parts: Any) -> Iterator[Any]:
     """The axes to draw on, under a title and a sentence that says what it means."""
-    import seaborn
+    from matplotlib import style
     from matplotlib.figure import Figure
 
-    with seaborn.axes_style("whitegrid"):
+    with style.context("seaborn-v0_8-whitegrid"):  # seaborn itself takes check half a second
         figure = Figure(figsize=(8, size), layout="constrained", dpi=110)
         axes = figure.subplots(**parts)
     figure.suptitle(title, weight="bold")
@@ -4520,6 +4520,8 @@ def finish_losses(axes: Any, trained: Trained) -> None:
 
 
 def draw_training_curves(path: Path, log: pandas.DataFrame, trained: Trained) -> None:
+    import seaborn
+
     best, meaning = trained.best_step, "the adapter of the last step is kept"
     if best:
         meaning = f"validation loss is lowest at step {best}: best adapter kept"
@@ -4529,14 +4531,15 @@ def draw_training_curves(path: Path, log: pandas.DataFrame, trained: Trained) ->
     dots = "o" if len(losses) < 3 else None  # a line needs two ends to be seen
     rows = {"nrows": 2, "sharex": True, "height_ratios": [3, 1]}
     with picture(path, "Loss while training: lower is better", meaning, 6, **rows) as (top, bottom):
-        top.plot(losses["step"], losses["loss"], color=BLUE, alpha=0.3, linewidth=1)
+        each = {"color": BLUE, "alpha": 0.3, "linewidth": 1}
+        seaborn.lineplot(losses, x="step", y="loss", ax=top, **each)
         top.plot(losses["step"], smooth, color=BLUE, marker=dots, label=TRAINING)
         if len(measured):
             top.plot(measured["step"], measured["eval_loss"], "o-", color=ORANGE, label=VALIDATION)
         if best:
             top.axvline(best, color=ORANGE, linestyle=":", label=f"adapter kept, step {best}")
         finish_losses(top, trained)
-        bottom.plot(losses["step"], losses["learning_rate"], color=BLUE, marker=dots)
+        seaborn.lineplot(losses, x="step", y="learning_rate", color=BLUE, marker=dots, ax=bottom)
         bottom.set(xlabel="step", ylabel="learning rate")
         bottom.ticklabel_format(axis="y", scilimits=(0, 0))
 
