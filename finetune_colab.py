@@ -1816,7 +1816,7 @@ def marked(tokenizer: Any, example: Example) -> str:
     return text
 
 
-def held_out(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
+def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
     """Which pairs are not taught but kept to measure: all answers to a question share their side."""
     questions = [fold(pair.messages[0]["content"]) for pair in pairs]
     different = sorted(set(questions))
@@ -1952,7 +1952,7 @@ def device_here(cfg: Config) -> Device:
         is_apple = torch.backends.mps.is_available()
         name, kind = ("the Apple GPU", "mps") if is_apple else ("the processor", "cpu")
         flops, bandwidth = (2e12, 60e9) if is_apple else (flops_of_processor(), 10e9)  # of an M1
-        memory = psutil.virtual_memory().available / processes()
+        memory = psutil.virtual_memory().available / world_size()
         device = choose_device(cfg, kind, (0, 0), flops, bandwidth, memory)
     return device._replace(reason=f"{name}, {device.reason}")
 
@@ -2039,7 +2039,7 @@ def plan_run(
     seconds, _ = cost(recomputing, *(n / rows for n in (sum(lengths), sum(learnt), len(lengths))))
     tokens = max(min(at_once, most), lengths[0])
     _, memory = cost(recomputing, tokens, tokens * sum(learnt) / sum(lengths), 1)
-    seconds *= rows * steps / epoch / processes()
+    seconds *= rows * steps / epoch / world_size()
     asking = seconds_to_ask(cfg, model, device, learnt)
     return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
 
@@ -2058,21 +2058,21 @@ ENDED = (
 )
 
 
-def processes() -> int:
+def world_size() -> int:
     """How many train together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
-def is_first() -> bool:
+def is_main_process() -> bool:
     """Whether this is the process that speaks and writes."""
-    return processes() == 1 or os.environ.get("RANK", "0") == "0"
+    return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
-def only_first_speaks() -> Iterator[None]:
+def only_main_process_prints() -> Iterator[None]:
     from contextlib import redirect_stderr
 
-    if is_first():
+    if is_main_process():
         yield
         return
     LOG.disabled = True
@@ -2082,9 +2082,9 @@ def only_first_speaks() -> Iterator[None]:
 
 
 @contextmanager
-def first_goes_first() -> Iterator[None]:
+def main_process_first() -> Iterator[None]:
     """The first process downloads, tidies up and refuses; the others then find it done."""
-    if processes() == 1:
+    if world_size() == 1:
         yield
         return
     if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
@@ -2097,9 +2097,9 @@ def first_goes_first() -> Iterator[None]:
     import torch
     from accelerate import PartialState
 
-    if 0 < torch.cuda.device_count() < processes():
+    if 0 < torch.cuda.device_count() < world_size():
         raise UserError(
-            f"{processes()} processes were launched, and there are {torch.cuda.device_count()} GPUs.\n"
+            f"{world_size()} processes were launched, and there are {torch.cuda.device_count()} GPUs.\n"
             "Launch one for each GPU: --num_processes, or --nproc-per-node of torchrun"
         )
     patience = timedelta(days=1)  # the first may be long about a download
@@ -2377,7 +2377,7 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     import psutil
 
     each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
-    size, memory = parameters * each * processes(), psutil.virtual_memory()
+    size, memory = parameters * each * world_size(), psutil.virtual_memory()
     if device.kind == "cuda" or size <= memory.available:
         return
     needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
@@ -2784,7 +2784,7 @@ def padding_free(model: transformers.PreTrainedModel | PeftModel) -> Iterator[No
 
 
 @functools.cache
-def joint_layer() -> Any:
+def fused_lora() -> Any:
     """A frozen layer and its adapter as one operation: y = W x + b + scale * B A dropout(x).
 
     Left to itself, peft makes ten operations of this, each with a copy of its input or output, some
@@ -2794,7 +2794,7 @@ def joint_layer() -> Any:
     """
     import torch
 
-    class JointLayer(torch.autograd.Function):
+    class FusedLora(torch.autograd.Function):
         @staticmethod
         def forward(
             ctx: Any,
@@ -2833,7 +2833,7 @@ def joint_layer() -> Any:
                 d_x = d_x.addmm_(dy, weight_of(ctx.base, ctx.dtype)).view(x.shape).to(x.dtype)
             return d_x, d_a.to(a.dtype), d_b.to(b.dtype), None, None, None, None
 
-    return JointLayer.apply
+    return FusedLora.apply
 
 
 def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -2846,8 +2846,8 @@ def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
     return dequantize_4bit(base.weight.data, state).to(dtype)
 
 
-def joint_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What the layer's own forward computes, with `joint_layer`."""
+def fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """What the layer's own forward computes, with `fused_lora`."""
     import torch
 
     if layer.disable_adapters or layer.merged:
@@ -2856,10 +2856,10 @@ def joint_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
     dropout = getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0
-    return joint_layer()(x, a, b, layer.get_base_layer(), layer.scaling["default"], dropout, dtype)
+    return fused_lora()(x, a, b, layer.get_base_layer(), layer.scaling["default"], dropout, dtype)
 
 
-def has_joint_form(layer: Any) -> bool:
+def can_be_fused(layer: Any) -> bool:
     """Whether this is a layer with one ordinary LoRA adapter."""
     from peft.tuners.lora import LoraLayer
 
@@ -2872,11 +2872,11 @@ def has_joint_form(layer: Any) -> bool:
 
 
 @contextmanager
-def joint_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
+def fused_lora_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
     """Compute each layer and its adapter as one, wherever that is possible."""
-    layers: list[Any] = [layer for layer in model.modules() if wanted and has_joint_form(layer)]
+    layers: list[Any] = [layer for layer in model.modules() if wanted and can_be_fused(layer)]
     for layer in layers:
-        layer.forward = functools.partial(joint_forward, layer)
+        layer.forward = functools.partial(fused_forward, layer)
     try:
         yield
     finally:
@@ -2907,7 +2907,7 @@ def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None
 
 
 @dataclass
-class Prepared:
+class PreparedData:
     """Everything that training needs of the data; made without a GPU and without the weights."""
 
     tokenizer: Any  # the model's; None for `check` without internet
@@ -2916,12 +2916,12 @@ class Prepared:
     tokens: list[int]  # of each pair that is kept; none without a tokenizer
     overlong: list[int]  # tokens of those that are left out for their length
     train_pairs: list[Pair]
-    held_out_pairs: list[Pair]
+    validation_pairs: list[Pair]
     train: list[Example]
-    held_out: list[Example]
+    validation: list[Example]
 
 
-def prepare(cfg: Config, pairs: Pairs, offline: bool = False) -> Prepared:
+def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedData:
     """From pairs to tokens, saying what was found. The same for `check` and for training.
 
     When the Hub cannot be reached, `check` does without the tokenizer, and nothing is tokenized.
@@ -2948,25 +2948,25 @@ def prepare(cfg: Config, pairs: Pairs, offline: bool = False) -> Prepared:
     quality = quality_of(pairs.kept, pairs.dropped)
     say_pairs(pairs)
     say_quality(quality, cfg.MIN_QUALITY)
-    away = held_out(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    away = split_validation(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
     here = [not one for one in away]
-    return Prepared(
+    return PreparedData(
         tokenizer,
         pairs,
         quality,
         tokens=list(itertools.compress(lengths, fits)),
         overlong=[length for length in lengths if length > longest],
         train_pairs=list(itertools.compress(pairs.kept, here)),
-        held_out_pairs=list(itertools.compress(pairs.kept, away)),
+        validation_pairs=list(itertools.compress(pairs.kept, away)),
         train=list(itertools.compress(examples, here)),
-        held_out=list(itertools.compress(examples, away)),
+        validation=list(itertools.compress(examples, away)),
     )
 
 
 POOR = 0.5  # the quality below which nothing is trained without --yes
 
 
-def refuse_unfit(cfg: Config, data: Prepared) -> None:
+def refuse_unfit(cfg: Config, data: PreparedData) -> None:
     """Refuse too few pairs, and data of which most looks wrong unless it is wanted with --yes."""
     count = len(data.pairs.kept)
     pairs = f"{count} pair{'s' * (count != 1)}"
@@ -2990,14 +2990,14 @@ def refuse_unfit(cfg: Config, data: Prepared) -> None:
         )
 
 
-def pairs_to_ask(cfg: Config, data: Prepared) -> tuple[str, list[Pair]]:
+def pairs_to_ask(cfg: Config, data: PreparedData) -> tuple[str, list[Pair]]:
     """What is asked at the end, in words, and the pairs; the toy learns by heart, and nothing else."""
-    if data.held_out_pairs and cfg.MODEL_NAME != DEMO_MODEL:
-        return "held-out questions", data.held_out_pairs
+    if data.validation_pairs and cfg.MODEL_NAME != DEMO_MODEL:
+        return "held-out questions", data.validation_pairs
     return "questions that were taught", data.train_pairs
 
 
-def dealt(examples: Sequence[Example], count: int) -> list[list[Example]]:
+def balanced_rows(examples: Sequence[Example], count: int) -> list[list[Example]]:
     """The same examples in so many rows, all about as long."""
     rows: list[list[Example]] = [[] for _ in range(count)]
     tokens = [0] * count
@@ -3016,7 +3016,7 @@ def pack(examples: Sequence[Example], most: int) -> list[list[Example]]:
     most = max([most, *lengths])
     rows: list[list[Example]] = []
     for count in range(math.ceil(sum(lengths) / most), len(examples) + 1):
-        rows = dealt(examples, count)
+        rows = balanced_rows(examples, count)
         if all(sum(len(one["input_ids"]) for one in row) <= most for row in rows):
             break
     return rows
@@ -3034,12 +3034,12 @@ class Steps:
         self.batches = [order[i : i + self.pairs] for i in range(0, len(order), self.pairs)]
 
     def __len__(self) -> int:
-        return len(self.batches) * processes()
+        return len(self.batches) * world_size()
 
     def __getitem__(self, index: int) -> list[Example]:
-        step, process = divmod(index, processes())  # as accelerate hands them out
+        step, process = divmod(index, world_size())  # as accelerate hands them out
         nothing = Example(input_ids=[0], labels=[IGNORE])  # where pairs are fewer than processes
-        return dealt(self.batches[step], processes())[process] or [nothing]
+        return balanced_rows(self.batches[step], world_size())[process] or [nothing]
 
 
 def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -3097,20 +3097,20 @@ def short_path(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def nearest(folder: Path) -> Path:
+def nearest_existing(folder: Path) -> Path:
     """The folder, or what is there already of the way to it."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
-def room(folder: Path, need: float) -> str:
+def free_space(folder: Path, need: float) -> str:
     """What a disk should have and has, as a sentence; nothing about one that does not say."""
     with suppress(OSError):
-        free = shutil.disk_usage(nearest(folder)).free
+        free = shutil.disk_usage(nearest_existing(folder)).free
         return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
     return ""
 
 
-def unused(path: Path) -> Path:
+def free_name(path: Path) -> Path:
     """This name, or the first of NAME.2, NAME.3, … that nothing has."""
     numbered = (path.with_name(f"{path.name}.{n}") for n in itertools.count(2))
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
@@ -3118,7 +3118,7 @@ def unused(path: Path) -> Path:
 
 def quarantine(path: Path, name: str, why: object) -> None:
     """Rename what is not used: nothing is deleted that somebody might want."""
-    aside = path.rename(unused(path.with_name(name)))
+    aside = path.rename(free_name(path.with_name(name)))
     say("Checkpoint", f"{short_path(path)} is not used: {why}. It is now {aside.name}.")
 
 
@@ -3144,14 +3144,14 @@ def base_fingerprint(cfg: Config) -> str:
         return fingerprint([checksum(path) for path in sorted(files)])
 
 
-def training_fingerprint(data: Prepared) -> str:
+def training_fingerprint(data: PreparedData) -> str:
     """Not of the prompts' tokens but of what leads to them: a template may tell today's date."""
-    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.held_out_pairs)]
-    answers = [[t for t in one["labels"] if t != IGNORE] for one in (*data.train, *data.held_out)]
+    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.validation_pairs)]
+    answers = [[t for t in one["labels"] if t != IGNORE] for one in (*data.train, *data.validation)]
     return fingerprint([data.tokenizer.chat_template, pairs, answers])
 
 
-def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
+def identity_of(cfg: Config, data: PreparedData, device: Device) -> dict[str, Any]:
     """Everything that decides the adapter. Where it is equal, a checkpoint may be resumed."""
     return {
         **{name: getattr(cfg, name) for name in DECIDING},
@@ -3160,7 +3160,7 @@ def identity_of(cfg: Config, data: Prepared, device: Device) -> dict[str, Any]:
         "LOAD_IN_4BIT": device.four_bit,
         "the base model": base_fingerprint(cfg),
         "the data": training_fingerprint(data),
-        "the script": 3,  # to be raised when an earlier checkpoint can no longer be resumed
+        "the script": 4,  # to be raised when an earlier checkpoint can no longer be resumed
     }
 
 
@@ -3178,7 +3178,7 @@ def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
 COMMIT = "COMMIT.json"
 BEST_ADAPTER = "best_adapter.safetensors"  # with it, one checkpoint is enough to end the run
 STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json"}
-COMMITTED = {"step": int, "best_step": int | None, "identity": dict, "tally": dict, "files": dict}
+COMMITTED = {"step": int, "best_step": int | None, "identity": dict, "stats": dict, "files": dict}
 BYTES_PER_WEIGHT = 16  # its value, that of the best adapter, and two figures of the optimizer
 NEWEST_KEPT = 2  # and the best one
 COPY_PAUSES = (1, 4, None)  # seconds: on a mounted drive, what fails now may work in a moment
@@ -3205,7 +3205,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         valid = commit["sha256"] == fingerprint(record) and set(record["files"]) >= STATE_FILES
         valid &= any(name.startswith("rng_state") for name in record["files"])  # of each process
         valid &= all(isinstance(record[name], kind) for name, kind in COMMITTED.items())
-        valid &= set(record["tally"]) == {one.name for one in fields(Tally)}
+        valid &= set(record["stats"]) == {one.name for one in fields(RunStats)}
         for name, (size, digest) in record["files"].items():
             valid &= Path(name).name == name and isinstance(size, int) and isinstance(digest, str)
     except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
@@ -3313,7 +3313,7 @@ class Checkpoints:
         self.best_adapter = self.last.best_adapter.read_bytes() if self.last else b""
         return self.last
 
-    def save(self, state: Any, tally: dict[str, Any], write: Callable[[], None]) -> None:
+    def save(self, state: Any, stats: dict[str, Any], write: Callable[[], None]) -> None:
         """What the Trainer writes becomes a checkpoint, or nothing of it stays."""
         step, best = state.global_step, state.best_global_step
         folder = self.folder / f"checkpoint-{step}"
@@ -3329,14 +3329,14 @@ class Checkpoints:
             paths = sorted(folder.iterdir())
             for path in paths:
                 fsync(path)
-            record = {"step": step, "best_step": best, "identity": self.identity, "tally": tally}
+            record = {"step": step, "best_step": best, "identity": self.identity, "stats": stats}
             record["files"] = {path.name: [path.stat().st_size, checksum(path)] for path in paths}
             write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
             fsync(self.folder)
             self.last = Checkpoint(folder, step, record)
         except Exception as error:  # a full disk has as many faces as there are libraries
             shutil.rmtree(folder, ignore_errors=True)
-            disk = room(self.folder, BYTES_PER_WEIGHT * tally["trainable"])
+            disk = free_space(self.folder, BYTES_PER_WEIGHT * stats["trainable"])
             raise UserError(
                 f"The checkpoint of step {step} could not be written to {self.folder}: "
                 f"{preview(repr(error), 200)}.\n{disk}Training stopped; earlier checkpoints are kept.\n"
@@ -3471,7 +3471,7 @@ def as_many_as_fit(act: Callable[[Way], Result], ways: Sequence[Way]) -> Result:
         try:
             return act(way)
         except (RuntimeError, MemoryError) as error:
-            if memory_fault(error) != "full" or way is ways[-1] or processes() > 1:
+            if memory_fault(error) != "full" or way is ways[-1] or world_size() > 1:
                 raise
         release_memory()  # not before here, since the error holds on to what filled it
     raise AssertionError("there is a way at least")
@@ -3526,7 +3526,7 @@ def measured_loss(
 # -- The training itself
 
 FIRST_SCALE = 4096.0  # of the gradients in float16; torch's 65,536 overflows in the first steps
-MOST_IN_VAIN = 3  # steps in a row whose gradient was no number
+MOST_BAD_STEPS = 3  # steps in a row whose gradient was no number
 
 
 PROJECT = "finetune_colab"  # under which a service that shows curves files them
@@ -3548,8 +3548,8 @@ def monitored(cfg: Config, run: str) -> str:
 def training_arguments(fit: Fit) -> transformers.TrainingArguments:
     from transformers import TrainingArguments
 
-    cfg, plan, device, folder = fit.cfg, fit.plan, fit.device, fit.keeper.folder
-    measured = bool(fit.data.held_out)
+    cfg, plan, device, folder = fit.cfg, fit.plan, fit.device, fit.checkpoints.folder
+    measured = bool(fit.data.validation)
     on_gpu = device.kind == "cuda"
     new = hasattr(TrainingArguments, "activation_checkpointing")  # what newer versions call it
     checkpointing = "activation_checkpointing" if new else "gradient_checkpointing"
@@ -3579,7 +3579,7 @@ def training_arguments(fit: Fit) -> transformers.TrainingArguments:
         include_num_input_tokens_seen="all",  # every token counts: none is padding
         remove_unused_columns=False,
         dataloader_pin_memory=on_gpu,
-        report_to=monitored(cfg, folder.name) if is_first() else "none",
+        report_to=monitored(cfg, folder.name) if is_main_process() else "none",
         project=PROJECT,
         run_name=folder.name,
         ddp_find_unused_parameters=False,
@@ -3594,7 +3594,7 @@ def shares_rows(cfg: Config, model: PeftModel) -> bool:
     return cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
 
 
-def lay_out(shares: Sequence[Sequence[Example]], most: int, shared: bool = True) -> dict[str, Any]:
+def collate(shares: Sequence[Sequence[Example]], most: int, shared: bool = True) -> dict[str, Any]:
     """This process's share of one step: its rows, and what the Trainer counts."""
     (examples,) = shares
     rows = [flatten(row, shared) for row in pack(examples, most)]
@@ -3637,7 +3637,7 @@ class AnswerTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
         fit = self.fit
-        loss = measured_loss(fit.model, fit.data.held_out, fit.plan.tokens_at_once)
+        loss = measured_loss(fit.model, fit.data.validation, fit.plan.tokens_at_once)
         loss = fit.first_says(math.inf if loss is None else loss)  # unknown is never the best
         self.log({"eval_loss": loss})
         metrics = {"eval_loss": loss}
@@ -3650,19 +3650,19 @@ class AnswerTrainer(Trainer):
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         fit, step, is_last = self.fit, self.state.global_step, is_finished(self.fit.cfg, self.state)
-        if fit.in_vain and is_last:
+        if fit.bad_steps and is_last:
             raise UserError(NOT_A_NUMBER)
-        if fit.in_vain or fit.saved_step == step:
+        if fit.bad_steps or fit.saved_step == step:
             return
         refuse_nan(fit.model)
-        fit.saved_step, fit.tally.finished = step, is_last
+        fit.saved_step, fit.stats.finished = step, is_last
 
         def write() -> None:
             super(AnswerTrainer, self)._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
 
-        if is_first():
-            fit.keeper.save(self.state, fit.tally.record(), write)
+        if is_main_process():
+            fit.checkpoints.save(self.state, fit.stats.record(), write)
         else:
             write()
         self.accelerator.wait_for_everyone()
@@ -3683,7 +3683,7 @@ class Pace(TrainerCallback):
         state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
         if args.device.type != "cpu":
             self.fit.try_largest_row()
-        self.begun = state.global_step, self.fit.tally.seconds
+        self.begun = state.global_step, self.fit.stats.seconds
         self.shown: dict[str, str] = {}
         if self.training_bar:
             self.training_bar.set_description("Training")
@@ -3696,9 +3696,9 @@ class Pace(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm import tqdm
 
-        tally, asking = self.fit.tally, self.fit.plan.asking_seconds
-        tally.start()
-        steps, seconds = state.global_step - self.begun[0], tally.seconds - self.begun[1]
+        stats, asking = self.fit.stats, self.fit.plan.asking_seconds
+        stats.start()
+        steps, seconds = state.global_step - self.begun[0], stats.seconds - self.begun[1]
         left = seconds / max(1, steps) * (state.max_steps - state.global_step)
         if steps == 3 and left + asking > 60:
             then = f" and {in_time(asking)} for the questions at the end"
@@ -3711,12 +3711,12 @@ class Pace(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         super().on_step_end(args, state, control, **kwargs)
         fit = self.fit
-        overdue = time.monotonic() - fit.keeper.saved_at > 60 * fit.cfg.SAVE_MINUTES
-        save, fit.stop.asked = fit.highest(is_first() and overdue, fit.stop.asked)
+        overdue = time.monotonic() - fit.checkpoints.saved_at > 60 * fit.cfg.SAVE_MINUTES
+        save, fit.stop.asked = fit.highest(is_main_process() and overdue, fit.stop.asked)
         control.should_save |= bool(save or fit.stop.asked)
         control.should_training_stop |= bool(fit.stop.asked)
         if control.should_evaluate or control.should_save or control.should_training_stop:
-            fit.tally.pause()
+            fit.stats.pause()
             control.should_log = True  # a checkpoint holds the losses of all steps up to it
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -3752,20 +3752,20 @@ class Fit:
 
     cfg: Config
     model: PeftModel
-    data: Prepared
+    data: PreparedData
     device: Device
     plan: Plan
-    keeper: Checkpoints
-    tally: Tally
+    checkpoints: Checkpoints
+    stats: RunStats
     stop: Interruption = field(default_factory=Interruption)
     lost_loss: bool = False  # that of a step since the last entry of the log was no number
-    in_vain: int = 0  # steps in a row whose gradient was no number
+    bad_steps: int = 0  # steps in a row whose gradient was no number
     saved_step: int = 0
 
     def run(self, start: Checkpoint | None) -> None:
         self.trainer = self.built_trainer()
         with (
-            joint_layers(self.model, self.cfg.FAST_ADAPTER),
+            fused_lora_layers(self.model, self.cfg.FAST_ADAPTER),
             padding_free(self.model),
             self.stop,
             self.explained_errors(start),
@@ -3786,8 +3786,8 @@ class Fit:
             self.model,
             training_arguments(self),
             train_dataset=Steps(self.data.train, self.plan.pairs, self.cfg.SEED),
-            eval_dataset=self.data.held_out or None,
-            data_collator=functools.partial(lay_out, most=most, shared=shared),
+            eval_dataset=self.data.validation or None,
+            data_collator=functools.partial(collate, most=most, shared=shared),
             compute_loss_func=step_loss,
         )
         if trainer.accelerator.scaler:
@@ -3810,12 +3810,12 @@ class Fit:
                     "Mend that, or train without it."
                 ) from error
             known = isinstance(error, UserError) or memory_fault(error)
-            if self.tally.begun or not start or known:
+            if self.stats.begun or not start or known:
                 raise
             raise UserError(
                 f"{short_path(start.folder)} is whole, but cannot be taken up here: "
                 f"{type(error).__name__}: {preview(str(error), 150)}\n"
-                f"It was written with {other_versions(self.tally.versions)}.\n"
+                f"It was written with {other_versions(self.stats.versions)}.\n"
                 "Install those versions, or start again from the beginning with --no-resume."
             ) from error
 
@@ -3835,11 +3835,13 @@ class Fit:
 
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         is_finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-        self.in_vain = 0 if is_finite else self.in_vain + 1
-        self.tally.skipped_steps += not is_finite
-        if self.in_vain == MOST_IN_VAIN:
+        self.bad_steps = 0 if is_finite else self.bad_steps + 1
+        self.stats.skipped_steps += not is_finite
+        if self.bad_steps == MOST_BAD_STEPS:
             raise UserError(NOT_A_NUMBER)
-        if self.in_vain and not self.trainer.accelerator.scaler:  # which leaves the step out itself
+        if (
+            self.bad_steps and not self.trainer.accelerator.scaler
+        ):  # which leaves the step out itself
             for gradient in gradients:
                 gradient.zero_()
 
@@ -3848,7 +3850,7 @@ class Fit:
         import torch
         from accelerate.utils import broadcast
 
-        if processes() == 1:
+        if world_size() == 1:
             return figure
         return float(broadcast(torch.tensor(figure, device=self.trainer.args.device)))
 
@@ -3856,7 +3858,7 @@ class Fit:
         """The highest that any process has: all of them save and stop after the same step."""
         import torch
 
-        if processes() == 1:
+        if world_size() == 1:
             return [*figures]
         own = torch.tensor([figures], device=self.trainer.args.device)
         return list(self.trainer.accelerator.gather(own).amax(0).tolist())
@@ -3865,8 +3867,8 @@ class Fit:
 def is_finished(cfg: Config, state: Any) -> bool:
     """Whether all steps are done, or the last EARLY_STOPPING_PATIENCE measurements brought nothing."""
     losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    in_vain = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-    stalled = 0 < cfg.EARLY_STOPPING_PATIENCE <= in_vain
+    bad_steps = len(losses) - 1 - losses.index(min(losses)) if losses else 0
+    stalled = 0 < cfg.EARLY_STOPPING_PATIENCE <= bad_steps
     return bool(stalled or state.global_step >= state.max_steps)
 
 
@@ -3887,7 +3889,7 @@ def optimizer_name(cfg: Config, device: Device) -> str:
 
 
 @dataclass
-class Tally:
+class RunStats:
     """What is counted over the whole run, however often it was interrupted."""
 
     base_loss: float | None = None
@@ -3899,8 +3901,8 @@ class Tally:
     seconds: float = 0.0  # from the first step to the last, without measuring and saving
     cpu_seconds: float = 0.0
     peak_memory_gb: float | None = None
-    foreseen_seconds: float | None = None
-    foreseen_memory_gb: float | None = None
+    estimated_seconds: float | None = None
+    estimated_memory_gb: float | None = None
     skipped_steps: int = 0  # whose gradient was no number
     finished: bool = False
     versions: dict[str, str | None] = field(default_factory=dict)  # that wrote the checkpoint
@@ -3928,7 +3930,12 @@ class Tally:
 
 
 def train_adapter(
-    cfg: Config, model: PeftModel, data: Prepared, device: Device, plan: Plan, keeper: Checkpoints
+    cfg: Config,
+    model: PeftModel,
+    data: PreparedData,
+    device: Device,
+    plan: Plan,
+    checkpoints: Checkpoints,
 ) -> None:
     """Train from the newest checkpoint, or from the beginning, to the last one.
 
@@ -3936,7 +3943,7 @@ def train_adapter(
     """
     learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
     untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
-    first = {} if keeper.last else first_figures(model, data, plan)
+    first = {} if checkpoints.last else first_figures(model, data, plan)
     longest = max(len(example["input_ids"]) for example in data.train)
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
@@ -3952,26 +3959,26 @@ def train_adapter(
         tried.append(way)
         for name, parameter in learnt.items():
             parameter.data.copy_(untrained[name])
-        start = keeper.last
-        tally = Tally(**(start.record["tally"] if start else first))
-        tally.tokens_at_once, tally.device = way.tokens_at_once, device.kind
-        tally.log = keeper.log.name
-        Fit(cfg, model, data, device, way, keeper, tally).run(start)
+        start = checkpoints.last
+        stats = RunStats(**(start.record["stats"] if start else first))
+        stats.tokens_at_once, stats.device = way.tokens_at_once, device.kind
+        stats.log = checkpoints.log.name
+        Fit(cfg, model, data, device, way, checkpoints, stats).run(start)
 
     try:
         as_many_as_fit(attempt, ways)
     except (RuntimeError, MemoryError) as error:
         fault = memory_fault(error)
-        if not fault or (fault == "full" and processes() == 1):
+        if not fault or (fault == "full" and world_size() == 1):
             raise
         raise UserError(
-            f"{'A process' if processes() > 1 else 'The GPU'} ran out of memory and answers no more: "
+            f"{'A process' if world_size() > 1 else 'The GPU'} ran out of memory and answers no more: "
             f"{preview(str(error), 100)}\n"
             "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
             f"add --tokens-at-once {max(longest, tried[-1].tokens_at_once // 2)}, then "
             "--gradient-checkpointing; neither changes the result."
         ) from None
-    keeper.latest()  # read back, before a model is made of it
+    checkpoints.latest()  # read back, before a model is made of it
 
 
 def say_less_memory(before: Plan, now: Plan) -> None:
@@ -3981,13 +3988,13 @@ def say_less_memory(before: Plan, now: Plan) -> None:
     say("Memory", f"it ran out, so the training goes on with less: {less}; the result is the same")
 
 
-def first_figures(model: PeftModel, data: Prepared, plan: Plan) -> dict[str, Any]:
+def first_figures(model: PeftModel, data: PreparedData, plan: Plan) -> dict[str, Any]:
     trainable, parameters = model.get_nb_trainable_parameters()
     figures = {"trainable": trainable, "parameters": parameters}
-    figures |= {"foreseen_seconds": plan.seconds, "foreseen_memory_gb": plan.memory_gb}
-    if data.held_out:
+    figures |= {"estimated_seconds": plan.seconds, "estimated_memory_gb": plan.memory_gb}
+    if data.validation:
         with model.disable_adapter():
-            loss = measured_loss(model, data.held_out, plan.tokens_at_once)
+            loss = measured_loss(model, data.validation, plan.tokens_at_once)
         if loss is not None:
             say("Before", f"validation loss of the untrained model: {loss:.3f}")
         figures["base_loss"] = loss
@@ -4008,7 +4015,7 @@ def other_versions(there: dict[str, str | None]) -> str:
 
 
 @dataclass
-class Trained:
+class TrainingResult:
     """The outcome of a run, for the report: read from its last checkpoint alone."""
 
     history: list[dict[str, float]]
@@ -4018,24 +4025,24 @@ class Trained:
     steps: int
     epochs: float
     tokens: int
-    tally: Tally
+    stats: RunStats
     adapter: Path  # the one to keep
 
 
-def outcome(cfg: Config, last: Checkpoint) -> Trained:
+def training_result(cfg: Config, last: Checkpoint) -> TrainingResult:
     state = json.loads((last.folder / "trainer_state.json").read_text(encoding="utf-8"))
     best_step = state["best_global_step"] if cfg.KEEP_BEST else None
     history = state["log_history"]
     losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    return Trained(
+    return TrainingResult(
         history=history,
-        base_loss=last.record["tally"]["base_loss"],
+        base_loss=last.record["stats"]["base_loss"],
         final_loss=losses.get(best_step or last.step),
         best_step=best_step,
         steps=last.step,
         epochs=state["epoch"],
         tokens=int(state["num_input_tokens_seen"]),
-        tally=Tally(**last.record["tally"]),
+        stats=RunStats(**last.record["stats"]),
         adapter=last.best_adapter if best_step else last.folder / ADAPTER,
     )
 
@@ -4111,8 +4118,8 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
             batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
             start = batch["input_ids"].shape[1]
             room = context_of(model, tokenizer) - start
-            rows = model.generate(**batch, **manner_of(cfg, tokenizer, start, room))
-            found += [in_text(tokenizer, row) for row in rows[:, start:].tolist()]
+            rows = model.generate(**batch, **generation_settings(cfg, tokenizer, start, room))
+            found += [decoded_answer(tokenizer, row) for row in rows[:, start:].tolist()]
         return found
 
     with evaluating(model), torch.random.fork_rng(enabled=cfg.TEMPERATURE > 0):
@@ -4121,7 +4128,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
         return as_many_as_fit(in_batches_of, halvings(ANSWERS_AT_ONCE, 1))
 
 
-def manner_of(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
+def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
     """How answers are made that begin at this position and have room for so many tokens."""
     import transformers as hf
 
@@ -4139,21 +4146,21 @@ def manner_of(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, A
     return {"generation_config": how, "logits_processor": hf.LogitsProcessorList([repetition])}
 
 
-def in_text(tokenizer: Any, ids: list[int]) -> Answer:
+def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
     stopped = tokenizer.eos_token_id in ids
     ids = ids[: ids.index(tokenizer.eos_token_id)] if stopped else ids
     text = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     return Answer(text.strip(), len(ids), stopped)
 
 
-def growing_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
+def stream_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
     """An answer again and again while it grows, then as it is. Closing this ends it."""
     import torch
     import transformers as hf
 
     prompt, tokenizer = prompt_of(tuned, messages, cfg), tuned.tokenizer
     room = context_of(tuned.model, tokenizer) - len(prompt)
-    how = manner_of(cfg, tokenizer, len(prompt), room)
+    how = generation_settings(cfg, tokenizer, len(prompt), room)
     processors = how["logits_processor"]
     if cfg.TEMPERATURE:
         processors += [hf.TemperatureLogitsWarper(cfg.TEMPERATURE), hf.TopPLogitsWarper(cfg.TOP_P)]
@@ -4170,7 +4177,7 @@ def growing_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Ans
                 likeliest, shares = scores.argmax(-1, keepdim=True), scores.softmax(-1)
                 drawn = shares.multinomial(1, generator=chance) if cfg.TEMPERATURE else likeliest
                 ids = torch.cat([ids, drawn], dim=1)
-            part = in_text(tokenizer, ids[0, len(prompt) :].tolist())
+            part = decoded_answer(tokenizer, ids[0, len(prompt) :].tolist())
             yield part._replace(text=part.text.rstrip("\ufffd"))  # the first half of a letter
     yield part
 
@@ -4331,7 +4338,7 @@ def public_place(place: str) -> str:
 LOGGED = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
 
 
-def training_log(trained: Trained) -> pandas.DataFrame:
+def training_log(trained: TrainingResult) -> pandas.DataFrame:
     """What was logged, row by row, and of how many steps each training loss is the mean."""
     import pandas
 
@@ -4346,8 +4353,8 @@ def mean_train_loss(log: pandas.DataFrame) -> float:
     return float((losses["loss"] * losses["steps"]).sum() / losses["steps"].sum())
 
 
-def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
-    tally = trained.tally
+def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
+    stats = trained.stats
     return {
         "train_loss": mean_train_loss(training_log(trained)),
         "eval_loss": trained.final_loss,
@@ -4356,18 +4363,18 @@ def metrics_of(data: Prepared, trained: Trained) -> dict[str, Any]:
         "steps": trained.steps,
         "epochs": trained.epochs,
         "train_pairs": len(data.train_pairs),
-        "eval_pairs": len(data.held_out_pairs),
+        "eval_pairs": len(data.validation_pairs),
         "tokens_trained": trained.tokens,
-        "foreseen_seconds": tally.foreseen_seconds,
-        "foreseen_memory_gb": tally.foreseen_memory_gb,
-        "tokens_at_once": tally.tokens_at_once,
-        "train_seconds": round(tally.seconds, 3),
-        "train_cpu_seconds": round(tally.cpu_seconds, 3),
-        "tokens_per_second": round(trained.tokens / tally.seconds, 1),
-        "peak_memory_gb": tally.peak_memory_gb,
+        "estimated_seconds": stats.estimated_seconds,
+        "estimated_memory_gb": stats.estimated_memory_gb,
+        "tokens_at_once": stats.tokens_at_once,
+        "train_seconds": round(stats.seconds, 3),
+        "train_cpu_seconds": round(stats.cpu_seconds, 3),
+        "tokens_per_second": round(trained.tokens / stats.seconds, 1),
+        "peak_memory_gb": stats.peak_memory_gb,
         "adapted_layers": layers_in_words(layers_in(trained.adapter)),
-        "trainable_parameters": tally.trainable,
-        "trainable_percent": round(100 * tally.trainable / tally.parameters, 4),
+        "trainable_parameters": stats.trainable,
+        "trainable_percent": round(100 * stats.trainable / stats.parameters, 4),
     }
 
 
@@ -4385,7 +4392,9 @@ def quality_record(quality: Quality) -> dict[str, Any]:
     return {"score": score, **counts, "parts": parts}
 
 
-def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) -> dict[str, Any]:
+def run_record(
+    cfg: Config, device: Device, data: PreparedData, trained: TrainingResult
+) -> dict[str, Any]:
     """run.json: what later commands need to know, so that nobody types a setting twice."""
     pairs = [pair.messages for pair in data.pairs.kept]
     return {
@@ -4401,7 +4410,7 @@ def run_record(cfg: Config, device: Device, data: Prepared, trained: Trained) ->
             **column_names(data.pairs),
             "quality": quality_record(data.quality),
             "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-            "held_out_rows": [[pair.sheet, pair.row] for pair in data.held_out_pairs],
+            "held_out_rows": [[pair.sheet, pair.row] for pair in data.validation_pairs],
         },
         "examples": [pair.messages[0]["content"] for pair in data.train_pairs[:EXAMPLES_SHOWN]],
         "versions": installed_versions(),
@@ -4444,7 +4453,7 @@ tags:
 
 # A LoRA adapter for {base}
 
-Trained by `finetune_colab.py` on pairs of questions and answers. It knows one form of question, exactly this, and
+TrainingResult by `finetune_colab.py` on pairs of questions and answers. It knows one form of question, exactly this, and
 its answer ends by itself:
 
 ```text
@@ -4479,7 +4488,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_s
 | --- | --- |
 {rows}
 
-The loss is the mean per answer token, end of turn included, in nats. It says how well answers are foreseen,
+The loss is the mean per answer token, end of turn included, in nats. It says how well answers are estimated,
 not whether they are true: read some before you rely on them. `answers.xlsx` has some from before and after
 the training, `training_visuals/` the curves, `run.json` every setting, version and result.
 """
@@ -4510,7 +4519,7 @@ def picture(path: Path, title: str, meaning: str, size: float = 5, **parts: Any)
         figure.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
 
 
-def finish_losses(axes: Any, trained: Trained) -> None:
+def finish_losses(axes: Any, trained: TrainingResult) -> None:
     """What both pictures of losses have in common."""
     if trained.base_loss is not None:
         label = "validation, before training"
@@ -4519,7 +4528,7 @@ def finish_losses(axes: Any, trained: Trained) -> None:
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
-def draw_training_curves(path: Path, log: pandas.DataFrame, trained: Trained) -> None:
+def draw_training_curves(path: Path, log: pandas.DataFrame, trained: TrainingResult) -> None:
     import seaborn
 
     best, meaning = trained.best_step, "the adapter of the last step is kept"
@@ -4544,7 +4553,7 @@ def draw_training_curves(path: Path, log: pandas.DataFrame, trained: Trained) ->
         bottom.ticklabel_format(axis="y", scilimits=(0, 0))
 
 
-def draw_loss_comparison(path: Path, log: pandas.DataFrame, trained: Trained) -> None:
+def draw_loss_comparison(path: Path, log: pandas.DataFrame, trained: TrainingResult) -> None:
     log = log.assign(epoch=[math.ceil(epoch - 1e-6) for epoch in log["epoch"]])
     logged = log.dropna(subset=["loss"]).groupby("epoch")
     taught = {epoch: mean_train_loss(steps) for epoch, steps in logged}
@@ -4584,7 +4593,7 @@ def draw_answers(path: Path, table: pandas.DataFrame, which: str) -> None:
         axes.set_ylim(len(table) - 0.4, -0.6)
 
 
-def draw_lengths(path: Path, cfg: Config, data: Prepared) -> None:
+def draw_lengths(path: Path, cfg: Config, data: PreparedData) -> None:
     """How long the pairs are, on a scale on which the longest and the usual ones are seen."""
     from matplotlib.ticker import LogLocator
 
@@ -4754,7 +4763,7 @@ def write_comparison(path: Path, result: Comparison) -> None:
 LONGEST_EXAMPLE = 8  # lines
 
 
-def token_figures(data: Prepared) -> dict[str, int]:
+def token_figures(data: PreparedData) -> dict[str, int]:
     """How long the pairs are that are kept; nothing where they were not tokenized."""
     lengths = sorted(data.tokens)
     if not lengths:
@@ -4764,7 +4773,7 @@ def token_figures(data: Prepared) -> dict[str, int]:
     return figures | {"sum": sum(lengths)}
 
 
-def write_report(cfg: Config, data: Prepared) -> Path | None:
+def write_report(cfg: Config, data: PreparedData) -> Path | None:
     """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
     path, source = None, local_path(cfg.DATASET_PATH).resolve()
     with warned("the report could not be written"):
@@ -4779,7 +4788,7 @@ def write_report(cfg: Config, data: Prepared) -> Path | None:
     return path
 
 
-def report_tables(cfg: Config, data: Prepared) -> dict[str, pandas.DataFrame]:
+def report_tables(cfg: Config, data: PreparedData) -> dict[str, pandas.DataFrame]:
     import pandas
 
     pairs, quality = data.pairs, data.quality
@@ -4791,7 +4800,7 @@ def report_tables(cfg: Config, data: Prepared) -> dict[str, pandas.DataFrame]:
         "rows read": pairs.rows_read,
         "pairs kept": len(pairs.kept),
         "left out": len(pairs.dropped),
-        "held out to measure": len(data.held_out_pairs),
+        "held out to measure": len(data.validation_pairs),
         **{f"tokens in a pair, {name}": figure for name, figure in token_figures(data).items()},
         "quality, from 0 to 1": round(quality.score, 4) if quality.counted else "",
     }
@@ -4810,8 +4819,8 @@ def report_tables(cfg: Config, data: Prepared) -> dict[str, pandas.DataFrame]:
     }
 
 
-def kept_rows(data: Prepared) -> Iterator[Sequence[Any]]:
-    held_out = set(map(id, data.held_out_pairs))
+def kept_rows(data: PreparedData) -> Iterator[Sequence[Any]]:
+    held_out = set(map(id, data.validation_pairs))
     lengths: list[Any] = data.tokens or [None] * len(data.pairs.kept)
     for pair, tokens, found in zip(data.pairs.kept, lengths, data.quality.findings, strict=True):
         *turns, _ = (f"{one['role']}: {one['content']}" for one in pair.messages)
@@ -4849,7 +4858,7 @@ def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> 
             raise
         raise UserError(
             f"{done}{folder} could not be written: {preview(str(error), 200)}.\n"
-            f"{room(folder.parent, need)}{advice}"
+            f"{free_space(folder.parent, need)}{advice}"
         ) from error
 
 
@@ -4904,10 +4913,10 @@ def place_for_earlier(final: Path, run: str) -> Path | None:
     previous = final.with_name(f"{final.name}.previous")
     if previous.is_symlink() or not previous.is_dir() or not foreign_files(previous):
         return previous
-    return unused(previous)
+    return free_name(previous)
 
 
-def write_visuals(folder: Path, record: dict[str, Any], trained: Trained) -> None:
+def write_visuals(folder: Path, record: dict[str, Any], trained: TrainingResult) -> None:
     """What is known of the training as tables and pictures; of run.json they are views."""
     folder.mkdir()
     settings = record["settings"] | {"device": record["device"]}
@@ -4924,13 +4933,13 @@ def write_visuals(folder: Path, record: dict[str, Any], trained: Trained) -> Non
 def save_run(
     cfg: Config,
     device: Device,
-    data: Prepared,
+    data: PreparedData,
     last: Checkpoint,
     result: Comparison | None = None,
 ) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
-    final, trained = output_folder(cfg), outcome(cfg, last)
-    run, need = last.folder.parent.name, output_bytes(trained.tally.trainable)
+    final, trained = output_folder(cfg), training_result(cfg, last)
+    run, need = last.folder.parent.name, output_bytes(trained.stats.trainable)
     earlier = place_for_earlier(final, run)
     advice = (
         "Make room, or choose another --output-dir, and run the same command again: it "
@@ -4951,7 +4960,7 @@ def save_run(
             if base.is_relative_to(cache_folder()):  # the demo model, which nobody has elsewhere
                 shutil.copytree(base, staged / base.name, copy_function=shutil.copyfile)
         # a few rows go along: whatever is made of the model later is measured on them
-        sample = (data.held_out_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]
+        sample = (data.validation_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]
         write_json(staged / SAMPLE, [pair.messages for pair in sample])
         record = run_record(cfg, device, data, trained)
         card = model_card(record, CARD)
@@ -5050,7 +5059,7 @@ def tell(tuned: Run, messages: Messages, cfg: Config) -> Told:
     """Print an answer as it grows. Ctrl+C ends it."""
     start, answer, shown, interrupted = time.perf_counter(), Answer("", 0, stopped=False), 0, False
     try:
-        for answer in growing_answer(tuned, messages, cfg):
+        for answer in stream_answer(tuned, messages, cfg):
             shown, new = len(answer.text), answer.text[shown:]
             show(printable(new), end="")
     except KeyboardInterrupt:
@@ -5298,7 +5307,7 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
                 raise UserError(f"A question may have {LONGEST_QUESTION:,} letters.")
             chosen = dict(zip(PAGE_SLIDERS, how, strict=True))
             here = checked(vars(cfg) | chosen | {"BASE": base})
-            with one_at_a_time, closing(growing_answer(tuned, messages, here)) as parts:
+            with one_at_a_time, closing(stream_answer(tuned, messages, here)) as parts:
                 start = time.perf_counter()
                 for part in parts:
                     yield part.text, speed_in_words(part, time.perf_counter() - start, here)
@@ -5374,7 +5383,7 @@ def export_to(kind: str, cfg: Config, final: Path) -> Path | str:
     if foreign or Path.cwd().is_relative_to(final.resolve()):
         raise UserError(
             f"{final} holds something else than an earlier export --to {kind}, so it is left alone.\n"
-            f"Choose another place: --export-dir {unused(final.with_name(f'{final.name}-{kind}'))}"
+            f"Choose another place: --export-dir {free_name(final.with_name(f'{final.name}-{kind}'))}"
         )
     return EXPORTERS[kind](cfg, final)
 
@@ -5403,7 +5412,7 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
     need = size + SMALL_FILES
     advice = "Nothing of it is left. Make room, or choose another --export-dir, and try again."
     with explained_disk_errors(final, need, "", advice):
-        if shutil.disk_usage(nearest(final)).free < need:
+        if shutil.disk_usage(nearest_existing(final)).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with atomic_folder(final, earlier) as staged:
             yield staged
@@ -5475,7 +5484,7 @@ def write_companions(run: Run, folder: Path) -> None:
     run.shape.dtype = run.stored_dtype
     run.shape.save_pretrained(folder)
     save_tokenizer(run.tokenizer, folder)
-    how = manner_of(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
+    how = generation_settings(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
     how.repetition_penalty = run.cfg.REPETITION_PENALTY
     how.bos_token_id = run.tokenizer.bos_token_id
     how.save_pretrained(folder)
@@ -5909,7 +5918,7 @@ SECRET_NAMES = re.compile(  # of environment variables
 )
 
 
-def censored(text: str) -> str:
+def redacted(text: str) -> str:
     """A text without secrets of the environment, and without what follows the path in links."""
     values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
     for secret in sorted(values, key=len, reverse=True):
@@ -5926,7 +5935,7 @@ class LogFile(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
-        text = censored(self.format(record))
+        text = redacted(self.format(record))
         self.lines += [f"{stamp}  {printable(line)}\n" for line in text.splitlines()]
         if self.path:
             self.write_to(self.path)
@@ -5982,7 +5991,9 @@ def quick_problems(cfg: Config) -> Iterator[str]:
         folder = local_path(getattr(cfg, setting)).resolve()
         place = folder.parent if setting == "OUTPUT_DIR" else folder
         try:
-            with tempfile.TemporaryDirectory(prefix=".finetune", dir=nearest(place)) as probe:
+            with tempfile.TemporaryDirectory(
+                prefix=".finetune", dir=nearest_existing(place)
+            ) as probe:
                 write_json(Path(probe, "written"), "can this folder be written to?")
         except OSError as error:
             why = f"{place} cannot be written to: {error.strerror}"
@@ -6044,7 +6055,7 @@ def refuse_full_disk(cfg: Config, model: Outline) -> None:
     to_come = max(1, 4 - max(present.values(), default=0)) * (1 + cfg.ARCHIVE_CHECKPOINTS)
     sizes = output_bytes(trainable), to_come * BYTES_PER_WEIGHT * trainable
     with suppress(OSError):  # what cannot be measured is not judged
-        folders = nearest(output_folder(cfg).parent), nearest(states)
+        folders = nearest_existing(output_folder(cfg).parent), nearest_existing(states)
         if folders[0].stat().st_dev == folders[1].stat().st_dev:
             sizes = sum(sizes), 0
         for folder, size, name in zip(
@@ -6092,20 +6103,20 @@ def only_run_in(folder: Path, setting: str) -> Iterator[None]:
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
     with ExitStack() as locks:
-        with first_goes_first():
+        with main_process_first():
             data, outline = prepare_run(cfg, locks)
             device, plan = plan_here(cfg, data, outline)
-            keeper = open_checkpoints(cfg, data, device, plan)
-        model = fine_tune(cfg, data, device, plan, keeper)
-        if is_first():
-            save_and_report(cfg, data, device, keeper, model)
+            checkpoints = open_checkpoints(cfg, data, device, plan)
+        model = fine_tune(cfg, data, device, plan, checkpoints)
+        if is_main_process():
+            save_and_report(cfg, data, device, checkpoints, model)
     return 0
 
 
-def prepare_run(cfg: Config, locks: ExitStack) -> tuple[Prepared, Outline | None]:
+def prepare_run(cfg: Config, locks: ExitStack) -> tuple[PreparedData, Outline | None]:
     """Refuse, all at once, what would fail later; hold the folders of the run; read the data."""
-    problems = [*quick_problems(cfg)] if is_first() else []
-    if not problems and is_first():
+    problems = [*quick_problems(cfg)] if is_main_process() else []
+    if not problems and is_main_process():
         folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
         for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
             locks.enter_context(only_run_in(folder, setting))
@@ -6119,7 +6130,7 @@ def prepare_run(cfg: Config, locks: ExitStack) -> tuple[Prepared, Outline | None
 
 def load_data(
     cfg: Config, problems: list[str], offline: bool = False
-) -> tuple[Prepared | None, Outline | None]:
+) -> tuple[PreparedData | None, Outline | None]:
     """Pairs in tokens, and what the model is made of; what stands in the way joins the problems."""
     data = outline = None
     if cfg.MODEL_NAME == DEMO_MODEL:
@@ -6131,7 +6142,7 @@ def load_data(
         pairs = find_pairs(cfg)  # before what has to wait for torch
         if outline := known_outline(cfg):
             problems += model_problems(cfg, outline)
-        data = prepare(cfg, pairs, offline)
+        data = prepare_data(cfg, pairs, offline)
         refuse_unfit(cfg, data)
     except UserError as error:
         problems.append(str(error))
@@ -6141,17 +6152,17 @@ def load_data(
     return data, outline
 
 
-def plan_here(cfg: Config, data: Prepared, outline: Outline | None) -> tuple[Device, Plan]:
+def plan_here(cfg: Config, data: PreparedData, outline: Outline | None) -> tuple[Device, Plan]:
     """How the training goes on this machine, and what it will cost."""
     device = device_here(cfg)
     plan = plan_run(cfg, data.train, device, outline and adapted_outline(cfg, outline))
-    held_out = f"{len(data.held_out)} held out to measure" if data.held_out else "none held out"
+    held_out = f"{len(data.validation)} held out to measure" if data.validation else "none held out"
     epochs = f"{plan.steps / plan.steps_per_epoch:.3g} times over {plan.tokens_per_epoch:,} tokens"
     cost = cost_in_words(plan.seconds and plan.seconds + plan.asking_seconds, plan.memory_gb)
     say("Device", device.reason)
     say("Pairs", f"{len(data.train)} to learn, {held_out}")
-    if processes() > 1:
-        say("Processes", f"{processes()}, which share the pairs of every step")
+    if world_size() > 1:
+        say("Processes", f"{world_size()}, which share the pairs of every step")
     say("Plan", f"{plan.steps} steps of {plan.pairs} pairs, {epochs}")
     say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
     say("Estimate", f"{cost}; measuring and saving come on top")
@@ -6163,49 +6174,55 @@ def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
     return f"{in_time(seconds)}{memory}" if seconds else "not known"
 
 
-def open_checkpoints(cfg: Config, data: Prepared, device: Device, plan: Plan) -> Checkpoints:
+def open_checkpoints(cfg: Config, data: PreparedData, device: Device, plan: Plan) -> Checkpoints:
     """The checkpoints of this run, and where its training begins."""
-    keeper = Checkpoints(cfg, identity_of(cfg, data, device))
-    start = keeper.starting_point()
-    if start and LOG_NAME.fullmatch(str(start.record["tally"]["log"])):
-        keeper.log = keeper.log.with_name(start.record["tally"]["log"])  # one for the whole run
-    if is_first():
-        LOG_FILE.write_to(keeper.log)
+    checkpoints = Checkpoints(cfg, identity_of(cfg, data, device))
+    start = checkpoints.starting_point()
+    if start and LOG_NAME.fullmatch(str(start.record["stats"]["log"])):
+        checkpoints.log = checkpoints.log.with_name(
+            start.record["stats"]["log"]
+        )  # one for the whole run
+    if is_main_process():
+        LOG_FILE.write_to(checkpoints.log)
     if not start:
         often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
-        say("Safe", f"saved in {short_path(keeper.folder)} {often}; {resume_hint(cfg)}")
-    elif start.record["tally"]["finished"]:
+        say("Safe", f"saved in {short_path(checkpoints.folder)} {often}; {resume_hint(cfg)}")
+    elif start.record["stats"]["finished"]:
         say("Resume", "this run is finished: nothing is trained, its files are written anew")
     else:
         say("Resume", f"from step {start.step} of {plan.steps}, in {short_path(start.folder)}")
-    return keeper
+    return checkpoints
 
 
 def fine_tune(
-    cfg: Config, data: Prepared, device: Device, plan: Plan, keeper: Checkpoints
+    cfg: Config, data: PreparedData, device: Device, plan: Plan, checkpoints: Checkpoints
 ) -> PeftModel | None:
     """The model after all steps; not even loaded where an earlier run has done them."""
-    if keeper.last and keeper.last.record["tally"]["finished"]:
+    if checkpoints.last and checkpoints.last.record["stats"]["finished"]:
         return None
     from transformers import set_seed
 
     base = load_base(cfg, device)
     set_seed(cfg.SEED)
     model = add_lora(cfg, base)
-    train_adapter(cfg, model, data, device, plan, keeper)
+    train_adapter(cfg, model, data, device, plan, checkpoints)
     return model
 
 
 def save_and_report(
-    cfg: Config, data: Prepared, device: Device, keeper: Checkpoints, model: PeftModel | None
+    cfg: Config,
+    data: PreparedData,
+    device: Device,
+    checkpoints: Checkpoints,
+    model: PeftModel | None,
 ) -> None:
     """Everything after the last step: OUTPUT_DIR, the questions, and what came of it all."""
-    last, result = keeper.last, None
+    last, result = checkpoints.last, None
     assert last, "the Trainer saves its last step"
-    trained = outcome(cfg, last)
+    trained = training_result(cfg, last)
     which, pairs = pairs_to_ask(cfg, data)
     pairs = pairs[: cfg.EVAL_ANSWERS]
-    kept = keeper.folder / f"answers-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
+    kept = checkpoints.folder / f"answers-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
     with suppress(OSError, ValueError, TypeError, KeyError):  # asked in an earlier sitting
         record = json.loads(kept.read_text(encoding="utf-8"))
         result = Comparison([Asked(*one) for one in record["asked"]], *record["effort"])
@@ -6226,7 +6243,7 @@ def save_and_report(
 
 
 def before_and_after(
-    cfg: Config, data: Prepared, model: PeftModel, adapter: Path, pairs: Sequence[Pair]
+    cfg: Config, data: PreparedData, model: PeftModel, adapter: Path, pairs: Sequence[Pair]
 ) -> Comparison:
     from safetensors.torch import load_file
 
@@ -6252,15 +6269,15 @@ def say_answers(result: Comparison) -> None:
         say("Result", f"{exact} of the {count} answers come back word for word as they were wanted")
 
 
-def say_result(trained: Trained, folder: Path, archive: Path) -> None:
-    before, after, tally = trained.base_loss, trained.final_loss, trained.tally
+def say_result(trained: TrainingResult, folder: Path, archive: Path) -> None:
+    before, after, stats = trained.base_loss, trained.final_loss, trained.stats
     if before is not None and after is not None:
         change = f"{abs(1 - after / before):.0%} {'lower' if after < before else 'HIGHER'}"
         say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
-    took = cost_in_words(tally.seconds, tally.peak_memory_gb)
-    foreseen = cost_in_words(tally.foreseen_seconds, tally.foreseen_memory_gb)
-    speed = trained.tokens / tally.seconds
-    say("Time", f"of the training {took}; foreseen: {foreseen}; {speed:,.0f} tokens a second")
+    took = cost_in_words(stats.seconds, stats.peak_memory_gb)
+    estimated = cost_in_words(stats.estimated_seconds, stats.estimated_memory_gb)
+    speed = trained.tokens / stats.seconds
+    say("Time", f"of the training {took}; estimated: {estimated}; {speed:,.0f} tokens a second")
     pictures = short_path(folder / "training_visuals")
     say("Saved", f"the adapter in {short_path(folder)}, pictures in {pictures}")
     if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
@@ -6302,7 +6319,7 @@ def say_cost_on_colab(cfg: Config, examples: Sequence[Example], model: Outline) 
     say("On Colab", f"by arithmetic, not timed: {'; '.join(costs)}")
 
 
-def say_report(cfg: Config, data: Prepared) -> Path | None:
+def say_report(cfg: Config, data: PreparedData) -> Path | None:
     """Where the report lies, what the lengths are, and one pair as it is taught."""
     if data.tokens:
         figures = token_figures(data)
@@ -6319,7 +6336,7 @@ def say_report(cfg: Config, data: Prepared) -> Path | None:
 
 
 def check_record(
-    cfg: Config, data: Prepared | None, problems: list[str], report: Path | None
+    cfg: Config, data: PreparedData | None, problems: list[str], report: Path | None
 ) -> dict[str, Any]:
     """What `check --json` prints; every name is there, whatever was found."""
     pairs = data.pairs if data else None
@@ -6327,14 +6344,14 @@ def check_record(
     record, kept = quality_record(quality), len(pairs.kept) if pairs else 0
     return {
         "ready": not problems,
-        "file": pairs.name if pairs else local_path(censored(cfg.DATASET_PATH)).name,
+        "file": pairs.name if pairs else local_path(redacted(cfg.DATASET_PATH)).name,
         "shape": pairs.shape if pairs else None,
         "sheet": (pairs.table.sheet or None) if pairs else None,
         **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
         "rows_read": pairs.rows_read if pairs else 0,
         "pairs_kept": kept,
         "pairs_unique": kept,  # exact copies are never kept
-        "pairs_held_out": len(data.held_out_pairs) if data else 0,
+        "pairs_held_out": len(data.validation_pairs) if data else 0,
         "other_tables": pairs.other_tables if pairs else [],
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
         "quality": record["score"],
@@ -6536,7 +6553,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     return command, cfg
 
 
-@only_first_speaks()
+@only_main_process_prints()
 @LOG_FILE.of_one_command()
 def main(argv: Sequence[str] | None = None) -> int:
     command, cfg = "", Config()
@@ -6548,19 +6565,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         command, cfg = read_command_line(argv)
-        works = is_first() or command in ("train", "demo")
+        works = is_main_process() or command in ("train", "demo")
         return COMMANDS[command](cfg) if works else 0
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
     except (Exception, KeyboardInterrupt) as error:
         code, why = ending(error, command, cfg)
         if not why:
-            if is_first() and not LOG_FILE.path:
+            if is_main_process() and not LOG_FILE.path:
                 LOG_FILE.write_to(log_path(cfg))
             LOG.exception("Stopped    by an error that nobody foresaw:")
             raise
-    if is_first() or (code == 2 and why != ENDED):  # of several processes, one speaks
-        errors = sys.stderr if is_first() else sys.__stderr__
+    if is_main_process() or (code == 2 and why != ENDED):  # of several processes, one speaks
+        errors = sys.stderr if is_main_process() else sys.__stderr__
         show("", errors)
         say("Stopped", why, errors)
     return code
@@ -6575,7 +6592,7 @@ def ending(error: BaseException, command: str, cfg: Config) -> tuple[int, str]:
         return 2, str(error)
     if isinstance(error, ModuleNotFoundError):
         return 2, f"The package {error.name} is missing.\n{INSTALL}"
-    if "by peer" in str(error) and processes() > 1:
+    if "by peer" in str(error) and world_size() > 1:
         return 2, ENDED
     if not memory_fault(error):
         return 1, ""

@@ -1,4 +1,4 @@
-"""What a training was foreseen to take, and what it took.
+"""What a training was estimated to take, and what it took.
 
     python benchmarks/estimate.py [rounds]
 
@@ -36,17 +36,17 @@ def figures(job: Job) -> dict[str, Any]:
 
 def main() -> None:
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
-    names = ("foreseen_seconds", "train_seconds", "foreseen_memory_gb", "peak_memory_gb")
-    print("| data | foreseen s | measured s | ratio | foreseen GB | measured GB | ratio |")
+    names = ("estimated_seconds", "train_seconds", "estimated_memory_gb", "peak_memory_gb")
+    print("| data | estimated s | measured s | ratio | estimated GB | measured GB | ratio |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for name, job in JOBS.items():
         with workload(job) as ready:
             found = [figures(ready) for _ in range(rounds)]
-        foreseen, seconds, memory, peak = (
+        estimated, seconds, memory, peak = (
             statistics.median(one[name] for one in found) for name in names
         )
         print(
-            f"| {name} | {foreseen:.1f} | {seconds:.1f} | {seconds / foreseen:.2f} | "
+            f"| {name} | {estimated:.1f} | {seconds:.1f} | {seconds / estimated:.2f} | "
             f"{memory:.2f} | {peak:.2f} | {peak / memory:.2f} |",
             flush=True,
         )

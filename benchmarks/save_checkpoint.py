@@ -30,24 +30,24 @@ def build(folder: Path, millions: float) -> tuple[Trainer, ft.Checkpoints]:
     cfg = ft.Config(MODEL_NAME=ft.DEMO_MODEL, DATASET_PATH=ft.EXAMPLE_DATASET, MAX_STEPS=1)
     cfg.CHECKPOINT_DIR, cfg.LORA_R = str(folder), round(millions * 1e6 / 11_520)
     device = ft.Device("cpu", "float32", False, "")
-    data = ft.prepare(cfg, ft.find_pairs(cfg))
+    data = ft.prepare_data(cfg, ft.find_pairs(cfg))
     model = ft.add_lora(cfg, ft.load_base(cfg, device))
-    keeper = ft.Checkpoints(cfg, ft.identity_of(cfg, data, device))
-    keeper.starting_point()
+    checkpoints = ft.Checkpoints(cfg, ft.identity_of(cfg, data, device))
+    checkpoints.starting_point()
     plan = ft.plan_run(cfg, data.train, device)
-    fit = ft.Fit(cfg, model, data, device, plan, keeper, ft.Tally(trainable=1))
+    fit = ft.Fit(cfg, model, data, device, plan, checkpoints, ft.RunStats(trainable=1))
     fit.run(None)  # so that the optimizer has something to save
-    return fit.trainer, keeper
+    return fit.trainer, checkpoints
 
 
-def seconds(trainer: Trainer, keeper: ft.Checkpoints, step: int, bare: bool) -> float:
+def seconds(trainer: Trainer, checkpoints: ft.Checkpoints, step: int, bare: bool) -> float:
     trainer.state.global_step = step
     save: Any = (super(ft.AnswerTrainer, trainer) if bare else trainer)._save_checkpoint
     started = time.perf_counter()
     save(trainer.model, None)
     taken = time.perf_counter() - started
     if bare:
-        shutil.rmtree(keeper.folder / f"checkpoint-{step}")
+        shutil.rmtree(checkpoints.folder / f"checkpoint-{step}")
     return taken
 
 
@@ -55,11 +55,11 @@ def main() -> None:
     millions = float(sys.argv[1]) if len(sys.argv) > 1 else 23.6
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 5
     with tempfile.TemporaryDirectory() as place:
-        trainer, keeper = build(Path(place), millions)
+        trainer, checkpoints = build(Path(place), millions)
         times: dict[bool, list[float]] = {True: [], False: []}
         for step in range(2, 2 + 2 * rounds):
-            times[step % 2 == 0].append(seconds(trainer, keeper, step, bare=step % 2 == 0))
-        size = sum(path.stat().st_size for path in keeper.latest().folder.iterdir())
+            times[step % 2 == 0].append(seconds(trainer, checkpoints, step, bare=step % 2 == 0))
+        size = sum(path.stat().st_size for path in checkpoints.latest().folder.iterdir())
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(f"{trainable / 1e6:.1f} million weights, {size / 1e6:.0f} MB a checkpoint")
     bare, kept = (statistics.median(times[one]) for one in (True, False))

@@ -113,6 +113,6 @@ def prompt_of(tuned: Any, messages: Sequence[Message], **settings: Any) -> list[
     return list(ft.prompt_of(tuned, messages, Config(**settings)))
 
 
-def growing_answer(tuned: Any, messages: Sequence[Message], **settings: Any) -> Iterator[Any]:
+def stream_answer(tuned: Any, messages: Sequence[Message], **settings: Any) -> Iterator[Any]:
     """One answer, again and again while it grows."""
-    return iter(ft.growing_answer(tuned, messages, Config(**settings)))
+    return iter(ft.stream_answer(tuned, messages, Config(**settings)))

@@ -17,7 +17,7 @@ from conftest import PAIRS, Patch, Run, at_attention, in_words, write_workbook
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from matplotlib.text import Text
-from seams import IGNORE, ask, encode, growing_answer, load_base, load_tuned, overlap, prompt_of
+from seams import IGNORE, ask, encode, load_base, load_tuned, overlap, prompt_of, stream_answer
 from tables import HEADER, csv_file
 
 WHY = [{"role": "user", "content": "Why?"}]
@@ -158,19 +158,19 @@ def test_a_prompt_never_begins_with_an_answer(tuned: Any, roles: list[str], leng
 def test_an_answer_grows_to_what_it_is_ends_when_nobody_wants_it_and_raises_what_fails(
     tuned: Any, patched: Patch
 ) -> None:
-    parts = list(growing_answer(tuned, WHY, MAX_TOKENS=30))
+    parts = list(stream_answer(tuned, WHY, MAX_TOKENS=30))
     assert parts[-1] == ask(tuned, "Why?", MAX_TOKENS=30)[0]
     assert [part.tokens for part in parts][-30:] in ([*range(2, 31), 30], [*range(1, 31)])
     assert all(b.text.startswith(a.text) for a, b in itertools.pairwise(parts))
     threads, start = threading.active_count(), time.monotonic()
-    growing: Any = growing_answer(tuned, WHY, MAX_TOKENS=1500)
+    growing: Any = stream_answer(tuned, WHY, MAX_TOKENS=1500)
     next(growing)
     growing.close()
     assert time.monotonic() - start < 5
     assert threading.active_count() == threads
     patched.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        list(growing_answer(tuned, WHY))
+        list(stream_answer(tuned, WHY))
 
 
 def test_characters_of_several_tokens_come_whole(tuned: Any) -> None:
@@ -183,7 +183,7 @@ def test_characters_of_several_tokens_come_whole(tuned: Any) -> None:
         return logits * 0 + 100 * torch.nn.functional.one_hot(torch.tensor(next(left)), logits.shape[-1])
 
     tuned.model.get_output_embeddings().register_forward_hook(say_this)
-    parts = list(growing_answer(tuned, WHY))
+    parts = list(stream_answer(tuned, WHY))
     assert not any("\ufffd" in part.text for part in parts)
     assert parts[-1].text == "雪が好き 🙂"
 

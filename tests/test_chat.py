@@ -20,7 +20,7 @@ import pexpect
 import pytest
 from conftest import PAIRS, Patch, Run, call, in_words, write_workbook
 from safetensors.torch import load_file, save_file
-from seams import SCRIPT, Config, find_pairs, growing_answer, load_tuned, main
+from seams import SCRIPT, Config, find_pairs, load_tuned, main, stream_answer
 from tables import cases, cases_of_files, jsonl
 
 Chat = Callable[..., list[str]]
@@ -117,7 +117,7 @@ def test_an_answer_knows_what_was_said(conversations: Path, chat: Chat, folder: 
     [messages] = [pair.messages for pair in find_pairs(Config(DATASET_PATH="talk.json")).kept]
     assert [one["content"] for one in messages[::2]] == [X, Y]
     for place, shown in ((1, first), (3, second)):
-        *_, expected = growing_answer(load_tuned(conversations), messages[:place], MAX_TOKENS=12)
+        *_, expected = stream_answer(load_tuned(conversations), messages[:place], MAX_TOKENS=12)
         assert messages[place] == {"role": "assistant", "content": expected.text}
         assert answer_of(shown) == in_words(expected.text)
 
@@ -169,7 +169,7 @@ def test_questions_without_a_terminal(finished: Path, capsys: Printed, patched: 
     capsys.readouterr()
     assert main(["chat", "What is", "2 plus 3?", "--max-tokens", "5"]) == 0
     out, err = capsys.readouterr()
-    *_, answer = growing_answer(load_tuned(Path("model")), talk(X), MAX_TOKENS=5)
+    *_, answer = stream_answer(load_tuned(Path("model")), talk(X), MAX_TOKENS=5)
     assert out.strip() == answer.text.strip()  # and nothing else
     assert re.search(r"\(5 tokens, [\d.]+ a second", err)
     for piped, code in ((f"Why?\n\n  {X}  \n", 0), (f"{'Why? ' * 3000}\nAnd?\nWhy?", 2)):
@@ -319,5 +319,5 @@ def test_what_chat_and_compare_are_to_do(case: str, finished: Path, chat: Chat) 
 
 def test_a_long_chat_is_ready_at_once(conversations: Path) -> None:
     tuned, start = load_tuned(conversations), time.process_time()
-    next(growing_answer(tuned, talk(*(f"{i} {X}" for i in range(601))), MAX_TOKENS=1))
+    next(stream_answer(tuned, talk(*(f"{i} {X}" for i in range(601))), MAX_TOKENS=1))
     assert time.process_time() - start < 0.8

@@ -172,12 +172,12 @@ def edit(folder: Path, name: str, **more: Any) -> None:
 
 
 def change_tally(folder: Path, **more: Any) -> None:
-    reseal(folder, tally=record_of(folder)["tally"] | more)
+    reseal(folder, stats=record_of(folder)["stats"] | more)
 
 
 def other_versions(folder: Path) -> None:
     edit(folder, STATE, of_the_future=1)
-    change_tally(folder, versions=record_of(folder)["tally"]["versions"] | {"transformers": "6.7.8"})
+    change_tally(folder, versions=record_of(folder)["stats"]["versions"] | {"transformers": "6.7.8"})
 
 
 def give_zip(home: Path, _: Faults, __: ExitStack, kind: str = "") -> None:
@@ -296,7 +296,7 @@ HOSTILE: dict[str, tuple[Spoil, Spoil]] = {  # what is odd in a named checkpoint
 }
 COMMITS = (
     b"", b"\xff\xfe", b"null", b"5", b'["record"]', b'{"record": 1}', b"[" * 100_000, {"files": 5}, {"files": {}}, {"step": "x"}, {"step": None},
-    {"best_step": "x"}, {"identity": [1]}, {"tally": None}, {"tally": {}}, {"tally": {"foo": 1}}, {"more": {"../../../dataset.xlsx": [1, "0"]}},
+    {"best_step": "x"}, {"identity": [1]}, {"stats": None}, {"stats": {}}, {"stats": {"foo": 1}}, {"more": {"../../../dataset.xlsx": [1, "0"]}},
     {"more": {ADAPTER: None}}, {"more": {ADAPTER: ["1", "0"]}}, {"more": {ADAPTER: [1]}},
 )
 ACTS: dict[str, Act] = {  # with the words that follow in scenes.txt
@@ -385,7 +385,7 @@ def test_log_and_clock_go_on_also_off_the_main_thread(begin: Begin, go: Go) -> N
     assert_as_undisturbed(home)
     (log,) = (home / "logs").iterdir()
     assert re.findall(r"\bstep\W+(\d+)\W+loss\b", log.read_text(encoding="utf-8")) == ["1", "2", "3", "4", "5"]
-    assert metrics(home)["train_seconds"] > record_of(place(home, 5))["tally"]["seconds"] / 2
+    assert metrics(home)["train_seconds"] > record_of(place(home, 5))["stats"]["seconds"] / 2
 
 
 def test_the_best_checkpoint_is_kept_and_goes_with_every_later_one(workbook: Path, phi_folder: Path, go: Go) -> None:

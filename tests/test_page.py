@@ -21,10 +21,11 @@ import openpyxl
 import pytest
 from conftest import PAIRS, Patch, Run, at_attention, call, save_phi
 from playwright.sync_api import Locator, Page, expect, sync_playwright
-from seams import growing_answer, load_tuned, prompt_of
+from seams import load_tuned, prompt_of, stream_answer
 from test_chat import X, always_says, talk, taught_conversations
 
 CHROMIUM = shutil.which("chromium")
+expect.set_options(timeout=30_000)  # milliseconds; the machine may be busy
 pytestmark = [
     pytest.mark.skipif(not CHROMIUM, reason="no Chromium here"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio"),
@@ -106,7 +107,7 @@ def speed(page: Page, tokens: int) -> None:
 def answer(model: Path) -> Answer:
     """What the page has to answer to a conversation."""
     tuned = load_tuned(model)
-    return lambda *texts, base=False: [*growing_answer(tuned, talk(*texts), MAX_TOKENS=60, BASE=base)][-1].text
+    return lambda *texts, base=False: [*stream_answer(tuned, talk(*texts), MAX_TOKENS=60, BASE=base)][-1].text
 
 
 def test_an_example_is_asked_and_the_next_answer_knows_what_was_said(visit: Visit, answer: Answer) -> None:

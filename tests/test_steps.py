@@ -189,7 +189,7 @@ def test_on_a_gpu_it_learns_what_peft_does(phi_folder: Path, workbook: Path, run
 
 
 def bytes_of_a_token(run: Run, base: Path, *flags: str) -> tuple[float, float]:
-    """How many more a step keeps for each token more in it, and how many were foreseen."""
+    """How many more a step keeps for each token more in it, and how many were estimated."""
     rows = encoded(base, len(PAIRS))
     lengths = {pair: len(row["labels"]) for pair, row in zip(PAIRS, rows, strict=True)}
     usual = Counter(lengths.values()).most_common(1)[0][0]
@@ -210,9 +210,9 @@ def bytes_of_a_token(run: Run, base: Path, *flags: str) -> tuple[float, float]:
         with hooks(pack, lambda tensor: used.append(1) or tensor):
             code, printed = run("--model-name", base, *PLAIN, *more, *flags)
         assert code == 0, printed
-        figures.append((usual * count, peaks[0], metrics()["foreseen_memory_gb"] * 1e9))
-    tokens, found, foreseen = (b - a for a, b in zip(*figures, strict=True))
-    return found / tokens, foreseen / tokens
+        figures.append((usual * count, peaks[0], metrics()["estimated_memory_gb"] * 1e9))
+    tokens, found, estimated = (b - a for a, b in zip(*figures, strict=True))
+    return found / tokens, estimated / tokens
 
 
 FIRST = (("phi", "all-linear"), ("llama", "attention"))
@@ -223,8 +223,8 @@ KEPT = itertools.product(("phi", "llama", "qwen2", "phi3"), ("all-linear", "atte
 def test_a_step_keeps_what_was_foreseen(bases: Any, workbook: Path, run: Run, family: str, targets: str) -> None:
     """And less than the same with PEFT alone."""
     flags = (bases(family, blocks=4, size=128), "--lora-targets", targets)
-    kept, foreseen = bytes_of_a_token(run, *flags)
-    assert 0.7 * foreseen < kept < 1.1 * foreseen
+    kept, estimated = bytes_of_a_token(run, *flags)
+    assert 0.7 * estimated < kept < 1.1 * estimated
     assert kept < 0.95 * bytes_of_a_token(run, *flags, "--no-fast-adapter")[0]
 
 
