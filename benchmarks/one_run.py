@@ -119,6 +119,12 @@ def ours(job: Job, result: Result) -> None:
         --save-minutes=10000"""
     if code := finetune_colab.main([*command.split(), *job.extra]):
         raise SystemExit(code)
+    [record] = Path("model").glob("run.json")
+    measured = json.loads(record.read_text())["results"]
+    names = ("estimated_seconds", "train_seconds", "estimated_memory_gb", "peak_memory_gb")
+    result["run"] = {name: measured[name] for name in names}
+    commits = [json.loads(path.read_text()) for path in Path().glob("checkpoints/*/*/COMMIT.json")]
+    result["run"]["skipped_steps"] = max(one["record"]["stats"]["skipped_steps"] for one in commits)
 
 
 def common(job: Job) -> dict[str, Any]:
@@ -350,6 +356,53 @@ def matrix_rate(job: Job, result: Result) -> None:
     result["rate"] = done / result["cpu"]
 
 
+def machine(job: Job, result: Result) -> None:
+    """What is there, and which attention torch would take in 16 bits for causal rows of 150 tokens."""
+    import torch
+    import transformers
+
+    result |= {
+        "name": "a processor",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    if not job.gpu:
+        return
+    from torch.backends import cuda
+
+    result |= {"name": torch.cuda.get_device_name(), "memory": torch.cuda.mem_get_info()[1]}
+    for shape, heads, size in (("phi-2", 32, 80), ("Llama 3, keys repeated", 32, 128)):
+        q = torch.randn(1, heads, 150, size, dtype=torch.float16, device="cuda", requires_grad=True)
+        how = cuda.SDPAParams(q, q, q, None, 0.0, True, False)
+        ways = {
+            "flash": cuda.can_use_flash_attention,
+            "efficient": cuda.can_use_efficient_attention,
+        }
+        result[shape] = [name for name, can in ways.items() if can(how)] or ["math"]
+
+
+def nf4(job: Job, result: Result) -> None:
+    """Milliseconds of a product with phi-2's widest layer in 4 bits: widened first, or as bitsandbytes does."""
+    import torch
+    from bitsandbytes import functional, matmul_4bit
+
+    width = shape_of(job)["hidden_size"]
+    weight = torch.randn(4 * width, width, dtype=torch.float16, device="cuda")
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    for tokens in (1, 150, 3000):
+        x = torch.randn(tokens, width, dtype=torch.float16, device="cuda")
+        ways: dict[str, Callable[[], Any]] = {
+            "widened": lambda x=x: x @ functional.dequantize_4bit(packed, state).T,
+            "bitsandbytes": lambda x=x: matmul_4bit(x, packed.t(), quant_state=state),
+        }
+        for name, multiply in ways.items():
+            multiply()
+            start = now()
+            for _ in range(50):
+                multiply()
+            result[f"{name}, {tokens} tokens"] = round((now()[0] - start[0]) * 20, 3)
+
+
 GROUPED = {"train_sampling_strategy": "group_by_length", "gradient_checkpointing": False}
 FLAT = {"padding_free": True, "max_length": None, "gradient_checkpointing": False}
 PACKED = {"sample_packing": True, "micro_batch_size": 1, "pad_to_sequence_len": False}
@@ -357,6 +410,8 @@ NO_CHECKPOINTING = {"disable_gradient_checkpointing": True}  # as LLaMA-Factory 
 ROWS: dict[str, Callable[[Job, Result], None]] = {
     "workload": lambda job, _: make(job),
     "matrix_rate": matrix_rate,
+    "machine": machine,
+    "nf4": nf4,
     "ours": ours,
     "padded": partial(trainer, padded=True),
     "trainer-dynamic": trainer,
@@ -381,7 +436,9 @@ def main() -> None:
         pretend_smaller_gpu(job)
     ROWS[job.row](job, result)
     if job.gpu:
-        result["gpu_memory"] = sys.modules["torch"].cuda.max_memory_allocated() / 2**20
+        cuda = sys.modules["torch"].cuda
+        result["gpu_memory"] = cuda.max_memory_allocated() / 2**20
+        result["gpu_reserved"] = cuda.max_memory_reserved() / 2**20
     Path(sys.argv[2]).write_text(json.dumps(result))
 
 

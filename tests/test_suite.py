@@ -1,7 +1,10 @@
 """What holds of the tests themselves: they know little of the script, and miss no fault."""
 
+import json
 import re
 import statistics
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -53,3 +56,12 @@ def test_the_functions_of_the_script_are_short() -> None:
     lengths = [lines for one in SECTIONS for lines in one.functions.values()]
     assert (statistics.median(lengths) <= 10, max(lengths) <= 60) == (True, True)
     assert sum(lines < 30 for lines in lengths) >= 0.9 * len(lengths)
+
+
+@pytest.mark.sweep
+def test_the_benchmark_for_a_gpu_goes_its_whole_way_on_a_processor(tmp_path: Path) -> None:
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--small", "--steps", "4", "--out", tmp_path]
+    subprocess.run(list(map(str, command)), check=True, timeout=600)
+    found = json.loads((tmp_path / "gpu-results.json").read_text())
+    assert [one["steps"] for one in found["trainings"].values()] == [2, 2, 2]
+    assert found["killed and resumed"]["largest_difference"] == 0
