@@ -47,9 +47,9 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -65,18 +65,18 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext, redirect_stdout, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TextIO, TypedDict, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypedDict, TypeVar
 
 if TYPE_CHECKING:  # the heavy libraries load inside the functions that need them
     import pandas
     import torch
     import transformers
     from peft import PeftConfig, PeftModel
-    from transformers import Trainer, TrainerCallback
-else:  # Fit.built_trainer joins the two classes that extend these with the real ones
-    Trainer = TrainerCallback = object
+    from transformers import Trainer
+else:  # train_adapter joins the class that extends it with the real ones
+    Trainer = object
 
 # ==================================================================================================
 # 1  Settings and errors
@@ -108,7 +108,7 @@ class Config:
     CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
     CHECKPOINT_MIRROR: str = ""  # a folder for copies of these, such as one on a mounted Drive
     ARCHIVE_CHECKPOINTS: bool = False  # also zip each of these, to download it by hand
-    LOG_DIR: str = "./logs"  # what each training said and measured, a file for each
+    LOG_DIR: str = "./logs"  # the messages and losses of each training, a file for each
     # -- LoRA
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
     LORA_ALPHA: int = 32  # strength of the adapter; twice the rank is usual
@@ -121,7 +121,7 @@ class Config:
     # -- Training
     LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
     BATCH_SIZE: int = 4  # times the next number: the pairs that decide each step, here 16
-    GRADIENT_ACCUMULATION_STEPS: int = 4  # how many go through at once is chosen by their tokens
+    GRADIENT_ACCUMULATION_STEPS: int = 4  # how many are computed at once depends on their tokens
     TOKENS_AT_ONCE: int = 0  # in memory at once, at most; 0 = as many as fit and bring speed
     NUM_EPOCHS: int = 5  # times the model sees every pair
     MAX_STEPS: int = 0  # stop after so many steps; 0 = as many as NUM_EPOCHS needs
@@ -148,13 +148,13 @@ class Config:
     # -- Answering
     EVAL_ANSWERS: int = 20  # held-out questions asked before and after the training; 0 = none
     MAX_TOKENS: int = 256  # of an answer, at most
-    TEMPERATURE: float = 0.0  # chance in answers: 0 = always the likeliest token; 0.7 is lively
-    TOP_P: float = 1.0  # with chance: take the likeliest tokens that make up this share
-    REPETITION_PENALTY: float = 1.0  # above 1, what was said gets less likely
+    TEMPERATURE: float = 0.0  # randomness of answers: 0 = always the likeliest token; 0.7 is lively
+    TOP_P: float = 1.0  # when sampling: draw from the likeliest tokens with this share together
+    REPETITION_PENALTY: float = 1.0  # above 1, tokens that were used get less likely
     SYSTEM: str = ""  # chat, compare: instructions that go before the first question
     QUESTION: str = ""  # chat, compare: this one question only; the flag itself may be left out
-    QUESTIONS: str = ""  # compare: a file of questions, with or without the answers wanted
-    BASE: bool = False  # chat: with the base model as it was before the training
+    QUESTIONS: str = ""  # compare: a file of questions, with or without the expected answers
+    BASE: bool = False  # chat: with the base model, without the adapter
     WEB: bool = False  # chat: a page in the browser
     SHARE: bool = False  # chat --web: also under a public link, which Colab needs
     PORT: int = 0  # chat --web: the page is at this port; 0 = the first free one from 7860
@@ -235,6 +235,10 @@ def preview(text: str, width: int = 50) -> str:
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def say(label: str, text: str, file: TextIO | None = None) -> None:
     """One decision or result under its label, wrapped for a terminal of 80 columns."""
     LOG.info("%-11s%s", label, text)
@@ -250,15 +254,25 @@ def say(label: str, text: str, file: TextIO | None = None) -> None:
 
 # -- The settings, from text to their own types
 
-TYPE_IN_WORDS = {
-    str: "text",
-    int: "a whole number, such as 4",
-    float: "a number, such as 0.1 or 2e-4",
-    bool: "True or False",
-    bool | None: "True, False or None",
-    list[str]: "a list of names, such as q_proj,fc2",
-}
 SWITCHES = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+OPTIONAL = {**SWITCHES, "": None, "none": None, "auto": None}
+
+
+def names_in(text: str) -> list[str]:
+    names = re.split(r"[,\s]+", text)
+    if not all(re.fullmatch(r"[\w.-]*[^\W\d][\w.-]*", name) for name in names):
+        raise ValueError
+    return names
+
+
+PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    str: (str, "text"),
+    int: (int, "a whole number, such as 4"),
+    float: (float, "a number, such as 0.1 or 2e-4"),
+    bool: (lambda text: SWITCHES[text.lower()], "True or False"),
+    bool | None: (lambda text: OPTIONAL[text.lower()], "True, False or None"),
+    list[str]: (names_in, "a list of names, such as q_proj,fc2"),
+}
 
 
 def flag(name: str) -> str:
@@ -266,14 +280,20 @@ def flag(name: str) -> str:
 
 
 def as_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
+
+
+def plural(count: float, noun: str) -> str:
+    return f"{count:,.12g} {noun}{'s' * (count != 1)}"
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
     import difflib
 
-    names = {name.casefold(): name for name in known}
-    close = difflib.get_close_matches(wrong.casefold(), names, n=1)
+    names = {name.casefold().lstrip("-"): name for name in known}
+    close = difflib.get_close_matches(wrong.casefold().lstrip("-"), names, n=1)
     return f" Did you mean {names[close[0]]}?" if close else ""
 
 
@@ -286,20 +306,6 @@ def changed(cfg: Config, **settings: Any) -> Config:
     return Config(**(vars(cfg) | settings))
 
 
-def converted(value: Any, kind: Any) -> Any:
-    """A value in its own type, from what a person wrote; KeyError, TypeError or ValueError if not."""
-    text = "" if value is None else str(value).strip()
-    if kind == list[str]:
-        names = re.split(r"[,\s]+", text) if isinstance(value, str) else list(value)
-        if all(re.search(r"\D", name) for name in names):
-            return names
-    if isinstance(value, (list, dict)) or kind == list[str]:
-        raise ValueError
-    if kind == bool | None and text.lower() in ("", "none", "auto"):
-        return None
-    return SWITCHES[text.lower()] if kind in (bool, bool | None) else kind(text)
-
-
 def parse_setting(name: str, value: Any) -> Any:
     """A setting in its own type, within its limits and among its choices."""
     if name not in TYPES:
@@ -309,12 +315,13 @@ def parse_setting(name: str, value: Any) -> Any:
         if value and value.count("{question}") != 1:
             raise UserError("PROMPT_TEMPLATE needs one {question}, where the question goes.")
         return value  # each space counts
+    (parse, kind), text = PARSERS[TYPES[name]], as_text(value)
     try:
-        found = converted(value, TYPES[name])
-    except (KeyError, TypeError, ValueError):
-        text = "" if value is None else str(value)
-        words = TYPE_IN_WORDS[TYPES[name]]
-        raise UserError(f"{name} is {text!r}, but it has to be {words}.") from None
+        if isinstance(value, (list, dict)) and parse is not names_in:
+            raise ValueError
+        found = parse(text.strip())
+    except (KeyError, ValueError):
+        raise UserError(f"{name} is {text!r}, but it has to be {kind}.") from None
     low, high = LIMITS.get(name, (None, None))
     if name in LIMITS and not low <= found <= high:
         raise UserError(f"{name} is {found}, but it has to lie between {low:,} and {high:,}.")
@@ -387,28 +394,24 @@ def atomic_write(final: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
     """A folder to fill, which gets its name when complete; what had it becomes `earlier`, or goes."""
-    staged, old = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
-    if old.exists() and not final.exists():  # the program was killed between two renames
-        old.rename(final)
+    staged = final.with_name(f".{final.name}.partial")
     remove(staged)
     staged.mkdir(parents=True)
     try:
         yield staged
     except BaseException:
-        with suppress(OSError):  # a full disk wants its room back
+        with suppress(OSError):  # a full disk needs its room back
             remove(staged)
         raise
     for path in (*staged.rglob("*"), staged):
         fsync(path)
+    replaced = final.with_name(f".{final.name}.old")
     if final.exists():
-        remove(old)
-        final.rename(old)
+        remove(earlier or replaced)
+        final.rename(earlier or replaced)
     staged.rename(final)
     fsync(final.parent)
-    if earlier and old.exists():
-        remove(earlier)
-        old.rename(earlier)
-    remove(old)
+    remove(replaced)
 
 
 def remove(path: Path) -> None:
@@ -439,7 +442,7 @@ PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
 LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive has to be shared with everyone who has the link."
 BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and S3_ENDPOINT_URL when the bucket is not Amazon's."
-HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split or hf:owner/name:file.csv. A private data set needs HF_TOKEN, and one behind a licence the licence accepted on its page. HF_HUB_OFFLINE must not be set."
+HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private data set needs HF_TOKEN, and one behind a licence the licence accepted on its page. HF_HUB_OFFLINE must not be set."
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": r"https://docs.google.com/spreadsheets/d/e/\1/pub?output=xlsx",
@@ -453,7 +456,7 @@ DIRECT_LINKS = {
 
 
 def find_dataset(cfg: Config) -> tuple[str, list[Path]]:
-    """The name of the data and its files on this computer, fetched first where they lie elsewhere."""
+    """The name of the data and its files on this computer, downloaded first if need be."""
     place = cfg.DATASET_PATH.strip()
     paths = fetch(place) if re.match("(?i)https?://|s3://[^/]|hf:", place) else local_files(place)
     return paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths
@@ -516,12 +519,12 @@ def receive(key: str, name: str, stream: Any, headers: Any) -> Path:
                 content.write(piece)
                 refuse_large(name, max(size, content.tell()))
         if not (arrived := partial.stat().st_size) or size not in (-1, arrived):
-            raise ConnectionError(f"only {arrived} bytes came")
+            raise ConnectionError(f"only {arrived} bytes arrived")
     return file
 
 
 def from_link(link: str) -> list[Path]:
-    """The file behind a link, even where the link is to a page about the file."""
+    """The file behind a link, also if the link is to a page about the file."""
     for pattern, direct in DIRECT_LINKS.items():
         link = re.sub(f"^{pattern}$", direct, link)
     url = urllib.parse.quote(link.partition("#")[0], safe="%/:=&?~+!$,;'@()*[]")
@@ -580,32 +583,27 @@ def bucket_client(bucket: str) -> Any:
 
 
 def from_hub(place: str) -> list[Path]:
-    """A file of a data set, or as parquet the rows of CONFIGURATION/SPLIT; one word may be enough."""
-    from datasets import get_dataset_config_names, load_dataset_builder
+    """A file of a data set, or the rows of a split as parquet."""
+    from datasets import load_dataset_builder
     from huggingface_hub import hf_hub_download
 
     [(name, part)] = re.findall("(?i)^hf:(?://datasets/)?([^:/]*/?[^:/]*)[:/]?(.*)", place)
     if part.lower().endswith(TABLE_ENDINGS):
         return [Path(hf_hub_download(name, part, repo_type="dataset"))]
-    configs = get_dataset_config_names(name)
-    asked = [one for one in (part.partition("/")[0], "default") if one in configs]
-    builders = {one: load_dataset_builder(name, one) for one in (asked[:1] or configs[:8])}
-    splits = [f"{c}/{split}" for c, one in builders.items() for split in one.config.data_files]
-    fitting = [one for one in splits if part in ("", one, *one.split("/"))]
-    fitting = [one for one in fitting if one.endswith("/train")] or fitting
-    if len(fitting) != 1:
-        raise ValueError(f"name one part: {', '.join(f'hf:{name}:{one}' for one in splits[:8])}")
-    config, split = fitting[0].split("/")
-    refuse_large(f"hf:{name}", builders[config].info.download_size or 0)
-    builders[config].download_and_prepare()
-    file = Path(builders[config].cache_dir) / f"{name.rpartition('/')[2]}-{split}.parquet"
+    config, _, split = (part or "train").rpartition("/")
+    builder = load_dataset_builder(name, config or None)
+    if split not in builder.config.data_files:
+        raise ValueError(f"it has no split {split}, only {', '.join(builder.config.data_files)}")
+    refuse_large(f"hf:{name}", builder.info.download_size or 0)
+    builder.download_and_prepare()
+    file = Path(builder.cache_dir) / f"{name.rpartition('/')[2]}-{split}.parquet"
     with atomic_write(file) as partial:
-        builders[config].as_dataset(split).to_parquet(partial)
+        builder.as_dataset(split).to_parquet(partial)
     return [file]
 
 
 def fetch(place: str) -> list[Path]:
-    """Five tries with growing pauses, as long as it is the network or the server that fails."""
+    """Five tries with growing pauses, while the network or the server fails."""
     others = {"s3": (from_bucket, BUCKET_ADVICE), "hf": (from_hub, HUB_ADVICE)}
     act, advice = others.get(place[:2].lower(), (from_link, LINK_ADVICE))
     shown = without_secrets(place)
@@ -629,35 +627,22 @@ def fetch(place: str) -> list[Path]:
 # 3  Rows to pairs
 # ==================================================================================================
 
-FEWEST_PAIRS = 2
-ENOUGH_PAIRS = 50
-BOTH_NAMED = 4  # Columns.named, from which on both columns are known by name
-MOST_UNUSED = 8  # tables that are not used, on the screen
-TO_TEST = re.compile(r"(?i)(test|val|valid|validation|dev|eval)(-\d+-of-\d+)?(\.\w+)?")
-
-
-class ColumnsError(UserError):
-    """The person has to say which columns ask and answer."""
+# Names of sheets, files and lists that are read only where there is nothing else
+HELD_BACK = r"(?i)(test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\)"
 
 
 class Table(NamedTuple):
-    """One sheet: its header, and its rows with their numbers as a spreadsheet shows them."""
-
     sheet: str  # "" for a text file
     header: list[str]
-    rows: list[tuple[int, list[Any]]]  # texts; from JSON and parquet also lists and objects
-    unread: list[tuple[int, str]] = []  # rows that could not be read, and why
-    hidden: bool = False
+    rows: list[tuple[int, list[Any]]]  # with their numbers; cells of JSON may be lists, objects
 
 
 Messages = list[dict[str, str]]
-Turn = tuple[str, str]  # who speaks, and what
+Turns = list[tuple[str, str]]  # role and text
 
 
 class Pair(NamedTuple):
-    """One conversation to learn, and where it stands. The last message is the answer."""
-
-    messages: Messages
+    messages: Messages  # of one conversation; the last one is the answer
     sheet: str  # and the file before it, where there are several
     row: int
 
@@ -675,33 +660,19 @@ class Pair(NamedTuple):
 
 
 class Note(NamedTuple):
-    """Why a row is left out."""
-
     sheet: str
     row: int
-    reason: str
-
-
-class Columns(NamedTuple):
-    """The positions of the two columns, and how they were found."""
-
-    question: int
-    answer: int
-    reason: str
-    named: int  # how surely the two were known by name, from 0 to 6
-    system: int | None = None  # its text is put before the question
-    input: int | None = None  # of Alpaca: its text is put after the question
+    reason: str  # for which the row is left out
 
 
 @dataclass(eq=False)
 class Pairs:
-    """What the data, or one table of it, came to."""
-
     name: str  # of the file, for the person
     place: str  # of one table: its file where there are several, and its sheet
     table: Table  # of several, the first
     shape: str
-    columns: Columns | None  # None for conversations
+    columns: dict[int, str]  # roles of question, answer, and what joins the question; or none
+    reason: str  # for which the columns were chosen
     kept: list[Pair]
     dropped: list[Note]
     rows_read: int
@@ -710,46 +681,40 @@ class Pairs:
 
     @property
     def used(self) -> list[str]:
-        """The names of the columns that are used; none for conversations."""
-        found = self.columns
-        places = (found.question, found.answer, found.system, found.input) if found else ()
-        return [self.table.header[i] for i in places if i is not None]
+        return [self.table.header[place] for place in self.columns]
 
 
 def find_pairs(cfg: Config) -> Pairs:
-    """Every pair of the data that can be learnt, and a note for every row that cannot."""
+    """Every pair of the data that can be trained on, and a note for every row that cannot."""
     name, paths = find_dataset(cfg)
     parts, unusable = read_parts(paths, cfg)
     if not parts:
         return find_pairs(columns_typed(list(unusable.values()), cfg))
-    best = max(([one for one in parts if is_same(part, one)] for part in parts), key=rank)
+    sets = defaultdict[Any, list[Pairs]](list)  # tables with the same two columns add up
+    for part in parts:
+        is_open = not any(re.fullmatch(HELD_BACK, one) for one in part.place.split(", "))
+        named = sum(map(name_strength, part.used, NAMES)) >= 2 * PHRASE or not part.columns
+        sets[is_open, 10 if named else 1, part.shape, *map(fold, part.used[:2])].append(part)
+    best = sets[max(sets, key=lambda key: (key[0], key[1] * sum(len(p.kept) for p in sets[key])))]
     unused = {one.place: f"{one.place}: {len(one.kept)} pairs" for one in parts if one not in best}
     unused |= {place: str(error).partition(". ")[0] for place, error in unusable.items()}
     if unused and not cfg.SHEET:
         say("Chosen", preview(", ".join(one.place for one in best), 300))
-        for reason in list(unused.values())[:MOST_UNUSED]:
-            say("Not used", preview(reason, 150))
+        say("Not used", "\n".join(preview(one, 150) for one in [*unused.values()][:8]))
         say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
     kept, copies = best[0].kept, list[Note]()
     if best[1:]:  # what stands in several tables counts once
         kept, copies = without_copies([pair for part in best for pair in part.kept])
-    sheets = dict.fromkeys(part.table.sheet for part in best if part.table.sheet)
-    return replace(
-        best[0],
-        name=name,
-        table=best[0].table._replace(sheet=", ".join(sheets)),
-        kept=kept,
-        dropped=[note for part in best for note in part.dropped] + copies,
-        rows_read=sum(part.rows_read for part in best),
-        parts=best,
-        other_tables=list(unused),
-    )
+    dropped = [note for part in best for note in part.dropped] + copies
+    sheets = ", ".join(dict.fromkeys(part.table.sheet for part in best if part.table.sheet))
+    whole = replace(best[0], name=name, table=best[0].table._replace(sheet=sheets), parts=best)
+    size = sum(part.rows_read for part in best)
+    return replace(whole, kept=kept, dropped=dropped, rows_read=size, other_tables=list(unused))
 
 
 def read_parts(paths: list[Path], cfg: Config) -> tuple[list[Pairs], dict[str, UserError]]:
-    """What every table of every file came to, and why others cannot be used."""
     parts, unusable = list[Pairs](), dict[str, UserError]()
-    gc.disable()  # its search for cycles would go through all rows again and again
+    gc.disable()  # its search for cycles through all rows takes an eighth of the time
     try:
         for path in paths:
             try:
@@ -762,7 +727,7 @@ def read_parts(paths: list[Path], cfg: Config) -> tuple[list[Pairs], dict[str, U
                 try:
                     parts.append(pairs_of(table, path.name, place, cfg))
                 except UserError as error:
-                    unusable[place] = type(error)(f"In {', '.join(where)}: {error}")
+                    unusable[place] = UserError(f"In {', '.join(where)}: {error}")
     finally:
         gc.enable()
     return parts, unusable
@@ -772,71 +737,53 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
     """What one table came to: its pairs, and a reason for every row that is left out."""
     if fold(cfg.SHEET or table.sheet) != fold(table.sheet):
         raise UserError(f"this is not the sheet {cfg.SHEET!r} (--sheet).")
-    shape, columns, found = conversations_of(table, cfg)
-    blank, rows = {number for number, row in table.rows if not any(row)}, [*table.unread, *found]
-    talks = [Pair(talk, place, number) for number, talk in rows if isinstance(talk, list)]
-    kept, copies = without_copies(talks)
-    left_out = [(number, reason) for number, reason in rows if isinstance(reason, str)]
-    dropped = [Note(place, n, "blank" if n in blank else reason) for n, reason in left_out]
-    size = len(table.rows) + len(table.unread)
-    return Pairs(name, place, table, shape, columns, kept, dropped + copies, size)
+    columns, why, typed = dict[int, str](), "", cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN
+    if roots := not typed and tree_roots(table):
+        shape, rows = "message tree", tree_conversations(roots, cfg)
+    elif roles := not typed and roles_around_chats(table):
+        shape, rows = "conversations", conversations_in(table, roles)
+    else:
+        columns, why = find_columns(table, cfg)
+        shape, rows = "question and answer", conversations_in(table, columns)
+    found = list(rows)
+    chats = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
+    kept, copies = without_copies(chats)
+    dropped = [Note(place, number, reason) for number, reason in found if isinstance(reason, str)]
+    return Pairs(name, place, table, shape, columns, why, kept, dropped + copies, len(table.rows))
 
 
 def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
     """With the two columns as a person in a terminal names them; otherwise the refusal."""
-    others = (preview(str(one), 150) for one in refusals[1:MOST_UNUSED])
-    told = "\n".join([str(refusals[0]), *others])
-    if isinstance(refusals[0], ColumnsError) and not cfg.JSON and sys.stdin and sys.stdin.isatty():
-        say("Columns", told)
+    message = "\n".join([str(refusals[0]), *(preview(str(one), 150) for one in refusals[1:8])])
+    unclear = "--question-column" in str(refusals[0]) and not cfg.JSON
+    if unclear and sys.stdin and sys.stdin.isatty():
+        say("Columns", message)
         with suppress(EOFError):
             question = input("The column with the questions: ").strip()
             answer = question and input("The column with the answers: ").strip()
             if answer:
                 return changed(cfg, QUESTION_COLUMN=question, ANSWER_COLUMN=answer)
-    raise UserError(told)
-
-
-def is_aside(part: Pairs) -> bool:
-    """Whether a table is kept from sight, or was kept to test with."""
-    return part.table.hidden or any(map(TO_TEST.fullmatch, part.place.split(", ")))
-
-
-def is_same(part: Pairs, other: Pairs) -> bool:
-    """Whether two tables are parts of one data set: of the same header, or one with further columns."""
-    kinds = [(is_aside(one), one.shape, [*map(fold, one.used[:2])]) for one in (part, other)]
-    names, others = ({*map(fold, filter(None, one.table.header))} for one in (part, other))
-    return kinds[0] == kinds[1] and (names <= others or others <= names)
-
-
-def rank(parts: list[Pairs]) -> tuple[bool, int]:
-    """How many pairs a data set has, and ten times as many where both names are known."""
-    columns = parts[0].columns
-    is_named = columns is None or columns.named >= BOTH_NAMED
-    return not is_aside(parts[0]), sum(len(part.kept) for part in parts) * (10 if is_named else 1)
+    raise UserError(message)
 
 
 # -- Files to tables
 
 MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
 MOST_CHARACTERS = 200_000_000
-MOST_NAMES = 2000  # of fields in JSON
-TOO_LARGE = f"has more than {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or {MOST_NAMES:,} fields. Split it."
-LIKELY = 20  # cells at the top of a column that decide what it holds
+TOO_LARGE = f"has over {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or 2,000 fields: split it"
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 JSON_CELL = re.compile(r"(?s)\[(?=\s*['\"\[{\]\d]).*\]|\{.*['\"](answer_start|replies)['\"].*\}")
-UNREADABLE = [None, None]  # in such a cell, what Python or numpy printed
-BESIDE_TEXT = ("@type", "type", "id")  # in an object with one text
+UNREADABLE = [None, None]  # in place of broken JSON, or of what Python or numpy printed
 KINDS = {  # of files, by their first bytes
     rb"PAR1\x15": "parquet",
     rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
     rb"PK\x03\x04.*(worksheets|content\.xml)|\xd0\xcf\x11\xe0": "workbook",
     rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed (a zip file, a Word document, slides), or cut off; unpack it first",
-    rb"%PDF-\d|\{\\rtf|\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)": "a document (PDF, RTF) or a picture",
-    rb"SQLite format 3\0|(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))": "a database, or a dump of one (SQL)",
+    rb"%PDF-\d|\{\\rtf|\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)|SQLite format 3\0|(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))|(?i:<(\?xml|\?mso|workbook|!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "no table but a document (PDF, RTF), a picture, a database (SQL), a web page (HTML) or XML, whatever its name says",
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
-    rb"(?i:<(\?xml|\?mso|workbook|!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "a web page (HTML) or XML, whatever its name says",
     rb"": "text",
 }
+# In a process of its own: with a damaged file calamine 0.9 may abort it, or never end
 CALAMINE = """
 import faulthandler, io, json, python_calamine, sys
 content = sys.stdin.buffer.read()
@@ -844,13 +791,13 @@ faulthandler.dump_traceback_later(3 + len(content) / 20_000, exit=True)
 book = python_calamine.load_workbook(io.BytesIO(content))
 for sheet in book.sheets_metadata:
     rows = book.get_sheet_by_name(sheet.name).to_python(skip_empty_area=False)
-    print(json.dumps([sheet.name, rows, sheet.visible != sheet.visible.Visible], default=str))
+    name = sheet.name + " (hidden)" * (sheet.visible != sheet.visible.Visible)
+    print(json.dumps([name, rows], default=str))
 """
 # The characters beside ASCII that say nothing of a language, and those of each Western one
 WESTERN = "[\0-\x7f«»„“”‚‘’–—…°§©®™•€£¥¢×÷±½²\u00a0{}]*"
 LETTERS = "äöüß éèàêçâîôûùëïœæ áéíóúñü¿¡ºª ãáéíóúçâêôõàºª àèéìòù åäöé æøåéòóô áéíóúýþæöð ëéïöüèó àéèíïóúòüç· äõöüšž"
-ENCODINGS = "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp874 koi8_r mac_roman gb18030 big5 shift_jis euc_jp cp949"
-Sheet = tuple[Any, ...]  # its name, its rows or records, and maybe whether it is hidden
+ENCODINGS = "cp1250 cp1251 cp1252 cp1253 cp1254 cp1255 cp1256 cp874 koi8_r mac_roman gb18030 big5 shift_jis euc_jp cp949".split()
 
 
 def read_tables(path: Path, cfg: Config) -> list[Table]:
@@ -862,29 +809,34 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
         kind = next(kind for mark, kind in KINDS.items() if re.match(mark, start, re.DOTALL))
         if kind not in ("text", "parquet", "workbook"):
             raise UserError(f"is {kind}.\nPut the rows into .xlsx, .csv or .jsonl")
-        binary = parquet_sheets if kind == "parquet" else workbook_sheets
-        sheets = text_sheets(decoded(path, content)) if kind == "text" else binary(content)
-        tables = [table_of(cfg, *sheet) for sheet in sheets]
+        sheets = text_sheets(decoded(path, content)) if kind == "text" else workbook_sheets(content)
+        if kind == "parquet":
+            from pyarrow.parquet import ParquetFile
+
+            # threads may still be starting when a short program ends, which aborts it
+            groups = ParquetFile(io.BytesIO(content)).iter_batches(use_threads=False)
+            sheets = [("", (row for group in groups for row in group.to_pylist()))]
+        tables = [table_of(cfg, name, rows) for name, rows in sheets]
         if filled := [one for one in tables if any(any(row) for _, row in one.rows)]:
-            return [opened(table) for table in filled]
-        raise UserError("holds no rows. Fill in one question and one answer a row.")
+            return filled
+        raise UserError("holds no rows. Put a question and an answer in each row, or JSON object.")
     except UserError as error:
         raise UserError(f"{path} {str(error).removeprefix(f'{path} ')}") from None
     except ModuleNotFoundError:
         raise
     except Exception as error:  # the libraries raise a dozen kinds
-        reason = preview(f"{type(error).__name__}: {error}", 100)
-        advice = "Open it where it was made, and save it anew as .xlsx or .jsonl"
-        raise UserError(f"{path} is damaged, or has a password ({reason}).\n{advice}") from None
+        fault = preview(f"{type(error).__name__}: {error}", 100)
+        advice = "Save it anew as .xlsx or .jsonl"
+        raise UserError(f"{path} is damaged, or has a password ({fault}).\n{advice}") from None
 
 
-def workbook_sheets(content: bytes) -> Iterator[Sheet]:
+def workbook_sheets(content: bytes) -> Iterator[tuple[str, Any]]:
     """openpyxl reads .xlsx in bounded memory; calamine reads the others, and what openpyxl cannot."""
     import openpyxl
 
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            if not re.search(r"worksheets|\bcontent\.xml\b", "\n".join(archive.namelist())):
+            if not re.search(r"worksheets|\bcontent\.xml", "\n".join(archive.namelist())):
                 raise UserError("is a zip without a workbook. Unpack it, and name what is in it")
             unpacked = sum(part.file_size for part in archive.infolist())
             parts = (archive.read(name) for name in archive.namelist() if "worksheets" in name)
@@ -899,29 +851,16 @@ def workbook_sheets(content: bytes) -> Iterator[Sheet]:
             sheets = book.worksheets
         for sheet in sheets:
             sheet.reset_dimensions()  # what a sheet claims of its size may be wrong by millions
-            yield sheet.title, sheet.values, sheet.sheet_state != "visible"
-    if not sheets:
-        yield from calamine_sheets(content)
-
-
-def calamine_sheets(content: bytes) -> Iterator[Sheet]:
-    """In a process of its own: with a damaged file calamine 0.9 may abort it, or never end."""
+            yield sheet.title + " (hidden)" * (sheet.sheet_state != "visible"), sheet.values
+    if sheets:
+        return
     if importlib.util.find_spec("python_calamine") is None:
-        advice = "Run: pip install python-calamine\nOr open the file, and save it as .xlsx"
-        raise UserError(f"is damaged, or can only be read with one more package. {advice}")
+        raise UserError("is damaged, or needs one more package.\nRun: pip install python-calamine")
     command = [sys.executable, "-c", CALAMINE]
     child = subprocess.run(command, input=content, capture_output=True, check=False)
     if child.returncode:
         raise ValueError(child.stderr.decode(errors="replace").strip().split("\n")[-1])
     yield from map(json.loads, child.stdout.splitlines())
-
-
-def parquet_sheets(content: bytes) -> Iterator[Sheet]:
-    import pyarrow.parquet
-
-    # without threads: they may still be starting when a short program ends, which aborts it
-    batches = pyarrow.parquet.ParquetFile(io.BytesIO(content)).iter_batches(use_threads=False)
-    yield "", (row for batch in batches for row in batch.to_pylist())
 
 
 def decoded(path: Path, content: bytes) -> str:
@@ -934,84 +873,71 @@ def decoded(path: Path, content: bytes) -> str:
     odd = dict.fromkeys(line for line in lines if line.decode(errors="ignore").encode() != line)
     pattern = re.compile("|".join(map(WESTERN.format, LETTERS.split())), re.IGNORECASE)
     western = [line for line in odd if pattern.fullmatch(line.decode("cp1252", "replace"))]
-    head = b"\n".join(list(odd)[:2000])
-    best = charset_normalizer.from_bytes(head, cp_isolation=ENCODINGS.split()).best()
+    best = charset_normalizer.from_bytes(b"\n".join([*odd][:2000]), cp_isolation=ENCODINGS).best()
     encoding = "cp1252" if len(western) >= 0.9 * len(odd) else best.encoding if best else ""
     if b"\0" in content or not encoding:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     if odd:
         guess = encoding.replace("cp", "Windows-").replace("_", "-")
         say("Note", f"{path.name}: {len(odd):,} lines not UTF-8 but {guess}. Check the accents.")
-    texts = (line.decode(encoding if line in odd else "utf-8", "replace") for line in lines)
-    return "\n".join(texts)
+    return "\n".join(line.decode(encoding if line in odd else "utf-8", "replace") for line in lines)
 
 
-def text_sheets(text: str) -> Iterable[Sheet]:
+def text_sheets(text: str) -> list[tuple[str, Any]]:
     """A JSON document, one JSON value a line, or lines of cells."""
-    if text.lstrip()[:1] in ("{", "["):
-        try:
-            value = json.loads(text)
-            return json_sheets("", value) or [("", [value])]
-        except ValueError as error:
-            reason = preview(str(error), 150)  # it names the line
-        values = [from_json(line.strip()) for line in text.split("\n")]
-        readable = sum(isinstance(value, (dict, list)) and any(value) for value in values)
-        if readable > sum(value != "" for value in values) / 2:
+    if not re.match(r"""\s*(\{\s*["'}]|\[\s*[\[{"'\d\]])""", text):
+        return [("", csv_rows(text))]
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        values = [from_json(line.strip()) or {} for line in text.rstrip().split("\n")]
+        readable = sum(isinstance(one, (dict, list)) and any(one) for one in values)
+        if readable > (len(values) - values.count({})) / 2:
             return [("", values)]
-        if re.search(r"['\"]\s*:|\[\s*\[", text[:65_536]):
-            raise UserError(f"is not valid JSON: {reason}. Correct it, or export it again.")
-    return [("", csv_rows(text))]
+        raise UserError(f"is not valid JSON: {preview(str(error), 150)}. Correct it.") from None
+    return json_sheets("", value) or [("", [value])]
 
 
 def csv_rows(text: str) -> Iterator[list[str]]:
-    """The rows of a text. A line that breaks the rules of quotation marks is taken as it stands."""
     csv.field_size_limit(2**31 - 1)  # an answer may be longer than the usual 128 kB
     lines = list(io.StringIO(text, newline=""))
-    head = io.StringIO(text[:65_536], newline="").readlines()
-    rows = {mark: csv.reader(head, delimiter=mark, skipinitialspace=True) for mark in ",;\t|"}
-    widths = {mark: Counter(len(row) for row in rows[mark] if len(row) > 1) for mark in rows}
-    mark = max(widths, key=lambda mark: max(widths[mark].values(), default=0))
+    alike = {}
+    for mark in ",;\t|":
+        rows = csv.reader(lines[:500], delimiter=mark, skipinitialspace=True)
+        alike[mark] = max(Counter(len(row) for row in rows if len(row) > 1).values(), default=0)
+    mark = max(alike, key=lambda mark: alike[mark])
     reader = csv.reader(lines, delimiter=mark, skipinitialspace=True, strict=True)
     while (start := reader.line_num) < len(lines):
         try:
             row = next(reader)
         except csv.Error:
-            if reader.line_num > start + 1:
+            cells = lines[start].rstrip("\r\n").split(mark)  # a line as it stands
+            if reader.line_num > start + 1 or any(cell.count('"') % 2 for cell in cells):
                 fault = f"has a quotation mark that opens and never ends, in line {start + 1}"
                 raise UserError(f'{fault}.\nClose it, or write it twice ("").') from None
-            cells = lines[start].rstrip("\r\n").split(mark)
             row = [re.sub(r'^\s*"([^"]*)"\s*$', r"\1", cell) for cell in cells]
-        if mark == "|" and len(row) > 2 and not row[0] + row[-1]:  # a table in Markdown
-            row = [re.sub(r"^:?-+:?\s*$", "", cell) for cell in row[1:-1]]
         yield row
 
 
-def json_sheets(name: str, value: Any) -> list[Sheet]:
-    """The tables in a JSON value: records in a list, by id, topic or column; or all that it wraps."""
+def json_sheets(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Every list in a JSON value; records by their ids make one, too."""
     if not isinstance(value, dict):
         return [(name, value)] if isinstance(value, list) else []
     inner = list(value.values())
-    kinds = set(map(type, inner))
-    shared = set.intersection(*map(set, inner)) if kinds == {dict} else set()
-    if shared and all(map(str.isdigit, shared)):  # as pandas writes columns
-        return json_sheets(name, {key: list(column.values()) for key, column in value.items()})
-    known = all(any(name_strength(key, role) > 1 for key in shared) for role in NAMES)
-    alike = known or (shared and all(shared == set(one) for one in inner))
-    cells = list(itertools.chain(*inner)) if kinds == {list} else []
     if isinstance(value.get("prompt"), dict) or any(map(is_conversation, inner)):
         return [(name, [value])]
-    if kinds == {str} and sum(map(asks, value)) > len(value) / 2:
-        inner = [{"question": key, "answer": text} for key, text in value.items()]
-    elif cells and all(isinstance(cell, dict) for cell in cells):
-        inner = value.get("train") or cells
-    elif cells and len(inner) > 1 and len(set(map(len, inner))) == 1:
-        inner = [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)]
-    elif not alike or len(inner) < 2:
-        return [sheet for key, part in value.items() for sheet in json_sheets(name or key, part)]
-    return [(name, inner)]
+    flat = all(isinstance(one, list) and not {*map(type, one)} & {list, dict} for one in inner)
+    if flat and inner[1:] and len({*map(len, inner)}) == 1:  # columns
+        return [(name, [dict(zip(value, row, strict=True)) for row in zip(*inner, strict=True)])]
+    if all(isinstance(one, str) for one in inner) and sum(map(asks, value)) > len(value) / 2:
+        return [(name, [{"question": key, "answer": text} for key, text in value.items()])]
+    by_id = inner[1:] and all(isinstance(one, dict) for one in inner)
+    if by_id and not all(map(str.isdigit, set.intersection(*map(set, inner)))):
+        return [(name, inner)]
+    return [sheet for key, part in value.items() for sheet in json_sheets(key, part)]
 
 
-def table_of(cfg: Config, name: str, values: Iterable[Any], hidden: bool = False) -> Table:
+def table_of(cfg: Config, name: str, values: Iterable[Any]) -> Table:
     """Lists as the rows of a table below its header, or else records with named fields."""
     most = itertools.islice(values, 2**20)  # rows of a workbook
     values = [{"messages": one} if is_conversation(one) else one for one in most]
@@ -1024,28 +950,33 @@ def table_of(cfg: Config, name: str, values: Iterable[Any], hidden: bool = False
         characters = sum(len(cell) for row in values for cell in row if isinstance(cell, str))
         if len(values) > MOST_ROWS or characters > MOST_CHARACTERS:
             raise UserError(TOO_LARGE)
-        grid = [[one_text(cell) or "" for cell in row] for row in values]
-        return with_header(name, grid, cfg)._replace(hidden=hidden)
-    numbered = [(number, one) for number, one in enumerate(values, start=1) if one != ""]
-    records = [(number, one) for number, one in numbered if isinstance(one, dict)]
-    names = list(dict.fromkeys(key for _, one in records for key in one))
-    if len(records) > MOST_ROWS or len(names) > MOST_NAMES:
-        raise UserError(TOO_LARGE)
-    rows = [(number, [cell_text(one.get(key)) for key in names]) for number, one in records]
-    others = [number for number, one in numbered if not isinstance(one, dict)]
-    return Table(name, names, rows, [(number, "not an object in JSON") for number in others])
+        table = with_header(name, [[one_text(cell) or "" for cell in row] for row in values], cfg)
+    else:
+        header = list(dict.fromkeys(key for one in values if isinstance(one, dict) for key in one))
+        if len(values) > MOST_ROWS or len(header) > 2000:
+            raise UserError(TOO_LARGE)
+        lost = dict.fromkeys(header, UNREADABLE)  # a broken line, or one that is no object
+        records = (one if isinstance(one, dict) else lost for one in values)
+        rows = ([cell_text(one.get(key)) for key in header] for one in records)
+        table = Table(name, header, list(enumerate(rows, start=1)))
+    for i in range(len(table.header)):  # lists and objects that a CSV file holds as texts
+        top = top_cells(table, i)
+        if top and all(isinstance(cell, str) and JSON_CELL.fullmatch(cell) for cell in top):
+            for _, row in table.rows:
+                row[i] = from_json(row[i])
+    return table
 
 
 def cell_text(cell: object) -> Any:
     """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
+    if isinstance(cell, bytes):  # in Parquet, of a text or of a picture
+        text = cell.decode(errors="ignore")
+        return cell_text(text) if text.encode() == cell else ""
     if cell is None or isinstance(cell, (list, dict)):
         return "" if cell is None else cell
     if isinstance(cell, float):
         text = str(int(cell)) if cell.is_integer() else f"{cell:.15g}"
         return text if math.isfinite(cell) else ""
-    if isinstance(cell, bytes):  # in Parquet, of a text or of a picture
-        text = cell.decode(errors="ignore")
-        return cell_text(text) if text.encode() == cell else ""
     if not isinstance(cell, str):
         text = str(cell).removesuffix(" 00:00:00")  # of a day
         return text.upper() if isinstance(cell, bool) else text
@@ -1060,19 +991,8 @@ def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
     return [part for part in inner if isinstance(part, dict)] if isinstance(inner, list) else []
 
 
-def top_cells(table: Table, column: int, most: int = LIKELY) -> list[Any]:
-    filled = (row[column] for _, row in table.rows if column < len(row) and row[column])
-    return list(itertools.islice(filled, most))
-
-
-def opened(table: Table) -> Table:
-    """Columns of lists and objects that were written as JSON into cells, as CSV files have them."""
-    for i in range(len(table.header)):
-        top = top_cells(table, i)
-        if top and all(isinstance(cell, str) and JSON_CELL.fullmatch(cell) for cell in top):
-            for _, row in table.rows:
-                row[i : i + 1] = map(from_json, row[i : i + 1])
-    return table
+def top_cells(table: Table, column: int, most: int = 20) -> list[Any]:
+    return list(itertools.islice((row[column] for _, row in table.rows if row[column]), most))
 
 
 def from_json(cell: Any) -> Any:
@@ -1085,59 +1005,45 @@ def from_json(cell: Any) -> Any:
 
 def one_text(cell: Any) -> str | None:
     """The text of a cell; of a list or an object, the only text in it; None when there is no one."""
+    if isinstance(cell, dict):
+        text = cell.get("text", cell.get("value"))
+        others = [cell[key] for key in {*cell} - {"@type", "type", "id"} if cell[key] is not text]
+        if text is None or any(isinstance(one, (str, dict)) for one in others):
+            return one_text(*cell.values()) if len(cell) == 1 else None
+        cell = text[:1] if isinstance(text, list) else text  # in SQuAD the first answer counts
     if isinstance(cell, list):
         if all(isinstance(part, dict) and "text" in part for part in cell):  # in SQuAD and quizzes
-            right = [one for one in cell if not any(flag is False for flag in one.values())]
+            free = {"text", "answer_start", "id"}  # the others may say which is right
+            right = [one for one in cell if not {fold(one[key]) for key in {*one} - free} & NO]
             cell = right if len(right) < len(cell) else cell[:1]
         if len(cell) == 1 and not isinstance(cell[0], (int, float)):  # a number alone is an index
             return one_text(cell[0])
         return None if cell else ""
-    if isinstance(cell, dict):
-        if turn := role_and_content(cell):
-            return one_text(turn[1])
-        text = cell.get("text", cell.get("value"))
-        texts = [cell[key] for key in cell if key not in BESIDE_TEXT and cell[key] is not text]
-        if text is not None and not any(isinstance(one, (str, dict)) for one in texts):
-            return one_text(text[:1] if isinstance(text, list) else text)
-        return one_text(*cell.values()) if len(cell) == 1 else None
     return str(cell_text(cell))
 
 
 # -- Headers and columns
 
-# What people call the two columns: 3 for names that are sure, 2 for likely ones, 0.1 for mere hints.
-NAMES: dict[str, dict[float, str]] = {
-    "question": {
-        3: "question, questions, q, instruction, prompt, prompts, query, queries, ask, user input, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, soru, sorular, sual, savol, câu hỏi, pertanyaan, soal, soalan, tanong, swali, maswali, tambaya, umbuzo, galdera, cwestiwn, demando, vrae, fraach, fro, froen, spørsmålet, spørsmåla, spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, vprašanja, întrebarea, pyetjet, preguntes, questões, galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, sorag, soraglar, savollar, pirs, pirsên, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, ερώτηση, ερωτήσεις, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, פֿראַגע, פֿראַגעס, питања, прашања, въпроси, пытанні, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, ጥያቄ, 问题, 問題, 提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, ጥያቄዎች, ሕቶ, ሕቶታት, 标准问, 問い",
-        2: "input, input text, user, human, term, problem, user message, customer message, human message, inputs, inputs pretokenized",
-        0.1: "title, text",
-    },
-    "answer": {
-        3: "answer, answers, response, responses, output, outputs, completion, completions, reply, replies, target, ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, válasz, válaszok, răspuns, răspunsuri, përgjigje, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, amsa, impendulo, erantzuna, ateb, respondo, antwoorde, antwurd, antwurden, äntwert, äntwerten, svaren, svaret, svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, bersiv, bersivên, đáp, wangsulan, waleran, tubag, valiny, whakautu, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, отговор, одговор, ответ, ответы, відповідь, відповіді, адказ, απάντηση, απαντήσεις, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, جواب, إجابة, إجابات, رد, پاسخ, ענטפֿער, ענטפֿערס, одговори, отговори, адказы, жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, መልስ, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, 정답, 응답, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, መልሶች, መልሲ, መልስታት, 标准答, 모범답안",
-        2: "solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, targets pretokenized",
-        0.1: "body, text, definition",
-    },
+# What people call the two columns: names that are sure | likely ones | mere hints
+NAMES = {
+    "question": "question, questions, q, instruction, prompt, prompts, ask, user input, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, soru, sorular, sual, savol, câu hỏi, pertanyaan, soal, soalan, tanong, swali, maswali, tambaya, umbuzo, galdera, cwestiwn, demando, vrae, fraach, fro, froen, spørsmålet, spørsmåla, spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, vprašanja, întrebarea, pyetjet, preguntes, questões, galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, sorag, soraglar, savollar, pirs, pirsên, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, ερώτηση, ερωτήσεις, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, פֿראַגע, פֿראַגעס, питања, прашања, въпроси, пытанні, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, ጥያቄ, 问题, 問題, 提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, ጥያቄዎች, ሕቶ, ሕቶታት, 标准问, 問い | input, input text, user, human, term, problem, user message, customer message, human message, inputs, inputs pretokenized | title, text",
+    "answer": "answer, answers, response, responses, output, outputs, completion, completions, reply, replies, target, ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, válasz, válaszok, răspuns, răspunsuri, përgjigje, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, amsa, impendulo, erantzuna, ateb, respondo, antwoorde, antwurd, antwurden, äntwert, äntwerten, svaren, svaret, svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, bersiv, bersivên, đáp, wangsulan, waleran, tubag, valiny, whakautu, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, отговор, одговор, ответ, ответы, відповідь, відповіді, адказ, απάντηση, απαντήσεις, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, جواب, إجابة, إجابات, رد, پاسخ, ענטפֿער, ענטפֿערס, одговори, отговори, адказы, жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, መልስ, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, 정답, 응답, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, መልሶች, መልሲ, መልስታት, 标准答, 모범답안 | solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, targets pretokenized | body, text, definition",
 }
-# These tell something about a question or an answer, or mark what is not to be learnt.
+# These tell something about a question or an answer, or mark what is not to be trained on.
 OTHER = r"\b(id|ids|uuid|key|count|counts|number|num|no|nr|index|idx|start|end|offset|url|link|date|time|score|rating|type|category|topic|tag|tags|label|intent|length|len|normalized|lang|language|source|file|filename|path|votes|author|name|option|options|choice|choices|hint|context|contexts|passage|document|story|explanation|rationale|reason|reasoning|rubric|owner|status|dato|data|datum|stato|estado|etat|statut|autor|auteur|numero|zeitstempel|timestamp|typ|kategorie|thema|tipo|categoria|tema|fecha|categorie|kategori|konu|wrong|incorrect|false|falsche|errata|errada|errado|incorrecta|incorrecte|incorreta|distractor|rejected|negative|worst|model|llama|claude|gemini|mistral|mixtral|gemma|qwen|deepseek|bard|palm|copilot|rag|baseline|predicted|prediction|predict|pred|generated|gerada|hallucinated|aluno|alumno|eleve|ogrenci)\b|^answer.*\bstudents?\b|gpt|人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种別|種別|カテゴリ|유형|번호|분류"
 # These mark true answers, beside which others are what some system said; as words_of gives them.
-TRUE_WORDS = set(
-    "reference gold golden expected target correct ideal desired best official true truth gercek dogru richtige korrekte correcte exacte correta correto correcta corretta esatta juiste правильныи верныи poprawna spravna benar đung".split()
-)
+TRUE_WORDS = "reference gold golden expected target correct ideal desired best official true truth gercek dogru richtige korrekte correcte exacte correta correto correcta corretta esatta juiste правильныи верныи poprawna spravna benar đung".split()
 UNSPACED = re.compile("[฀-໿က-႟ក-៿぀-ヿ㐀-鿿가-힯]")  # from Thai to Korean
 QUESTION_MARKS = ("?", "？", "؟", "՞")
-# These ask without a question mark.
 ASKING = r"(?i)^(what|who|whom|whose|which|when|where|why|how|is|are|was|were|do|does|did|can|could|should|would|tell|write|explain|give|describe|list|name|translate|summari[sz]e|generate|create|define|find|compare|calculate|compute|convert|classify|identify|provide|rewrite|suggest)\b|(か|吗|嗎|呢|까|까요|나요)[。．.]?$|什么|什麼|怎么|怎麼|怎样|如何|多少|哪里|哪些|อะไร|อย่างไร|ยังไง|ทำไม|ไหม|ที่ไหน|เมื่อไหร่|ใคร|[α-ωά-ώ];$"
 # A link, a file, an address, a hash, a label such as Q1
 KEY = re.compile(r"(?i)https?://\S+|\S+\.[a-z]\w{1,4}|\S+@\S+|[0-9a-f-]{16,}|[^\W\d]+\d+\W?|\w")
-OPTION = re.compile(r"(?i)\bop[tcç]|choice|alternativ|answer[ _]?[\da-d]\b")
-INDEX = re.compile(r"(?i)\d{1,2}|option[_ ]?\w")  # of an option; a letter is an answer
-HEADER_ROWS = 20  # a header stands within so many filled rows
+# Headers of the options of a quiz, and answers that only name one of them
+OPTION = re.compile(r"(?i)\bop[tcç]|choice|alternativ|answer[\da-d]\b|((?<!column)[ _]|^)[\da-d]$")
+INDEX = re.compile(r"(?i)(option[_ ]?)?\w|\d\d")
 WIDEST = 50  # columns that are weighed against each other
-MOST_WEIGHED = 2000  # cells of a column that decide what it holds
 SENTENCE = 4  # words, on average, from which on cells may be answers whatever their header says
 PHRASE = 1.9  # strength of a name that has a sure one in it
-ASKING_WEIGHT = 0.7  # of a column where every cell asks, beside 1 between a sure and a likely name
 CLEAR_LEAD = 0.25  # of the best two columns over any other two
 CANNOT = -99.0  # strength of a column that cannot be what is asked for
 
@@ -1145,33 +1051,29 @@ CANNOT = -99.0  # strength of a column that cannot be what is asked for
 def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
     """Find the row of headers: with the person's names, names of both, or the first below a title; or none."""
     rows = list(itertools.dropwhile(lambda row: not any(row[1]), enumerate(grid, start=1)))
-    top = [cells or [""] for _, cells in rows[:HEADER_ROWS]] or [[""]]
-    wanted = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
+    top = [cells or [""] for _, cells in rows[:20]] or [[""]]
+    typed = {fold(name) for name in (cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN) if len(name) > 2}
     named: dict[int, float] = {}
     for i, cells in enumerate(top):
         sides = [name_strength(c, "question") - name_strength(c, "answer") for c in cells[:WIDEST]]
         if any(cells[1:]) or sides[0] > 1:  # no title
             named[i] = max(sides) - min(sides)  # so that one cell names questions, another answers
-    sure = [i for i in named if wanted and wanted <= set(map(fold, top[i]))]
+    sure = [i for i in named if typed and typed <= set(map(fold, top[i]))]
     sure += [i for i, strength in named.items() if strength >= 3 + PHRASE]
-    header = [*sure, *named, 0][0]
-    if not sure and is_data(top[header:]):
-        return Table(sheet, [f"column {column_letter(i)}" for i in range(len(top[header]))], rows)
-    body = rows[header + 1 :]
-    second = named.get(header + 1, 0) >= 2 * PHRASE > named.get(header + 2, 0)
-    unread = [(number, "a second header") for number, _ in body[:second]]
-    return Table(sheet, top[header], body[second:], unread)
-
-
-def is_data(rows: list[list[str]]) -> bool:
-    """Whether the first row is one to learn, rather than what a form asked above its dates and answers."""
-    for cell, *below in itertools.zip_longest(*rows, fillvalue=""):
-        digits = [one[0].isdigit() for one in below if one]
-        if cell[:1].isalpha() and len(digits) > 2 and all(digits):
-            return False
-    sentences = [cell for cell in rows[0] if word_count(cell) >= SENTENCE]
-    asked = any(cell.endswith(QUESTION_MARKS) for cell in rows[0])
-    return asked or any(asks(cell) or cell[-1] in ".。" for cell in sentences)
+    place = [*sure, *named, 0][0]
+    header, width = top[place], len(top[place])
+    sentences = [cell for cell in header if word_count(cell) >= SENTENCE]
+    is_pair = any(cell.endswith(QUESTION_MARKS) for cell in header)
+    is_pair |= any(asks(cell) or cell[-1] in ".。" for cell in sentences)
+    for name, *below in itertools.zip_longest(*top[place:], fillvalue=""):
+        digits = [cell[0].isdigit() for cell in below if cell]
+        is_pair &= not (name[:1].isalpha() and len(digits) > 2 and all(digits))  # what a form asked
+    if is_pair and not sure:
+        header = [f"column {column_letter(i)}" for i in range(width)]
+    else:
+        second = named.get(place + 1, 0) >= 2 * PHRASE > named.get(place + 2, 0)  # of two languages
+        rows = rows[place + 1 + second :]
+    return Table(sheet, header, [(n, row + [""] * (width - len(row))) for n, row in rows])
 
 
 def word_count(text: str) -> float:
@@ -1190,14 +1092,14 @@ def words_of(header: str) -> list[str]:
     """The words of a header in plain letters: AnswerCount is answer and count, Réponse_2 reponse."""
     spaced = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[^\W\d]{2})\d+|_\d+", " ", header[:200])
     plain = unicodedata.normalize("NFKD", spaced).casefold().replace("ı", "i")
-    bare = "".join(c for c in plain if unicodedata.category(c)[0] != "M")
-    return re.findall(r"(?:ال(?=..))?([^\W_]+)", unicodedata.normalize("NFC", bare))
+    letters = "".join(c for c in plain if unicodedata.category(c)[0] != "M")
+    return re.findall(r"(?:ال(?=..))?([^\W_]+)", unicodedata.normalize("NFC", letters))
 
 
 @functools.cache
 def known_names(role: str) -> dict[str, float]:
-    named = ((name, k) for k, names in NAMES[role].items() for name in names.split(", "))
-    return {" ".join(words_of(name)): strength for name, strength in named}
+    listed = zip((3, 2, 0.1), NAMES[role].split(" | "), strict=True)
+    return {" ".join(words_of(one)): k for k, names in listed for one in names.split(", ")}
 
 
 @functools.cache
@@ -1208,44 +1110,39 @@ def name_strength(header: str, role: str) -> float:
     if header.startswith("__") or re.search(OTHER, f"{role} {name}"):
         return -1
     space = "" if UNSPACED.search(name) else " "
-    sure = {one for one in known if known[one] == 3 and len(one) > 1} - TRUE_WORDS
+    sure = (one for one in known if known[one] == 3 and len(one) > 1 and one not in TRUE_WORDS)
     inside = any(space + one + space in space + name + space for one in sure)
     if name not in known and inside and len(words) <= 4:
-        return PHRASE + (not TRUE_WORDS.isdisjoint(words))
+        return PHRASE + any(word in TRUE_WORDS for word in words)
     return known.get(name, 0)
 
 
 class Column:
-    """What is known of a column before two of them are chosen."""
-
     def __init__(self, table: Table, place: int) -> None:
         inside = place < len(table.header)  # every table has two columns, if need be an empty one
-        raw = top_cells(table, place, MOST_WEIGHED) if inside else []
+        raw = top_cells(table, place, 2000) if inside else []
         self.place, self.header = place, table.header[place] if inside else ""
         self.title = preview(self.header) or column_letter(place)
-        plain = re.fullmatch(r'[^"$`\\!\x00-\x1f]+', self.header)
-        self.flag = f'"{self.header}"' if plain else column_letter(place)
+        self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(place)
         self.cells = [text for cell in raw if (text := one_text(cell))]
         self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
-        self.sample = preview(self.cells[0]) if self.cells else "(a list)" if raw else "(empty)"
+        self.sample = preview(self.cells[0]) if self.cells else "(empty, or a list)"
         self.distinct, count = len(set(self.cells)), max(1, len(self.cells))
         self.asking = sum(map(asks, self.cells)) / count
         self.words = sum(map(word_count, self.cells)) / count
         wordy = sum(any(map(str.isalpha, c)) and not KEY.fullmatch(c[:200]) for c in self.cells)
         self.is_text = wordy > count / 2 and self.distinct > 0.3 * count  # not labels or figures
         self.strength = {role: name_strength(self.header, role) for role in NAMES}
-        if self.sample[:7].casefold() == "select ":
-            self.strength = {"question": 0, "answer": 2}  # a query in SQL
 
     def weighed(self, role: str, longest: float, alone: bool) -> float:
         """The strength of a name in the light of the cells."""
         named, asked = self.strength[role], role == "question"
-        few = self.distinct < min(3, len(self.cells) - 1) and not INDEX.fullmatch(self.sample)
+        few = self.distinct < min(3, len(self.cells) - 1)
         impossible = (
             not (self.cells or self.lists),
             max(self.strength.values()) > max(1, named),  # the other of the two
             named == PHRASE and self.words < min(SENTENCE, longest / 1.5),  # who answered
-            named < 3 and few,  # labels
+            named < 3 and few and not INDEX.fullmatch(self.sample),  # labels
             named <= 0 and not self.is_text,
             named < 0 and not (alone and asked),
             named == 0 and not (alone or asked or self.words >= SENTENCE),
@@ -1253,51 +1150,41 @@ class Column:
         return CANNOT if any(impossible) else max(0, named) - self.lists
 
 
-def find_columns(table: Table, question: str, answer: str) -> Columns:
-    """The columns of questions and answers: as the person said, or else the two that fit best."""
-    columns = columns_weighed(table, {"question": question, "answer": answer})
-    usable = sorted(columns, key=lambda one: -max(one.strength.values()))[:WIDEST]
-    pairs = [(fit(*pair), *pair) for pair in itertools.permutations(usable, 2)]
-    ranked = sorted(pairs, key=lambda pair: -pair[0])
-    score, q, a = ranked[0]
-    if score < 0 or not (question and answer):
-        refuse_unclear(columns, ranked)
-    named = round(q.strength["question"] + a.strength["answer"])
-    if named < 1 and table.rows[0][0] > 1 and table.header[0] != "column A":
-        row = " | ".join(one.title for one in columns)
-        say("Header", f"{row}. If this is a pair itself, put a header above it.")
-    said = [
-        f'{role}s in "{one.title}" (by its {"name" if one.strength[role] > 0 else "content"})'
-        for role, one in (("question", q), ("answer", a))
-    ]
-    said += [f'next best: "{q.title}" with "{a.title}"' for fit, q, a in ranked[1:2] if fit >= 0]
-    free = {fold(one.header): one.place for one in reversed(columns) if one not in (q, a)}
-    system = free.get("system", free.get("system_prompt", free.get("system prompt")))
-    added = free.get("input", free.get("context"))  # to an instruction, as in Alpaca and Dolly
-    added = added if fold(q.header) == "instruction" else None
-    return Columns(q.place, a.place, ", ".join(said), named, system, added)
-
-
-def columns_weighed(table: Table, names: dict[str, str]) -> list[Column]:
-    """Every column, with how well it would do for questions and for answers."""
-    wanted = {role: column_named(table, role, name) for role, name in names.items() if name}
+def find_columns(table: Table, cfg: Config) -> tuple[dict[int, str], str]:
+    """The roles of the columns to use, and why: those that were typed, or the two that fit best."""
     columns = [Column(table, i) for i in range(max(2, len(table.header)))]
     alone = sum(one.is_text or one.lists for one in columns) < 3  # what one is not, the other is
     unnamed = [one for one in columns if one.is_text and max(one.strength.values()) < PHRASE]
     longest = max((one.words for one in unnamed), default=0)
+    typed = {"question": cfg.QUESTION_COLUMN, "answer": cfg.ANSWER_COLUMN}
+    places = {role: column_named(table, role, name) for role, name in typed.items() if name}
     for one in columns:
         one.strength = {role: one.weighed(role, longest, alone) for role in NAMES}
-        one.strength |= {role: 3 if i == one.place else CANNOT for role, i in wanted.items()}
-    return columns
+        one.strength |= {role: 3 if one.place == i else CANNOT for role, i in places.items()}
+    usable = sorted(columns, key=lambda one: -max(one.strength.values()))[:WIDEST]
+    ranked = sorted(itertools.permutations(usable, 2), key=lambda pair: -fit(*pair))
+    q, a = ranked[0]
+    if fit(q, a) < 0 or len(places) < 2:
+        refuse_unclear(columns, ranked)
+    free = {"_".join(words_of(one.header)): one.place for one in columns if one not in (q, a)}
+    joined = {free[name]: "system" for name in free if name in SYSTEMS}
+    if fold(q.header) == "instruction":  # of Alpaca and Dolly
+        joined |= {free[name]: "user" for name in free if name in ("input", "context")}
+    reasons = [
+        f'{role}s in "{one.title}" (by its {"name" if one.strength[role] > 0 else "content"})'
+        for role, one in (("question", q), ("answer", a))
+    ]
+    if fit(*ranked[1]) >= 0:
+        reasons.append('next best: "{}" with "{}"'.format(*(one.title for one in ranked[1])))
+    return {q.place: "user", a.place: "assistant"} | joined, ", ".join(reasons)
 
 
 def fit(question: Column, answer: Column) -> float:
     """How well two columns go together: by their names, and where those say little by what asks."""
     q, a = question.strength["question"], answer.strength["answer"]
-    asking = (question.asking - answer.asking) * (q < PHRASE)
-    top = list(zip(question.cells[:LIKELY], answer.cells, strict=False))
-    whole = sum(len(one) > len(end) > 20 and one.endswith(end) for one, end in top) > len(top) / 2
-    return q + a + ASKING_WEIGHT * asking - whole  # a prompt with its answer
+    both = list(zip(question.cells[:20], answer.cells, strict=False))
+    repeats = bool(both) and all(len(text) > len(end) and text.endswith(end) for text, end in both)
+    return q + a + 0.7 * (question.asking - answer.asking) * (q < PHRASE) - repeats
 
 
 def column_named(table: Table, role: str, name: str) -> int:
@@ -1305,219 +1192,188 @@ def column_named(table: Table, role: str, name: str) -> int:
     known = [fold(h) for h in [*table.header, *map(column_letter, range(len(table.header)))]]
     if fold(name) in known:
         return known.index(fold(name)) % len(table.header)
-    raise UserError(
-        f"there is no column {name!r} (--{role}-column).{did_you_mean(name, table.header)}\n"
-        f"The columns are: {', '.join(map(preview, filter(None, table.header)))}"
-    )
+    names, hint = filter(None, table.header), did_you_mean(name, table.header)
+    listed = f"The columns are: {', '.join(map(preview, names))}"
+    raise UserError(f"there is no column {name!r} (--{role}-column).{hint}\n{listed}")
 
 
-def refuse_unclear(columns: list[Column], ranked: list[tuple[float, Column, Column]]) -> None:
+def refuse_unclear(columns: list[Column], ranked: list[tuple[Column, Column]]) -> None:
     """Where the two that fit best may only seem to be right, show the columns and how to name them."""
-    (best, question, answer), (second, *_) = ranked[:2]
+    question, answer = ranked[0]
     named = max(question.strength["question"], answer.strength["answer"]) >= PHRASE
     longer = question.words > answer.words and not question.header.startswith("column ")
-    clear = best - max(0, second) >= CLEAR_LEAD and (named or not longer)  # an agent may ask back
-    repeats = question.distinct < len(question.cells) / 2  # a topic, beside what people said on it
-    topic = repeats and answer.strength["answer"] <= 0
-    doubt = "it is not clear which columns hold the questions and the answers."
-    if question.lists or answer.lists:
-        doubt = "a column that is named like the questions or the answers holds lists."
+    is_topic = answer.strength["answer"] <= 0 and question.distinct < len(question.cells) / 2
+    clear = fit(*ranked[0]) - max(0, fit(*ranked[1])) >= CLEAR_LEAD and (named or not longer)
     options = any(OPTION.search(one.header) for one in columns)
-    if options and sum(map(bool, map(INDEX.fullmatch, answer.cells))) > 0.9 * len(answer.cells):
-        doubt = f'"{answer.title}" only says which of the options is right. Make a column with the text of the right one.'
-    elif clear and not (topic or question.lists or answer.lists):
+    options &= sum(map(bool, map(INDEX.fullmatch, answer.cells))) > 0.9 * len(answer.cells)
+    if clear and not (is_topic or question.lists or answer.lists or options):
         return
-    lines = [f"{doubt} The columns, each with its first cell:"]
-    lines += [f"  {one.title}: {one.sample}" for one in columns[:12]]
-    flags = f"--question-column {question.flag} --answer-column {answer.flag}"
-    raise ColumnsError("\n".join([*lines, f"Say which to use, for example: {flags}"]))
+    cells = "\n".join(f"  {one.title}: {one.sample}" for one in columns[:12])
+    doubt = "it is not clear which columns hold the questions and the answers, each as one text."
+    if options:
+        doubt = f'"{answer.title}" only says which option is right. Make a column with its text.'
+    advice = f'Say which: --question-column "{question.flag}" --answer-column "{answer.flag}"'
+    raise UserError(f"{doubt} The columns, each with its first cell:\n{cells}\n{advice}")
 
 
 # -- Shapes: what the rows of a table are
 
 NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
-USER = "user human prompter customer instruction question [inst]"
-ASSISTANT = "assistant gpt bot model chatgpt chatbot ai response answer output [/inst]"
-ROLES = {"system": "system", "developer": "system"} | dict.fromkeys(USER.split(), "user")
-ROLES |= dict.fromkeys(ASSISTANT.split(), "assistant")
-ROLE_KEYS = ("role", "from", "sender")
-CONTENT_KEYS = ("content", "value", "text", "parts", "message", "tool_calls")
-SPEAKERS = "Human|User|Instruction|Question|Assistant|Response|Answer|AI|Function response"
-TURN_MARKS = {  # of conversations in one text, and how many characters may stand before the first
-    r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>))\s*(\w+)(?:<\|end_header_id\|>|\|>)?": 500,
-    r"(\[/?INST\])": 500,
-    rf"(?i)###[ \t]*({SPEAKERS}|System|Model|Output|Bot|GPT)\s*:": 500,  # as in Alpaca
-    rf"(?im)^[ \t]*({SPEAKERS}|Chatbot)\s*:": 0,
-}
+ROLES = dict.fromkeys(("system", "developer"), "system")
+ROLES |= dict.fromkeys("user human prompter customer instruction question [inst]".split(), "user")
+ANSWERING = "assistant gpt bot model chatgpt chatbot ai response answer output [/inst]"
+ROLES |= dict.fromkeys(ANSWERING.split(), "assistant")
+# In a text: <|im_start|>user, <|user|>, [INST] and so on; ### Human: as in Alpaca, or lines with Human:
+SPECIAL_TURN = r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>)|(?=\[))\s*(\w+|\[/?INST\])(?:<\|end_header_id\|>|\|>)?"
+SPEAKER = r"[ \t]*(Human|User|Instruction|Question|Assistant|Response|Answer|AI|Bot|GPT|Chatbot|System|Function response)\s*:"
 END_MARKS = r"<<SYS>>\s*|\n<</SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>"
 TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
 PICTURE = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
 # Columns that may hold whole conversations, the best first; the first seven also as texts in turn
-TALKS = "messages conversation conversations dialog dialogue dialogs data items contents chat_messages chat turns text prompt input chosen".split()
-TALK_WORDS = set(TALKS[:7])
+CHATS = "messages conversation conversations dialog dialogue dialogs data items contents chat_messages chat turns text prompt input chosen".split()
 SYSTEMS = ("system", "system_prompt", "system_instruction")
 MARKING = ("label", "correct", "is_correct", "accepted", "is_accepted")
 YES, NO = {"true", "yes", "1", ""}, {"false", "no", "0"}
-LONGEST_PATH = 100  # messages of a tree
-LONGEST_TEXT = 1_000_000  # characters; a cell of a workbook holds 32,767
-
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
 Message = dict[str, Any]  # as it stands in the data
 
 
-def conversations_of(table: Table, cfg: Config) -> tuple[str, Columns | None, Rows]:
-    """The shape of a table, its two columns where it has them, and a conversation for each row."""
-    if not (cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN):
-        if roots := tree_roots(table):
-            return "message tree", None, tree_conversations(roots, cfg)
-        if roles := roles_around_talks(table):
-            return "conversations", None, conversations_in(table, roles)
-    found = find_columns(table, cfg.QUESTION_COLUMN, cfg.ANSWER_COLUMN)
-    places = {found.system: "system", found.question: "user", found.input: "user"}
-    roles = {i: role for i, role in places.items() if i is not None} | {found.answer: "assistant"}
-    return "question and answer", found, conversations_in(table, roles)
-
-
-def roles_around_talks(table: Table) -> dict[int, str]:
-    """A column of conversations, with those of system prompts and of answers to the last questions.
-
-    There is none where two other columns are called question and answer.
-    """
+def roles_around_chats(table: Table) -> dict[int, str]:
+    """A column of conversations, with those of system prompts and of answers to the last questions."""
     names = ["_".join(words_of(name)) for name in table.header]
-    talks, sure = list[int](), set[str]()
+    chats, sure = list[int](), set[str]()
     for i, name in enumerate(names):
         top = top_cells(table, i)
         if top and not is_conversation(top[0]):
             sure |= {role for role in NAMES if name_strength(table.header[i], role) > 2}
-        found = [bool(turns_of(cell, in_turn=name in TALK_WORDS)) for cell in top]
-        talks += [i] if name in TALKS and sum(found) > len(top) / 2 else []
-    if not talks or len(sure) > 1:
+        found = [bool(turns_of(cell, in_turn=name in CHATS[:7])) for cell in top]
+        if name in CHATS and sum(found) > len(top) / 2:
+            chats.append(i)
+    if not chats or len(sure) > 1:  # two other columns are called question and answer
         return {}
-    talk = min(talks, key=lambda i: TALKS.index(names[i]))
-    strengths = [name_strength(h, "answer") * (i != talk) for i, h in enumerate(table.header)]
+    chat = min(chats, key=lambda i: CHATS.index(names[i]))
+    strengths = [name_strength(h, "answer") * (i != chat) for i, h in enumerate(table.header)]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
-    roles = {i: "system" for i, name in enumerate(names) if name in SYSTEMS} | {talk: ""}
+    roles = {i: "system" for i, name in enumerate(names) if name in SYSTEMS} | {chat: ""}
     return roles | dict.fromkeys(answers[: len(answers) == 1], "assistant")
 
 
-def column_cells(table: Table, column: int) -> list[tuple[int, Any]]:
-    return [(number, row[column] if column < len(row) else "") for number, row in table.rows]
-
-
 def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
-    """For each row the turns that its columns hold, in the order of their roles."""
     header, width = table.header, len(table.header)
     marking = [i for i in range(width) if "_".join(words_of(header[i])) in MARKING]
-    marking = [i for i in marking if {fold(c) for _, c in column_cells(table, i)} <= YES | NO]
-    true = [i for i in roles if TRUE_WORDS & {*words_of(header[i])}]
+    marking = [i for i in marking if {fold(row[i]) for _, row in table.rows} <= YES | NO]
+    true = [i for i in roles if {*TRUE_WORDS} & {*words_of(header[i])}]
+    places = sorted(roles, key=lambda i: roles[i] == "assistant")  # which comes last
     for number, row in table.rows:
-        cells, turns = row + [""] * (width - len(row)), list[Turn]()
-        for i, role in roles.items():
-            filled = (turn for turn in reversed(turns) if turn[1])
-            last, said = next(filled, ("", "")) if role == "assistant" else ("user", "")
-            if last == "user":
-                turns += turns_of(cells[i], role)
-            elif last == role and i in true and fold(one_text(cells[i]) or "") not in fold(said):
+        turns = Turns()
+        for i in places:
+            spoken = [turn for turn in turns if turn[1] and turn[0] != "system"]
+            last, said = spoken[-1] if spoken else ("", "")
+            if roles[i] != "assistant" or last == "user":  # an answer only to a question
+                turns += turns_of(row[i], roles[i])
+            elif last == roles[i] and i in true and fold(one_text(row[i]) or "") not in fold(said):
                 turns = [(f'an answer that is not the one in "{preview(header[i])}"', "")]
-        if marking and (wrong := [preview(header[i]) for i in marking if fold(cells[i]) in NO]):
+        if wrong := [preview(header[i]) for i in marking if fold(row[i]) in NO]:
             yield number, f'marked as wrong in "{wrong[0]}"'
         elif not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
         else:
-            yield number, "the header once more" if row == header else learnable(turns)
+            why = "blank" if not any(row) else "the header once more" if row == header else ""
+            yield number, why or as_messages(turns)
 
 
-def learnable(turns: list[Turn]) -> Messages | str:
-    """Turns in one form: the user first, the roles in alternation, an answer last; or why not.
-
-    A system turn has no place of its own, so it goes before the first question. From the first turn
-    of a tool, or of anybody else, nothing is taken: its output is nobody's answer.
-    """
-    if [role for role, _ in turns] == ["user", "assistant"] and all(
-        map(is_seen, dict(turns).values())
-    ):
-        return [{"role": role, "content": text} for role, text in turns]
-    known = list(itertools.takewhile(lambda turn: turn[0] in ROLES.values(), turns))
-    said = [turn for turn in known if is_seen(turn[1])]
-    system = [("user", text) for role, text in said if role == "system"]
-    spoken = (turn for turn in said if turn[0] != "system")
-    from_user = itertools.dropwhile(lambda turn: turn[0] != "user", spoken)  # after any greeting
-    grouped_by_role = itertools.groupby([*system, *from_user], key=lambda turn: turn[0])
-    talk = [(role, "\n\n".join(text for _, text in group)) for role, group in grouped_by_role]
-    if len(talk) < 2 and len(known) < len(turns):
-        return f"{turns[len(known)][0]} in place of the first question or answer"
-    messages = [{"role": role, "content": text} for role, text in talk[: len(talk) // 2 * 2]]
-    return messages or (NO_ANSWER if talk else "no question")
+def as_messages(turns: Turns) -> Messages | str:
+    """Turns in one form: the user first, the roles in alternation, an answer last; or why not."""
+    messages, system, odd = Messages(), list[str](), ""
+    for role, text in turns:
+        if role not in ("system", "user", "assistant"):
+            odd = role  # nothing after a tool is taken: its output is nobody's answer
+            break
+        if not is_seen(text):
+            continue
+        if role == "system":
+            system.append(text)  # goes before the first question
+        elif messages and messages[-1]["role"] == role:
+            messages[-1]["content"] += f"\n\n{text}"
+        elif messages or role == "user":  # not a greeting
+            messages.append({"role": role, "content": text})
+    if len(messages) < 2:
+        why = NO_ANSWER if messages or system else "no question"
+        return f"{odd} in place of the first question or answer" if odd else why
+    messages[0]["content"] = "\n\n".join([*system, messages[0]["content"]])
+    return messages[: len(messages) // 2 * 2]
 
 
 def is_conversation(cell: Any) -> bool:
-    turns = cell if isinstance(cell, list) else []
-    return bool(turns) and all(isinstance(one, dict) and role_and_content(one) for one in turns)
+    return bool(cell) and isinstance(cell, list) and all(map(role_and_content, cell))
 
 
-def role_and_content(turn: Message) -> tuple[str, Any] | None:
-    for role, content in itertools.product(ROLE_KEYS, CONTENT_KEYS):
-        if role in turn and content in turn:
+def role_and_content(turn: Any) -> tuple[str, Any] | None:
+    keys = "content", "value", "text", "parts", "message", "tool_calls"
+    for role, content in itertools.product(("role", "from", "sender"), keys):
+        if isinstance(turn, dict) and role in turn and content in turn:
             name = str(turn[role])
             return ROLES.get(name.casefold()) or f"the role {preview(name, 30)!r}", turn[content]
     return None
 
 
-def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> list[Turn]:
+def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> Turns:
     """The turns of a whole conversation, or nothing; where the role is known, of one text."""
-    if role and not is_conversation(cell):
+    messages = [cell] if isinstance(cell, dict) else cell
+    if role and not is_conversation(messages):
         text = cell if isinstance(cell, str) else one_text(cell)
         return [turn_of({}, role, [None] if text is None else text)]
     if isinstance(cell, str):
-        cell = turns_in_text(cell)
+        messages = turns_in_text(cell)
     elif in_turn and isinstance(cell, list) and all(isinstance(one, str) for one in cell):
-        both = itertools.cycle(("user", "assistant"))
-        cell = [{"role": role, "content": text} for role, text in zip(both, cell, strict=False)]
-    return [turn_of(message) for message in cell] if is_conversation(cell) else []
+        roles = itertools.cycle(("user", "assistant"))
+        messages = [{"role": next(roles), "content": text} for text in cell]
+    return [turn_of(message) for message in messages] if is_conversation(messages) else []
 
 
-def turn_of(message: Message, role: str = "", content: Any = None) -> Turn:
-    """Who speaks, and what. For the role of a turn that cannot be learnt stands the reason."""
+def turn_of(message: Message, role: str = "", content: Any = None) -> tuple[str, str]:
+    """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
     if not role:
         role, content = role_and_content(message) or ("a message without a role", "")
     parts = content if isinstance(content, list) else [{"text": content or ""}]
     texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
     text = "".join(one for one in texts if isinstance(one, str)).strip()
-    if message.get("tool_calls") or message.get("function_call") or TOOL_CALL.search(text):
+    if message.get("tool_calls") or message.get("function_call") or re.search(TOOL_CALL, text):
         role = "a tool call"
     elif message.get("weight") == 0:
-        role = "an answer that is not to be learnt (weight 0)"
-    elif len(text) > LONGEST_TEXT:
-        role = f"a text of more than {LONGEST_TEXT:,} characters"
-    elif PICTURE.search(text) or not all(isinstance(one, str) for one in texts):
-        role = "a picture, a list or an object in place of one text"
+        role = "an answer that is not to be trained on (weight 0)"
+    elif len(text) > 1_000_000:
+        role = "a text of more than 1,000,000 characters"
+    elif re.search(PICTURE, text) or not all(isinstance(one, str) for one in texts):
+        role = "a picture, a list, an object or broken JSON"
     return role, text
 
 
 def turns_in_text(text: str) -> list[Message]:
     """The turns of a text such as "### Human: Why? ### Assistant: So."; nothing for any other."""
-    for mark, longest_preamble in TURN_MARKS.items():
-        preamble, *pieces = re.split(mark, re.sub(END_MARKS, "", text))
-        turns = [{"role": r, "content": c} for r, c in zip(pieces[::2], pieces[1::2], strict=True)]
-        begin = [r for r in map(ROLES.get, map(str.casefold, pieces[::2])) if r != "system"][:2]
-        if begin == ["user", "assistant"] and len(preamble.strip()) <= longest_preamble:
-            return turns
+    for mark in SPECIAL_TURN, ("(?i)###" if "###" in text else "(?im)^") + SPEAKER:
+        _, *pieces = re.split(mark, re.sub(END_MARKS, "", text))
+        roles = [ROLES.get(name.casefold()) for name in pieces[::2]]
+        if [role for role in roles if role != "system"][:2] == ["user", "assistant"]:
+            turns = zip(pieces[::2], pieces[1::2], strict=True)
+            return [{"role": name, "content": text} for name, text in turns]
     return []
 
 
 def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
+    rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
+    if "prompt" in names and isinstance(rows[0][1]["prompt"], dict):
+        return [(n, one["prompt"] if isinstance(one["prompt"], dict) else {}) for n, one in rows]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
-        prompts = column_cells(table, names.index("prompt")) if "prompt" in names else []
-        is_tree = bool(prompts) and isinstance(prompts[0][1], dict)
-        return [(n, cell if isinstance(cell, dict) else {}) for n, cell in prompts if is_tree]
-    rows = [(n, dict(zip(names, row, strict=False)) | {"replies": []}) for n, row in table.rows]
-    replies = {str(one["message_id"]): one["replies"] for _, one in rows if one.get("message_id")}
+        return []
+    replies = {str(one["message_id"]): list[Message]() for _, one in rows if one["message_id"]}
     for _, message in rows:
-        replies.get(str(message.get("parent_id")), []).append(message)
-    return [(number, one) for number, one in rows if str(one.get("parent_id")) not in replies]
+        message["replies"] = replies.get(str(message["message_id"]), [])
+        replies.get(str(message["parent_id"]), []).append(message)
+    return [(number, one) for number, one in rows if str(one["parent_id"]) not in replies]
 
 
 def tree_conversations(roots: list[tuple[int, Message]], cfg: Config) -> Rows:
@@ -1530,25 +1386,35 @@ def tree_conversations(roots: list[tuple[int, Message]], cfg: Config) -> Rows:
             yield number, f"the language is {language}, not {cfg.LANGUAGE}"
         else:
             for turns in tree_paths([], [root], cfg.CONVERSATION_PATHS == "all"):
-                yield number, learnable(turns)
+                yield number, as_messages(turns)
 
 
-def tree_paths(turns: list[Turn], replies: list[Message], every: bool) -> Iterator[list[Turn]]:
+def tree_paths(turns: Turns, replies: list[Message], every: bool) -> Iterator[Turns]:
     """The turns of a path, with what follows it: the best reply, or each of them."""
     live = [one for one in replies if fold(one.get("deleted", "")) != "true"]
     live.sort(key=lambda one: (str(one.get("rank")) or "None").rjust(9))  # without a rank: last
-    live = live[: None if every else 1] if len(turns) < LONGEST_PATH else []
+    live = live[: None if every else 1] if len(turns) < 100 else []
     for reply in live:
         yield from tree_paths([*turns, turn_of(reply)], objects_in(reply, "replies"), every)
     if not live:
         yield turns
 
 
-# -- Cleaning
+# -- Cleaning and quality
 
-UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp")  # kinds of characters: blanks, accents alone, …
+UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
+MARKS = str.maketrans("", "", " _*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not counted in copies
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
-MARKS = str.maketrans("", "", " _*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # these make no other text
+# The second byte of a letter in UTF-8, read as Windows-1252, without what follows capitals in good text
+TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
+PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
+    "left-over HTML": r"(?is)\A(?=.*?(?:</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});))(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b))",
+    "special tokens of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|<</?SYS>>|\[/?INST\]|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
+    "broken characters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
+    "placeholder text": r"(?is)(?:\A|\0\n)(?:[\[({<*'\"]*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder|(?:(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\b|(?:your|the)\s+(?:question|answer|text)\s+)(?:goes\s+)?here)[\])}>*'\"!:.]*|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
+    "NULL instead of an answer": r"\0\n(?:NULL|null|None|NaN|nan|nil|#N/A)\Z",
+    "an answer of one letter": r"\A[^\0]+\0\W*[^\W\d_\u3040-\ud7ff]\W*\Z",
+}
 
 
 def is_seen(text: str) -> bool:
@@ -1556,12 +1422,10 @@ def is_seen(text: str) -> bool:
 
 
 def bare(text: str) -> str:
-    """Equal for texts that differ only in case, blanks and marks."""
     return re.sub(r"[.,-](?!\d)", "", fold(text).translate(MARKS)) or text
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
-    """The first of each pair, and a note for every other."""
     first_seen, copies = dict[tuple[str, ...], Pair](), list[Note]()
     for pair in pairs:
         first = first_seen.setdefault(tuple(bare(one["content"]) for one in pair.messages), pair)
@@ -1570,84 +1434,13 @@ def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
     return list(first_seen.values()), copies
 
 
-def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
-    """Notes of one kind together, whatever row they point to; the most frequent kind first."""
-    kinds = defaultdict[str, list[Note]](list)
-    for note in notes:
-        kinds[note.reason.partition(" (row ")[0]].append(note)
-    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
-
-
-def grouped(notes: Sequence[Note], most: int = 1000) -> list[str]:
-    """One line per kind, with its rows, and their sheets where there are several."""
-    several, lines = len({note.sheet for note in notes}) > 1, list[str]()
-    for kind, found in by_kind(notes).items():
-        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
-        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if rows[8:] else "")
-        lines += [f"{kind}: {len(rows)} rows ({places})" if rows[1:] else f"{kind}: row {places}"]
-    more = f"and {len(lines) - most} more, in the report of the command check"
-    return lines[:most] + [more] * (len(lines) > most)
-
-
-def column_names(pairs: Pairs) -> dict[str, str | None]:
-    return dict(zip(("question_column", "answer_column"), [*pairs.used, None, None], strict=False))
-
-
-def say_pairs(pairs: Pairs) -> None:
-    sheet = f', sheet "{preview(pairs.table.sheet)}"' if pairs.table.sheet else ""
-    say("Data", f"{pairs.name}{sheet}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
-    if pairs.columns:
-        say("Columns", pairs.columns.reason)
-        unused = [name for name in pairs.table.header if name and name not in pairs.used]
-        for what, names in ("joined to the question", pairs.used[2:]), ("not used", unused):
-            if names:
-                say("", f"{what}: " + ", ".join(f'"{preview(name)}"' for name in names[:8]))
-    else:
-        say("Shape", f"{pairs.shape}; every answer in them is taught")
-    for pair in pairs.kept[:3]:
-        say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
-    if pairs.dropped:
-        say("Left out", "\n".join(grouped(pairs.dropped, 4)))
-
-
-# -- Quality: what is taught, and yet looks wrong
-
-ADVICE = {  # where the finding does not say it all
-    "left-over HTML": "take out tags and entities such as <br> and &nbsp;",
-    "control marks of a model": "take out marks such as </s> and [INST]",
-    "broken letters": "open the source again as UTF-8: Ã© is a broken é",
-    "an answer of one letter": "write the answer out: what option B says",
-    "an answer of one digit": "write the answer out, if the number stands for an option",
-    "very unequal lengths": "see whether text slipped into the wrong cell",
-    "another answer to the same question": "keep the right one, or make one of them",
-    "a copy of an earlier row": "nothing, the first one is taught",
-}
-# The second byte of a letter in UTF-8, 80 to BF, read as Windows-1252. What may follow a capital letter
-# with an accent in good text, as in VÝŠKA or «É», counts only behind the most frequent ones.
-TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
-PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
-    "left-over HTML": r"(?is)\A(?=.*?(?:</?(?:a|b|i|u|p|[bh]r|div|span|em|strong|su[bp]|font|pre|code|[uo]l|li|img|table|t[rdh]|h[1-6]|blockquote|script|html|body)"
-    r"(?:\s+[\w:-]+\s*=[^<>]*)?\s*/?>|&(?:nbsp|amp|[lg]t|quot|apos|hellip|[mn]dash|[lr][sd]quo|#\d{2,6}|#x[\da-f]{2,5});))"
-    r"(?!.*(?:`|(?<![</.\w])(?:x?html|xml|css)\b))",
-    "control marks of a model": r"<\|\w{1,40}\|>|</s>|<(?:s|bos|eos|pad|unk|(?:start|end)_of_turn)>|<</?SYS>>|\[/?INST\]"
-    r"|(?m:^(?:Instruct|Output):)",  # the last are those of phi-2's prompt
-    "broken letters": rf"[\x80-\x84\x86-\x9f\ufffd]|[Â-ß][{TAIL}]|[ÂÃÐÑ][\xa0«»–—ŠŽšž]|ï»¿|[à-ô][{TAIL}][{TAIL}\xa0«»‘-”–—…ŠŽšž]",
-    "placeholder text": r"(?is)(?:\A|\0\n)(?:[\[({<*'\"]*(?:(?-i:TODO|todo)|to[ -]do|tb[acd]|fixme|n/a|n\.a\.?|x{3,}|test(?:ing)?|lorem\s+ipsum[^\0]*|placeholder"
-    r"|(?:(?:insert|put|write|type|enter|add)\b[^\0]{1,60}\b|(?:your|the)\s+(?:question|answer|text)\s+)(?:goes\s+)?here)[\])}>*'\"!:.]*"
-    r"|…|[?？.…_-]{2,})(?:\n\0|\Z)",  # "Todo" is Spanish
-    "NULL instead of an answer": r"\0\n(?:NULL|null|None|NaN|nan|nil|#N/A)\Z",
-    # in Chinese, Japanese and Korean one letter is a word
-    "an answer of one letter": r"\A[^\0]+\0\W*[^\W\d_\u3040-\ud7ff]\W*\Z",
-}
-
-
 class Quality(NamedTuple):
     counted: int  # rows with content
-    good: int  # of these, what is taught with nothing found in it
+    good: int  # of these, what is kept with nothing found in it
     score: float
     findings: list[list[str]]  # for every pair that is kept
     flagged: list[Note]  # the same, with their rows
-    parts: dict[str, list[Note]]  # by kind: what is flagged, and what is left out
+    notes: list[Note]  # what is flagged, and what is left out
 
     def __str__(self) -> str:
         return f"{self.good * 100 // self.counted / 100:.2f}"  # 0.999 is not yet 1.00
@@ -1655,9 +1448,18 @@ class Quality(NamedTuple):
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
-    findings, asked = list(map(flaws_of, kept)), defaultdict[str, list[int]](list)
+    findings, asked = list[list[str]](), defaultdict[str, list[int]](list)
     for i, pair in enumerate(kept):
-        asked[bare("\n".join(one["content"] for one in pair.messages[:-1]))].append(i)
+        texts = [message["content"] for message in pair.messages]
+        bares, whole = list(map(bare, texts)), "\n\0\n".join(texts)
+        sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
+        found = {kind: re.search(pattern, whole) for kind, pattern in PATTERNS.items()} | {
+            "a very short question": len(texts[0].strip(" ?!.:")[:9].encode()) < 3,
+            "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
+            "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
+        }
+        findings.append([kind for kind, is_there in found.items() if is_there])
+        asked[bare("\n".join(texts[:-1]))].append(i)
     for same in (rows for rows in asked.values() if rows[1:]):
         for i, other in zip(same, [*same[1:], same[0]], strict=True):
             findings[i].append(f"another answer to the same question ({kept[other].place})")
@@ -1668,30 +1470,7 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     left_out = [note for note in dropped if not note.reason.startswith(uncounted)]
     counted, good = len(kept) + len(left_out), findings.count([])
     score = good / counted if counted else 1.0
-    return Quality(counted, good, score, findings, flagged, by_kind(flagged + left_out))
-
-
-def flaws_of(pair: Pair) -> list[str]:
-    """What can be seen in one pair alone."""
-    texts = [message["content"] for message in pair.messages]
-    whole, bares = "\n\0\n".join(texts), list(map(bare, texts))
-    sides = sum(map(len, texts[::2])), sum(map(len, texts[1::2]))
-    found = {kind: re.search(pattern, whole) for kind, pattern in PATTERNS.items()} | {
-        "a very short question": len(texts[0].strip(" ?!.:")[:9].encode()) < 3,
-        "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
-        "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
-    }
-    return [kind for kind, is_there in found.items() if is_there]
-
-
-def say_quality(quality: Quality, minimum: float) -> None:
-    if quality.counted:
-        share = f"{quality.good} of {quality.counted} rows with content are taught and look right"
-        say("Quality", "\n".join([f"{quality}: {share}", *grouped(quality.flagged, 4)]))
-    if quality.score < minimum:
-        say("Warning", f"the quality is below {minimum} (MIN_QUALITY). What to do about it:")
-        for kind in list(quality.parts)[:3]:
-            say("", f"{kind}: {ADVICE.get(kind, 'fix these rows, or fill them in')}")
+    return Quality(counted, good, score, findings, flagged, flagged + left_out)
 
 
 # ==================================================================================================
@@ -1699,8 +1478,8 @@ def say_quality(quality: Quality, minimum: float) -> None:
 # ==================================================================================================
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
-FEWEST_TO_HOLD_OUT = 5  # of fewer questions than this, each is worth more taught than measured
-BLANK = "\ue000{}\ue001"  # stands for the text of a message while a template is looked at
+FEWEST_TO_HOLD_OUT = 5  # of fewer questions than this, each is worth more in the training
+BLANK = "\ue000{}\ue001"  # stands for the text of a message while a template is rendered
 PHI_2_PROMPT = "Instruct: {question}\nOutput:"  # of phi-2's model card; it has no chat template
 PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are set to what stands around a question
     "{%- set ns = namespace(system='') -%}{%- for m in messages -%}{%- if m['role'] == 'system' -%}"
@@ -1711,23 +1490,20 @@ PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are set to what stands 
 
 
 class Example(TypedDict):
-    """One conversation as the model sees it; a label is IGNORE where nothing is to be learnt."""
+    """One conversation as the model sees it; a label is IGNORE where nothing is to be learned."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 def set_template(cfg: Config, tokenizer: Any) -> None:
-    """Give the tokenizer the one prompt: PROMPT_TEMPLATE, the model's own chat template, or phi-2's.
-
-    It is saved with the adapter, so that other programs ask as the training did.
-    """
+    """The prompt, saved with the adapter: PROMPT_TEMPLATE, the model's own chat template, or phi-2's."""
     if tokenizer.chat_template and not cfg.PROMPT_TEMPLATE:
         try:
-            talk = "".join(text for text, _ in pieces(tokenizer, ("user", "assistant") * 2))
-            if re.findall(BLANK.format("(.)"), talk) != ["0", "1", "2", "3"]:
-                raise ValueError("it leaves out what is said")
-            tokenizer.eos_token = special_tokens(tokenizer).findall(talk)[-1]  # what ends a turn
+            chat = "".join(text for text, _ in pieces(tokenizer, ("user", "assistant") * 2))
+            if re.findall(BLANK.format("(.)"), chat) != ["0", "1", "2", "3"]:
+                raise ValueError("it leaves out messages")
+            tokenizer.eos_token = special_tokens(tokenizer).findall(chat)[-1]  # what ends a turn
             return
         except Exception as error:  # a template is a program of its maker's
             fault = preview(str(error), 100) or type(error).__name__
@@ -1748,56 +1524,53 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
 @functools.lru_cache(maxsize=1024)
 def rendered(tokenizer: Any, template: str, roles: Sequence[str], asking: bool) -> str:
     """With blanks, so that the template can neither trim a text nor take it for a part of its own."""
-    talk = [{"role": role, "content": BLANK.format(i)} for i, role in enumerate(roles)]
+    chat = [{"role": role, "content": BLANK.format(i)} for i, role in enumerate(roles)]
     how = {"tokenize": False, "add_generation_prompt": asking, "chat_template": template}
-    return str(tokenizer.apply_chat_template(talk, **how))
+    return str(tokenizer.apply_chat_template(chat, **how))
 
 
 def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """A conversation of these roles, cut where the model begins to speak and where its turn ends;
-    True for what it says. Before that stands exactly what stands there when it is asked."""
+    """Prompts, exactly as they are when asked, and (True) answers with their end of turn."""
     render = functools.partial(rendered, tokenizer, tokenizer.get_chat_template())
     answers = [i for i, role in enumerate(roles) if role == "assistant"]
     found, done = [], ""
     for i in answers if roles[-1] == "assistant" else [*answers, len(roles)]:
-        asked = render(roles[:i], True)
-        if not asked.startswith(done):
-            raise ValueError("it tells earlier turns in another way later on")
-        found.append((asked.removeprefix(done), False))
+        prompt = render(roles[:i], True)
+        if not prompt.startswith(done):
+            raise ValueError("it renders earlier turns differently later on")
+        found.append((prompt.removeprefix(done), False))
         if i < len(roles):
-            told = render(roles[: i + 1], False).removeprefix(asked)
-            lead, text, rest = told.partition(BLANK.format(i))
+            answer = render(roles[: i + 1], False).removeprefix(prompt)
+            lead, text, rest = answer.partition(BLANK.format(i))
             end = special_tokens(tokenizer).search(rest)
             turn = (lead if lead.isspace() else "") + text + rest[: end.end() if end else 0]
             found.append((turn if end else turn + tokenizer.eos_token, True))
-            done = asked + turn
+            done = prompt + turn
     return found
 
 
 def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
-    """Ids and labels, made together: the answers are learnt, each with its end of turn.
+    """Ids and labels of a conversation, made together, for training and for every way of asking."""
+    special, texts = special_tokens(tokenizer), [message["content"] for message in messages]
+    quoting = any(map(special.search, texts))
 
-    Training and every way of asking go through it. All is cut into tokens together, as other programs
-    do, unless a prompt would get other tokens than when it is asked, or a text quotes a special token.
-    """
-    marks, texts = special_tokens(tokenizer), [message["content"] for message in messages]
-    quoting = any(map(marks.search, texts))
-
-    def cut(piece: str, plain: bool = False) -> list[int]:
+    def tokens_of(piece: str, plain: bool = False) -> list[int]:
         text = re.sub(BLANK.format(r"(\d+)"), lambda number: texts[int(number[1])], piece)
         how = {"add_special_tokens": False, "split_special_tokens": plain}
         return list(tokenizer(text, **how)["input_ids"])
 
     ids: list[int] = []
     labels: list[int] = []
-    whole = ""
-    for piece, learnt in pieces(tokenizer, tuple(message["role"] for message in messages)):
-        whole += piece
-        more = cut(whole)
-        if quoting or more[: len(ids)] != ids:  # then by itself, and what is between marks as text
-            parts = [cut(part, plain=not n % 2) for n, part in enumerate(marks.split(piece))]
+    text = ""
+    for piece, is_answer in pieces(tokenizer, tuple(message["role"] for message in messages)):
+        text += piece
+        more = tokens_of(text)  # of the whole text, as in other programs
+        if quoting or more[: len(ids)] != ids:  # a prompt would get other tokens than when asked
+            parts = [
+                tokens_of(part, plain=not n % 2) for n, part in enumerate(special.split(piece))
+            ]
             more = [*ids, *itertools.chain(*parts)]
-        labels += more[len(ids) :] if learnt else [IGNORE] * (len(more) - len(ids))
+        labels += more[len(ids) :] if is_answer else [IGNORE] * (len(more) - len(ids))
         ids = more
     return {"input_ids": ids, "labels": labels}
 
@@ -1807,23 +1580,22 @@ def prompt_in_words(tokenizer: Any) -> str:
 
 
 def marked(tokenizer: Any, example: Example) -> str:
-    """An example as text, with what is learnt between [[ and ]]."""
-    tokens = zip(example["input_ids"], example["labels"], strict=True)
-    text = ""
-    for learnt, group in itertools.groupby(tokens, key=lambda one: one[1] != IGNORE):
+    """An example as text, with what is to be learned between [[ and ]]."""
+    tokens, text = zip(example["input_ids"], example["labels"], strict=True), ""
+    for is_target, group in itertools.groupby(tokens, key=lambda one: one[1] != IGNORE):
         part = tokenizer.decode([one for one, _ in group], clean_up_tokenization_spaces=False)
-        text += f"[[{part}]]" if learnt else part
+        text += f"[[{part}]]" if is_target else part
     return text
 
 
 def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
-    """Which pairs are not taught but kept to measure: all answers to a question share their side."""
+    """Which pairs are for validation; all answers to one question are on the same side."""
     questions = [fold(pair.messages[0]["content"]) for pair in pairs]
-    different = sorted(set(questions))
-    random.Random(seed).shuffle(different)
-    enough = fraction > 0 and len(different) >= FEWEST_TO_HOLD_OUT
-    away = set(different[: max(1, round(fraction * len(different)))] if enough else ())
-    return [question in away for question in questions]
+    distinct = sorted(set(questions))
+    random.Random(seed).shuffle(distinct)
+    enough = fraction > 0 and len(distinct) >= FEWEST_TO_HOLD_OUT
+    held_out = set(distinct[: max(1, round(fraction * len(distinct)))] if enough else ())
+    return [question in held_out for question in questions]
 
 
 # ==================================================================================================
@@ -1832,21 +1604,15 @@ def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> list[
 
 # Security floors, too: older versions run code that hides in files of weights, torch before 2.10 in
 # spite of weights_only, transformers up to 5.3. requirements-finetune.txt and the head say the same.
-FLOORS = dict(
-    package.split(">=")
-    for package in "python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10 "
-    "bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2.2 openpyxl>=3.1.3 matplotlib>=3.9 "
-    "seaborn>=0.13".split()
-)
+REQUIRED = "python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10 bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2.2 openpyxl>=3.1.3 matplotlib>=3.9 seaborn>=0.13"
+FLOORS = dict(package.split(">=") for package in REQUIRED.split())
 
 
 def installed_version(package: str) -> str | None:
     from importlib import metadata
 
-    if package == "python":
-        return sys.version.split()[0]
     with suppress(metadata.PackageNotFoundError):
-        return metadata.version(package)
+        return sys.version.split()[0] if package == "python" else metadata.version(package)
     return None
 
 
@@ -1855,9 +1621,13 @@ def installed_versions() -> dict[str, str | None]:
 
 
 def is_below(version: str | None, floor: str) -> bool:
-    """Whether a package is missing or too old; a trial build counts as its release."""
+    """Whether a package is missing or too old; a pre-release counts as its release."""
     release, least = (re.findall(r"\d+", re.split("[^0-9.]", v)[0]) for v in (version or "", floor))
     return [*map(int, release)] < [*map(int, least)]
+
+
+def bytes_of(dtype: str) -> int:
+    return 4 if dtype == "float32" else 2
 
 
 class Device(NamedTuple):
@@ -1880,12 +1650,11 @@ class Outline(NamedTuple):
     vocabulary: int
     parameters: int
     linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
-    stateful: bool = False
     adapted: Sequence[tuple[int, int]] = ()  # those of the layers that get an adapter
 
 
 class Plan(NamedTuple):
-    """How much work the run is, and how it is laid out."""
+    """How the training is laid out, and what it costs."""
 
     steps_per_epoch: int
     steps: int
@@ -1906,17 +1675,10 @@ GPUS = {  # capability; operations and bytes in a second, and bytes that are fre
     "L4": ((8, 9), (60e12, 240e9, 23.1e9)),
     "A100": ((8, 0), (180e12, 1200e9, 41.9e9)),
 }
-# More tokens at once bring no speed: a GPU of Colab's is busy, and a processor's cache is full.
-MOST_TOKENS_AT_ONCE = {"cuda": 3000, "mps": 3000, "cpu": 1000}
-USABLE_MEMORY = {"cuda": 0.9, "mps": 0.8, "cpu": 0.8}  # of what is free; the rest is lost in gaps
-LIBRARIES = {"cuda": 0.6e9, "mps": 0.93e9, "cpu": 0.93e9}  # bytes
-ANSWERS_AT_ONCE = 8  # each remembers all of its tokens: phi-2 0.3 MB for one
-# Fitted to what a processor took (benchmarks/estimate.py); the rest follows from shapes.
-PASSES = 10  # how often a kept number is written or read
-NARROW = 4  # how much longer an operation takes in products as narrow as an adapter's
-# Counted in a block: operations of a row, there and back; of each example in it; of a token told.
-OF_ROW, OF_EXAMPLE, OF_TOKEN = 400, 10, 125
-LAUNCH = 11e-6  # seconds in which Colab's processor starts one
+# Tokens at once, of which more bring no speed; the usable share of free memory; bytes of the libraries
+LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
+ANSWERS_AT_ONCE = 8  # each keeps all of its tokens: phi-2 0.3 MB for one
+LAUNCH = 11e-6  # seconds in which Colab's processor starts one operation on a GPU
 
 
 def choose_device(
@@ -1925,9 +1687,10 @@ def choose_device(
     """How a device is used; its figures are those of GPUS."""
     if kind == "mps" and cfg.LOAD_IN_4BIT:
         raise UserError("LOAD_IN_4BIT does not work on an Apple GPU. Leave it out.")
-    if kind != "cuda" or cfg.MODEL_NAME == DEMO_MODEL:
-        why = {"mps": "an Apple GPU", "cpu": "no GPU, so this is slow"}.get(kind)
-        why = "the demo model is small" if cfg.MODEL_NAME == DEMO_MODEL else why
+    demo = cfg.MODEL_NAME == DEMO_MODEL
+    if kind != "cuda" or demo:
+        why = "16 bits need CUDA here" if kind == "mps" else "no GPU, so this is slow"
+        why = "the demo model is small" if demo else why
         return Device(kind, "float32", bool(cfg.LOAD_IN_4BIT), f"float32: {why}", *figures)
     # not torch.cuda.is_bf16_supported(): it says yes on a T4, where bfloat16 is emulated
     native = capability >= (8, 0)
@@ -1942,18 +1705,20 @@ def device_here(cfg: Config) -> Device:
     import psutil
     import torch
 
+    memory: float = psutil.virtual_memory().available / world_size()
     if torch.cuda.is_available():
         name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
         like = "T4" if capability < (8, 0) else "A100"
         _, (flops, bandwidth, _) = GPUS[next((gpu for gpu in GPUS if gpu in name), like)]
-        memory, _ = torch.cuda.mem_get_info()
-        device = choose_device(cfg, "cuda", capability, flops, bandwidth, memory)
+        figures = flops, bandwidth, torch.cuda.mem_get_info()[0]
+        device = choose_device(cfg, "cuda", capability, *figures)
+    elif torch.backends.mps.is_available():
+        name, device = "Apple GPU", choose_device(cfg, "mps", (0, 0), 2e12, 60e9, memory)  # an M1
     else:
-        is_apple = torch.backends.mps.is_available()
-        name, kind = ("the Apple GPU", "mps") if is_apple else ("the processor", "cpu")
-        flops, bandwidth = (2e12, 60e9) if is_apple else (flops_of_processor(), 10e9)  # of an M1
-        memory = psutil.virtual_memory().available / world_size()
-        device = choose_device(cfg, kind, (0, 0), flops, bandwidth, memory)
+        name, device = (
+            "processor",
+            choose_device(cfg, "cpu", (0, 0), flops_of_processor(), 10e9, memory),
+        )
     return device._replace(reason=f"{name}, {device.reason}")
 
 
@@ -1969,78 +1734,71 @@ def flops_of_processor() -> float:
     return 2 * 1024**3 / (time.perf_counter() - start)
 
 
-def cost_of_row(
-    cfg: Config, model: Outline, device: Device, recomputing: bool, *row: float
+def cost_of(
+    cfg: Config, model: Outline, device: Device, recomputing: bool, tokens: float, targets: float
 ) -> tuple[float, float]:
-    """Seconds there and back, and bytes at the worst moment, for so many tokens, tokens learnt and examples.
-
-    A block keeps for each token, for the way back, what its attention and norms need (in float32 also
-    where all else is in 16 bits) and its wide part; the tests count the same in real models.
-    """
-    tokens, learnt, examples = row
-    size = 4 if device.dtype == "float32" else 2
+    """Seconds to train on so many tokens and targets, and bytes when they are computed at once."""
+    size = bytes_of(device.dtype)
     inner = max(inputs for inputs, _ in model.linear.values())
-    gated = any(name.endswith(("gate_proj", "gate_up_proj")) for name in model.linear)
+    gated = any("gate" in name for name in model.linear)
+    # What a block keeps of a token for the backward pass; the tests count the same in real models.
     wide = (3 if gated else 1) + any(inputs == inner for inputs, _ in model.adapted)
     kept = size * ((9 if gated else 7) * model.hidden + wide * inner)
-    kept += 0 if size == 4 else 4 * model.hidden
-    dropped = bool(cfg.LORA_DROPOUT) * sum(inputs for inputs, _ in model.adapted)
-    blocks, passing = model.blocks * kept + dropped, 4.0 * size * inner
+    kept += 4 * model.hidden if size == 2 else 0
+    masks = sum(inputs for inputs, _ in model.adapted) * bool(cfg.LORA_DROPOUT)
+    of_token: float = model.blocks * kept + masks
     if recomputing:
-        blocks, passing = model.blocks * 4 * model.hidden, kept + dropped / model.blocks
-    weights = sum(map(math.prod, model.linear.values()))
+        of_token = model.blocks * 4 * model.hidden + kept + masks / model.blocks
+    of_token += 4 * size * inner
     adapter = cfg.LORA_R * sum(map(sum, model.adapted))
-    memory = LIBRARIES[device.kind] + model.parameters * (0.65 if device.four_bit else size)
-    memory += 16 * adapter + tokens * (blocks + passing) + learnt * 12 * model.vocabulary
-    products = tokens * (2 * weights * (3 if recomputing else 2) + 6 * NARROW * adapter)
-    products += learnt * 4 * model.hidden * model.vocabulary
-    moved = PASSES * tokens * model.blocks * kept + (5 * weights if device.four_bit else 0)
-    launching = model.blocks * (OF_ROW + OF_EXAMPLE * examples) * LAUNCH
-    return max(products / device.flops + moved / device.bandwidth, launching), memory
-
-
-def seconds_to_ask(cfg: Config, model: Outline, device: Device, learnt: Sequence[int]) -> float:
-    """Untrained, the model goes on as long as it may; tuned, at most as long as what it has learnt."""
-    groups = math.ceil(min(cfg.EVAL_ANSWERS, len(learnt)) / ANSWERS_AT_ONCE)
-    tokens = groups * (cfg.MAX_TOKENS + min(cfg.MAX_TOKENS, max(learnt)))
-    size = 2.5 if device.four_bit else 4 if device.dtype == "float32" else 2
-    work = model.parameters * (2 * ANSWERS_AT_ONCE / device.flops + size / device.bandwidth)
-    return tokens * max(work, model.blocks * OF_TOKEN * LAUNCH)
+    memory = LIMITS_OF[device.kind][2] + model.parameters * (0.65 if device.four_bit else size)
+    memory += 16 * adapter + tokens * of_token + targets * 12 * model.vocabulary
+    # 4 operations a weight, 6 of an adapter, whose narrow products are 4 times slower
+    weights = sum(map(math.prod, model.linear.values()))
+    operations = tokens * (weights * (6 if recomputing else 4) + 24 * adapter)
+    operations += targets * 4 * model.hidden * model.vocabulary
+    moved = 10 * tokens * model.blocks * kept  # fitted to a processor (benchmarks/estimate.py)
+    return operations / device.flops + moved / device.bandwidth, memory
 
 
 def plan_run(
     cfg: Config, examples: Sequence[Example], device: Device, model: Outline | None = None
 ) -> Plan:
-    """The steps, and how many tokens go through the model at once; neither changes the result."""
+    """The steps, and how many tokens are computed at once, which does not change the result."""
     lengths = sorted((len(example["labels"]) for example in examples), reverse=True)
-    learnt = [sum(label != IGNORE for label in example["labels"]) for example in examples]
-    pairs = cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    targets = [sum(label != IGNORE for label in example["labels"]) for example in examples]
+    tokens, pairs = sum(lengths), cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
     epoch = math.ceil(len(lengths) / pairs)
-    steps = cfg.MAX_STEPS or epoch * cfg.NUM_EPOCHS
-    figures = (epoch, steps, int(cfg.WARMUP_RATIO * steps), sum(lengths), pairs)
-    most, recompute = sum(lengths[:pairs]), cfg.GRADIENT_CHECKPOINTING
-    at_once = cfg.TOKENS_AT_ONCE or min(most, MOST_TOKENS_AT_ONCE[device.kind])
-    reason = "as set" if cfg.TOKENS_AT_ONCE else "more would bring no speed"
+    steps, recompute = cfg.MAX_STEPS or epoch * cfg.NUM_EPOCHS, cfg.GRADIENT_CHECKPOINTING
+    most, usable, _ = LIMITS_OF[device.kind]
+    at_once = cfg.TOKENS_AT_ONCE or min(most, sum(lengths[:pairs]))
+    reason = "as set" if cfg.TOKENS_AT_ONCE else "more would not be faster"
+    figures = (epoch, steps, int(cfg.WARMUP_RATIO * steps), tokens, pairs)
     if model is None:
         return Plan(*figures, at_once, bool(recompute), reason)
-    cost = functools.partial(cost_of_row, cfg, model, device)
-    usable = USABLE_MEMORY[device.kind] * device.memory
+    cost = functools.partial(cost_of, cfg, model, device)
     for recomputing in [False, True] if recompute is None else [recompute]:
-        fixed = cost(recomputing, 0, 0, 0)[1]
-        room = int(max(0, usable - fixed) / (cost(recomputing, 1, 1, 1)[1] - fixed))
+        (_, fixed), (_, with_one) = cost(recomputing, 0, 0), cost(recomputing, 1, 1)
+        room = int(max(0, usable * device.memory - fixed) / (with_one - fixed))
         if room >= lengths[0]:
             break
     if not cfg.TOKENS_AT_ONCE and room < at_once:
-        at_once, reason = max(room, lengths[0]), f"as many as fit into {usable / 1e9:.0f} GB"
+        at_once = max(room, lengths[0])
+        reason = f"as many as fit into {usable * device.memory / 1e9:.0f} GB"
     if recomputing:
-        why = "as set" if recompute else "or one pair alone would not fit"
-        reason += f"; values are computed again instead of kept, {why}"
-    rows = math.ceil(sum(lengths) / epoch / at_once) * epoch
-    seconds, _ = cost(recomputing, *(n / rows for n in (sum(lengths), sum(learnt), len(lengths))))
-    tokens = max(min(at_once, most), lengths[0])
-    _, memory = cost(recomputing, tokens, tokens * sum(learnt) / sum(lengths), 1)
-    seconds *= rows * steps / epoch / world_size()
-    asking = seconds_to_ask(cfg, model, device, learnt)
+        reason += f"; gradient checkpointing {'as set' if recompute else 'to save memory'}"
+    seconds, _ = cost(recomputing, tokens, sum(targets))
+    # counted in a block: 400 operations of a row, 10 of each example in it, 125 of a generated token
+    rows = max(epoch, math.ceil(tokens / at_once))
+    seconds = max(seconds, model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH)
+    row = max(min(at_once, sum(lengths[:pairs])), lengths[0])
+    _, memory = cost(recomputing, row, row * sum(targets) / tokens)
+    # Untrained, the model generates as long as it may; tuned, as long as what it has learned.
+    asked = math.ceil(min(cfg.EVAL_ANSWERS, len(targets)) / ANSWERS_AT_ONCE)
+    reading = model.parameters * (4 if device.dtype == "float32" else 2.5) / device.bandwidth
+    asking = asked * max(reading, model.blocks * 125 * LAUNCH)
+    asking *= cfg.MAX_TOKENS + min(cfg.MAX_TOKENS, max(targets))
+    seconds *= steps / epoch / world_size()
     return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
 
 
@@ -2059,12 +1817,11 @@ ENDED = (
 
 
 def world_size() -> int:
-    """How many train together; 1 without a launcher."""
+    """How many processes train together; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_main_process() -> bool:
-    """Whether this is the process that speaks and writes."""
     return world_size() == 1 or os.environ.get("RANK", "0") == "0"
 
 
@@ -2087,24 +1844,20 @@ def main_process_first() -> Iterator[None]:
     if world_size() == 1:
         yield
         return
-    if os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) != os.environ["WORLD_SIZE"]:
-        raise UserError("The processes have to be on one machine: --num_machines 1")
-    for kind in ("DeepSpeed", "FSDP"):
-        if os.environ.get(f"ACCELERATE_USE_{kind.upper()}", "").lower() == "true":
-            raise UserError(f"{kind} does not work here. Launch with --multi_gpu instead.")
     from datetime import timedelta
 
     import torch
     from accelerate import PartialState
 
-    if 0 < torch.cuda.device_count() < world_size():
+    gpus, here = torch.cuda.device_count(), os.environ.get("LOCAL_WORLD_SIZE", world_size())
+    other = [os.environ.get(f"ACCELERATE_USE_{kind}") for kind in ("DEEPSPEED", "FSDP")]
+    if int(here) != world_size() or 0 < gpus < world_size() or "true" in other:
         raise UserError(
-            f"{world_size()} processes were launched, and there are {torch.cuda.device_count()} GPUs.\n"
-            "Launch one for each GPU: --num_processes, or --nproc-per-node of torchrun"
+            f"{world_size()} processes need one machine with a GPU for each, and no DeepSpeed or FSDP.\n"
+            f"accelerate launch --multi_gpu --num_machines 1 --num_processes {gpus or here}"
         )
-    patience = timedelta(days=1)  # the first may be long about a download
-    together = PartialState(cpu=not torch.cuda.is_available(), timeout=patience)
-    with together.main_process_first():
+    state = PartialState(cpu=not gpus, timeout=timedelta(days=1))  # a download may take long
+    with state.main_process_first():
         yield
 
 
@@ -2114,12 +1867,9 @@ def main_process_first() -> Iterator[None]:
 
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
-SHARING_ATTENTION = ("full_attention", "sliding_attention")  # kinds of layers in rows of several
-# These warn of what is done here in another way: kernels, the best adapter, the age of checkpoints.
+# They warn of what is done differently here: kernels, the best adapter, the age of checkpoints.
 NOISY = (
-    "bitsandbytes.backends.cpu.ops",
-    "transformers.trainer_callback",
-    "transformers.trainer_utils",
+    "bitsandbytes.backends.cpu.ops transformers.trainer_callback transformers.trainer_utils".split()
 )
 ADAPTER = "adapter_model.safetensors"
 TARGET_GROUPS = {
@@ -2129,58 +1879,37 @@ TARGET_GROUPS = {
 }
 BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
-DEMO_STEPS = 100  # of reading before it is taught anything; fewer leave it without words
+DEMO_STEPS = 100  # of pretraining; fewer leave the model without words
 # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need; MAX_LENGTH decides the length
-DEMO_SIZES = {"hidden_size": 320, "intermediate_size": 1280, "vocab_size": 1024}
-DEMO_SIZES |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32_768}
-DEMO_SHAPE: dict[str, Any] = DEMO_SIZES | {
-    "partial_rotary_factor": 0.4,
-    "resid_pdrop": 0.0,
-    "hidden_act": "gelu_pytorch_tanh",
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
+DEMO_SHAPE: dict[str, Any] = {"hidden_size": 320, "intermediate_size": 1280, "vocab_size": 1024}
+DEMO_SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32_768}
+DEMO_SHAPE |= {"partial_rotary_factor": 0.4, "hidden_act": "gelu_pytorch_tanh"}
+DEMO_SHAPE |= {"bos_token_id": 0, "eos_token_id": 0}
 
 
 def demo_folder() -> Path:
-    """The demo model, built on first use and then kept with the other caches of this computer."""
-    from pydoc_data import topics  # a book of plain English that every Python carries
+    """The demo model, a small Phi that has read Python's manual; built on first use, then cached."""
+    from pydoc_data import topics  # plain English that every Python carries
 
-    book = "\n".join(text for _, text in sorted(topics.topics.items()))
-    book = re.sub(r"[ \t]+", " ", book)
+    book = re.sub(r"[ \t]+", " ", "\n".join(text for _, text in sorted(topics.topics.items())))
     recipe = repr((DEMO_SHAPE, DEMO_STEPS, book, installed_version("transformers")))
     folder = cache_folder(f"demo-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}", "demo")
-    if not (folder / "model.safetensors").is_file():
-        say("Model", "building the demo model (once, under a minute)")
-        with atomic_folder(folder) as staged:
-            tokenizer = demo_tokenizer(book)
-            tokenizer.save_pretrained(staged)
-            demo_model(tokenizer.backend_tokenizer.encode(book).ids).save_pretrained(staged)
-    return folder
-
-
-def demo_tokenizer(book: str) -> transformers.PreTrainedTokenizerBase:
-    """Like phi-2's: byte pairs, so that no text is unknown, and one sign for every purpose."""
+    if (folder / "model.safetensors").is_file():
+        return folder
+    import torch
     from tokenizers import ByteLevelBPETokenizer
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, set_seed
 
-    end, pairs = "<|endoftext|>", ByteLevelBPETokenizer()
-    size = DEMO_SHAPE["vocab_size"]
-    pairs.train_from_iterator([book], size, special_tokens=[end], show_progress=False)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=pairs._tokenizer,
+    say("Model", "building the demo model (once, under a minute)")
+    cutter, end, size = ByteLevelBPETokenizer(), "<|endoftext|>", DEMO_SHAPE["vocab_size"]
+    cutter.train_from_iterator([book], size, special_tokens=[end], show_progress=False)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=cutter._tokenizer,
         model_max_length=DEMO_SHAPE["max_position_embeddings"],
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
     )
-
-
-def demo_model(book: Sequence[int]) -> transformers.PreTrainedModel:
-    """A small Phi that has read one book: it knows words, and no answers."""
-    import torch
-    from transformers import PhiConfig, PhiForCausalLM, set_seed
-
     set_seed(0)
-    model, ids = PhiForCausalLM(PhiConfig(**DEMO_SHAPE)), torch.tensor(book)
+    model, ids = PhiForCausalLM(PhiConfig(**DEMO_SHAPE)), torch.tensor(cutter.encode(book).ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=DEMO_STEPS)
     for _ in range(DEMO_STEPS):
@@ -2190,7 +1919,10 @@ def demo_model(book: Sequence[int]) -> transformers.PreTrainedModel:
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    return model.eval()
+    with atomic_folder(folder) as staged:
+        tokenizer.save_pretrained(staged)
+        model.save_pretrained(staged)
+    return folder
 
 
 # -- The base model
@@ -2198,45 +1930,6 @@ def demo_model(book: Sequence[int]) -> transformers.PreTrainedModel:
 
 class UnreachableError(UserError):
     """The model is not on this computer, and the Hub cannot be asked for it."""
-
-
-def local_base(cfg: Config) -> Path | None:
-    """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
-    folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_path(cfg.MODEL_NAME)
-    return folder if os.path.isdir(folder) else None
-
-
-def base_name(cfg: Config) -> str:
-    """The base model as others may read it: its name on the Hub, or its folder's without the path."""
-    folder = local_base(cfg)
-    return f"./{folder.resolve().name}" if folder else cfg.MODEL_NAME
-
-
-def model_revision(cfg: Config) -> str | None:
-    return cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
-
-
-def base_source(cfg: Config) -> dict[str, Any]:
-    """Where transformers finds the base: a folder, or from now on this one commit on the Hub."""
-    from huggingface_hub import HfApi, errors, try_to_load_from_cache
-
-    if folder := local_base(cfg):
-        return {"pretrained_model_name_or_path": str(folder), "trust_remote_code": False}
-    name, revision = cfg.MODEL_NAME, model_revision(cfg)
-    here = try_to_load_from_cache(name, "config.json", revision=revision)
-    commit = Path(here).parent.name if isinstance(here, str) else ""
-    if not commit or commit != revision:  # what is newest may change at any time
-        try:
-            commit = HfApi().model_info(name, revision=revision, timeout=10).sha or ""
-        except errors.HfHubHTTPError:
-            if not commit:
-                raise
-        except Exception as error:  # of the network, each library has its own
-            if not commit:
-                raise ConnectionError(f"no way to the Hub ({type(error).__name__})") from None
-    cfg.MODEL_REVISION = commit
-    # without code of the model's own, or else transformers asks, and a y runs it
-    return {"pretrained_model_name_or_path": name, "revision": commit, "trust_remote_code": False}
 
 
 @contextmanager
@@ -2258,14 +1951,57 @@ def explained(what: str, advice: str) -> Iterator[None]:
 
 
 def explained_model(cfg: Config) -> Any:
-    revision = f" at revision {model_revision(cfg)}" if model_revision(cfg) else ""
     return explained(
-        f"The model {cfg.MODEL_NAME}{revision} could not be loaded.",
-        "MODEL_NAME has to be a name on the Hub, such as microsoft/phi-2, or the folder of a whole model, "
-        "with .safetensors and no code of its own. Check it and the internet connection, and run the same "
-        "command again: what was downloaded is kept. A model behind a licence needs HF_TOKEN and the "
-        "licence accepted.",
+        f"The model {cfg.MODEL_NAME} could not be loaded.",
+        "MODEL_NAME has to be a model on the Hub, such as microsoft/phi-2, or the folder of one, with "
+        ".safetensors and no code of its own. Check it and the internet connection, and run the same command "
+        "again. A gated model needs HF_TOKEN and its license accepted.",
     )
+
+
+def local_base(cfg: Config) -> Path | None:
+    """The folder of the base model, where MODEL_NAME names one and not a model of the Hub."""
+    folder = demo_folder() if cfg.MODEL_NAME == DEMO_MODEL else local_path(cfg.MODEL_NAME)
+    return folder if os.path.isdir(folder) else None
+
+
+def base_name(cfg: Config) -> str:
+    """The base model as others may read it: its name on the Hub, or its folder's without the path."""
+    folder = local_base(cfg)
+    return f"./{folder.resolve().name}" if folder else cfg.MODEL_NAME
+
+
+def base_source(cfg: Config) -> dict[str, Any]:
+    """Where transformers finds the base: a folder, or from now on this one commit on the Hub."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    # without code of the model's own, or else transformers asks, and a y runs it
+    source: dict[str, Any] = {"trust_remote_code": False}
+    if folder := local_base(cfg):
+        return source | {"pretrained_model_name_or_path": str(folder)}
+    name, revision = cfg.MODEL_NAME, cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    commit = Path(cached).parent.name if isinstance(cached, str) else ""
+    if not commit or commit != revision:  # what is newest may change at any time
+        try:
+            commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
+        except Exception as error:  # of the network, each library has its own
+            if not commit and isinstance(error, errors.HfHubHTTPError):
+                raise
+            if not commit:
+                missing = (
+                    f"revision {revision or 'main'} is not here, and the Hub cannot be reached"
+                )
+                raise ConnectionError(f"{missing} ({type(error).__name__})") from None
+    cfg.MODEL_REVISION = commit
+    return source | {"pretrained_model_name_or_path": name, "revision": commit}
+
+
+def base_config(cfg: Config) -> Any:
+    from transformers import AutoConfig
+
+    with explained_model(cfg):
+        return AutoConfig.from_pretrained(**base_source(cfg))
 
 
 def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
@@ -2276,144 +2012,14 @@ def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
             raise OSError("it has no tokenizer")
     set_template(cfg, tokenizer)
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # fills batches of questions; never a label
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # of batches; never a label
     return tokenizer
-
-
-def known_outline(cfg: Config) -> Outline | None:
-    """The outline of MODEL_NAME; None where its configuration cannot be had, or is none."""
-    from transformers import AutoConfig
-
-    try:
-        config = AutoConfig.from_pretrained(**base_source(cfg))
-        return usual_outline(config) or outline_of(without_weights(config))
-    except Exception:  # it is found again, and explained, when the model is loaded
-        return None
-
-
-def usual_outline(config: Any) -> Outline | None:
-    """From the configuration alone, for Phi and for models built like Llama.
-
-    Importing a model's class takes longer than everything else that `check` does.
-    """
-    if config.model_type not in ("phi", "llama", "mistral", "qwen2", "qwen3"):
-        return None
-    hidden, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    phi = config.model_type == "phi"
-    sizes = {
-        "self_attn.q_proj": (hidden, queries),
-        "self_attn.k_proj": (hidden, keys),
-        "self_attn.v_proj": (hidden, keys),
-        "self_attn.dense" if phi else "self_attn.o_proj": (queries, hidden),
-        "mlp.fc1" if phi else "mlp.up_proj": (hidden, inner),
-        "mlp.fc2" if phi else "mlp.down_proj": (inner, hidden),
-    }
-    sizes |= {} if phi else {"mlp.gate_proj": (hidden, inner)}
-    linear = {
-        f"model.layers.{i}.{name}": size for i in range(blocks) for name, size in sizes.items()
-    }
-    embeddings = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-    parameters = embeddings + sum(map(math.prod, linear.values()))  # norms and biases are nothing
-    return Outline(blocks, hidden, config.vocab_size, parameters, linear)
-
-
-def outline_of(model: transformers.PreTrainedModel) -> Outline:
-    words, blocks = model.get_input_embeddings(), model.config.get_text_config().num_hidden_layers
-    sizes = (blocks, words.embedding_dim, words.num_embeddings, model.num_parameters())
-    return Outline(*sizes, linear_layers(model), model._is_stateful)
-
-
-def without_weights(config: Any) -> transformers.PreTrainedModel:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-
-
-def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
-    """The model as it was published, but without dropout: the only one is to be LORA_DROPOUT."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
-
-    dtype, options = getattr(torch, device.dtype), {}
-    if device.four_bit:
-        how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **how)
-        options["quantization_config"] = quantized
-    with explained_model(cfg):
-        source = base_source(cfg)
-        shape = AutoConfig.from_pretrained(**source)
-        if getattr(shape, "hidden_act", "") == "gelu_new":
-            shape.hidden_act = "gelu_pytorch_tanh"  # the same function as one kernel, not eight
-        for name, value in list(vars(shape).items()):
-            if name.endswith(("pdrop", "dropout")) and isinstance(value, float):
-                setattr(shape, name, 0.0)
-        model, loaded = AutoModelForCausalLM.from_pretrained(
-            **source,
-            **options,
-            config=shape,
-            dtype=dtype,  # "auto" would load phi-2 as float16 even on a processor
-            # its default is sdpa, which sums in float32: plain attention overflows phi-2's float16
-            use_safetensors=True,
-            device_map={"": device.kind},
-            output_loading_info=True,
-        )
-        if loaded["missing_keys"]:  # transformers would go on with weights of chance
-            raise OSError(f"it lacks weights, among them {min(loaded['missing_keys'])}")
-    model.generation_config = GenerationConfig()  # how it answers is decided here alone
-    return model
-
-
-def bytes_of(dtype: str) -> int:
-    return 4 if dtype == "float32" else 2
-
-
-def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
-    """Without an NVIDIA GPU the weights lie in the computer's own memory."""
-    import psutil
-
-    each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
-    size, memory = parameters * each * world_size(), psutil.virtual_memory()
-    if device.kind == "cuda" or size <= memory.available:
-        return
-    needs = f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {size / 1e9:.1f} GB of memory"
-    if size > memory.total:
-        raise UserError(
-            f"{needs}, and this computer has {memory.total / 1e9:.1f} GB.\nTake one with a GPU (on Colab: "
-            "Runtime, Change runtime type, T4 GPU), or a smaller model with --model-name"
-        )
-    free = f"{memory.available / 1e9:.1f} GB are free"
-    say("Warning", f"{needs}, and {free}. Close other programs, or it may fail half-way.")
-
-
-# -- The adapter
-
-
-@contextmanager
-def usable_peft() -> Iterator[Any]:
-    """The peft library, kept from what it stumbles over."""
-    torchao = installed_version("torchao")
-    if torchao and is_below(torchao, "0.16") and "torchao" not in sys.modules:
-        # Colab's is older than peft accepts, so that peft refuses every layer that is not in 4 bits.
-        # Nothing here needs torchao; None is Python's own mark of an absent module.
-        sys.modules["torchao"] = None  # type: ignore[assignment]
-        say("Note", "the old torchao of this machine is left aside: peft does not work with it")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # and then to True
-        import peft
-
-        yield peft
 
 
 def linear_layers(base: transformers.PreTrainedModel) -> dict[str, tuple[int, int]]:
     """Inputs and outputs of all linear layers but the last, by their full names."""
     import torch
-    from transformers.pytorch_utils import Conv1D  # GPT-2's kind, whose weight lies the other way
+    from transformers.pytorch_utils import Conv1D  # GPT-2's kind, whose weight is transposed
 
     head, sizes = base.get_output_embeddings(), {}
     for name, layer in base.named_modules():
@@ -2424,23 +2030,120 @@ def linear_layers(base: transformers.PreTrainedModel) -> dict[str, tuple[int, in
     return sizes
 
 
-def adapted_layers(
-    cfg: Config, linear: dict[str, tuple[int, int]], stateful: bool = False
-) -> list[str]:
+def outline_of(config: Any) -> Outline:
+    """What a model of this configuration is made of; no weights are needed."""
+    if config.model_type == "phi":  # to import a model's class takes longer than all else of check
+        hidden, inner = config.hidden_size, config.intermediate_size
+        blocks = config.num_hidden_layers
+        key = hidden, hidden // config.num_attention_heads * config.num_key_value_heads
+        sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": key}
+        sizes |= {"self_attn.v_proj": key, "self_attn.dense": (hidden, hidden)}
+        sizes |= {"mlp.fc1": (hidden, inner), "mlp.fc2": (inner, hidden)}
+        layers = [f"model.layers.{block}." for block in range(blocks)]
+        linear = {layer + name: size for layer in layers for name, size in sizes.items()}
+        words = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
+        parameters = words + sum(map(math.prod, linear.values()))  # norms and biases are nothing
+        return Outline(blocks, hidden, config.vocab_size, parameters, linear)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    words, blocks = model.get_input_embeddings(), config.get_text_config().num_hidden_layers
+    figures = blocks, words.embedding_dim, words.num_embeddings, model.num_parameters()
+    return Outline(*figures, linear_layers(model))
+
+
+def known_outline(cfg: Config) -> Outline | None:
+    """The outline of MODEL_NAME; None where it cannot be had, which loading the model explains."""
+    with suppress(Exception):
+        return outline_of(base_config(cfg))
+    return None
+
+
+def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
+    """The model as it was published, but without dropout: the only one is to be LORA_DROPOUT."""
+    import torch
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    enable_progress_bars()  # of downloads alone
+    dtype, options = getattr(torch, device.dtype), {}
+    if device.four_bit:
+        how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, **how)
+        options["quantization_config"] = quantized
+    config, own_gpu = base_config(cfg), device.kind == "cuda" and world_size() > 1
+    if getattr(config, "hidden_act", "") == "gelu_new":
+        config.hidden_act = "gelu_pytorch_tanh"  # the same function as one kernel, not eight
+    for name, value in list(vars(config).items()):
+        if name.endswith(("pdrop", "dropout")) and isinstance(value, float):
+            setattr(config, name, 0.0)
+    with explained_model(cfg):
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            **base_source(cfg),
+            **options,
+            config=config,
+            dtype=dtype,  # "auto" would load phi-2 as float16 even on a processor
+            # its default is sdpa, which sums in float32: plain attention overflows phi-2's float16
+            use_safetensors=True,
+            device_map={"": torch.cuda.current_device() if own_gpu else device.kind},
+            output_loading_info=True,
+        )
+        if loaded["missing_keys"]:  # transformers would go on with random weights
+            raise OSError(f"it lacks weights, among them {min(loaded['missing_keys'])}")
+    model.generation_config = GenerationConfig()  # how it answers is decided here alone
+    return model
+
+
+def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
+    """Without an NVIDIA GPU the weights lie in the computer's own memory."""
+    import psutil
+
+    each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
+    need, memory = parameters * each * world_size(), psutil.virtual_memory().total
+    if device.kind != "cuda" and need > memory:
+        raise UserError(
+            f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {need / 1e9:.1f} GB of memory; here are "
+            f"{memory / 1e9:.1f} GB.\nUse a GPU (on Colab: Runtime, Change runtime type, T4 GPU), or a smaller "
+            "model with --model-name"
+        )
+
+
+# -- The adapter
+
+
+def usable_peft() -> Any:
+    torchao = installed_version("torchao")
+    if torchao and is_below(torchao, "0.16") and "torchao" not in sys.modules:
+        # peft refuses Colab's version, which nothing here needs; None is Python's mark of an absent module
+        sys.modules["torchao"] = None  # type: ignore[assignment]
+    import peft
+
+    return peft
+
+
+def adapted_layers(cfg: Config, linear: Iterable[str]) -> list[str]:
     """Of these layers, the ones that LORA_TARGETS and LORA_LAYERS name."""
-    blocks = {name: int(number[1]) for name in linear if (number := re.search(r"\.(\d+)\.", name))}
-    chosen = blocks_named(cfg.LORA_LAYERS, max(blocks.values(), default=-1))
+    # beside an in_proj, its model reads the weight of out_proj itself and would pass over an adapter
+    names = [name for name in linear if f"{name.removesuffix('out_proj')}in_proj" not in linear]
+    block = {name: int(number[1]) for name in names if (number := re.search(r"\.(\d+)\.", name))}
+    text, last = re.sub(r"\s*,\s*", ",", cfg.LORA_LAYERS), max(block.values(), default=-1)
+    spans = [(int(a), int(b or a)) for a, b in re.findall(r"(\d+)(?:-(\d+))?", text)]
+    chosen = {number for start, end in spans for number in range(start, end + 1)}
+    is_list = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) and chosen
+    if text and not (is_list and max(chosen) <= last):
+        raise UserError(
+            f"LORA_LAYERS {text} does not name blocks, such as 0,4-6; there are 0 to {last}."
+        )
     layers: list[str] = []
     for target in cfg.LORA_TARGETS:
         path = TARGET_GROUPS.get(target) or re.compile(rf"(^|\.){re.escape(target)}$")
-        found = [name for name in linear if path.search(name)]
-        if chosen:
-            found = [name for name in found if blocks.get(name) in chosen]
-        if stateful and target in TARGET_GROUPS:
-            # such models take the weights out of this layer, so that its adapter would go unseen
-            found = [name for name in found if not name.endswith(".out_proj")]
+        found = [n for n in names if path.search(n) and (not chosen or block.get(n) in chosen)]
         if not found:
-            kinds = sorted({name.rpartition(".")[2] for name in linear})
+            kinds = sorted({name.rpartition(".")[2] for name in names})
             raise UserError(
                 f"LORA_TARGETS names {target}, which {cfg.MODEL_NAME} does not have.\n"
                 f"Its layers are: {', '.join(kinds)}; or {', '.join(TARGET_GROUPS)}"
@@ -2449,42 +2152,30 @@ def adapted_layers(
     return layers
 
 
-def blocks_named(text: str, last: int) -> set[int]:
-    """0,4-6 is the blocks 0, 4, 5 and 6; nothing is all of them."""
-    parts = [re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip()) for part in text.split(",")]
-    chosen = {n for p in parts if p for n in range(int(p[1]), int(p[2] or p[1]) + 1)}
-    if text.strip() and not (all(parts) and chosen and max(chosen) <= last):
-        raise UserError(
-            f"LORA_LAYERS {text!r} names no blocks such as 0,4-6; there are 0 to {last}."
-        )
-    return chosen
-
-
 def adapted_outline(cfg: Config, model: Outline) -> Outline:
-    layers = adapted_layers(cfg, model.linear, model.stateful)
-    return model._replace(adapted=[model.linear[name] for name in layers])
+    return model._replace(adapted=[model.linear[n] for n in adapted_layers(cfg, model.linear)])
 
 
 def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
-    """What peft is told; `layers` are full names, so that no other program reads them in another way."""
-    with usable_peft() as peft:
-        return peft.LoraConfig(
-            task_type="CAUSAL_LM",
-            r=cfg.LORA_R,
-            lora_alpha=cfg.LORA_ALPHA,
-            lora_dropout=cfg.LORA_DROPOUT,
-            target_modules=sorted(layers),
-            use_rslora=cfg.USE_RSLORA,
-            use_dora=cfg.USE_DORA,
-            init_lora_weights=cfg.LORA_INIT if cfg.LORA_INIT != "default" else True,
-            revision=model_revision(cfg),
-        )
+    """For peft; `layers` are full names, so that no other program reads them in another way."""
+    return usable_peft().LoraConfig(
+        task_type="CAUSAL_LM",
+        r=cfg.LORA_R,
+        lora_alpha=cfg.LORA_ALPHA,
+        lora_dropout=cfg.LORA_DROPOUT,
+        target_modules=sorted(layers),
+        use_rslora=cfg.USE_RSLORA,
+        use_dora=cfg.USE_DORA,
+        init_lora_weights=cfg.LORA_INIT if cfg.LORA_INIT != "default" else True,
+        revision=cfg.MODEL_REVISION or None,
+    )
 
 
 def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
-    layers = adapted_layers(cfg, linear_layers(base), base._is_stateful)
-    with usable_peft() as peft:
-        model = peft.get_peft_model(base, lora_config(cfg, layers))
+    settings = lora_config(cfg, adapted_layers(cfg, linear_layers(base)))
+    with warnings.catch_warnings():  # of transformers' own names, and of what peft sets by itself
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out")
+        model = usable_peft().get_peft_model(base, settings)
     model.peft_config["default"].base_model_name_or_path = base_name(cfg)
     for module in model.modules():
         # On some processors bitsandbytes repacks a 4-bit layer at its first use without gradients;
@@ -2498,10 +2189,11 @@ def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = T
 
 def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Give the model these weights of an adapter, and make sure that they are all of them."""
-    with usable_peft() as peft:
-        found = peft.set_peft_model_state_dict(model, weights)
-    if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
-        raise ValueError("the adapter has other layers than LORA_TARGETS")
+    advice = "The adapter and its run.json have to come from the same training."
+    with explained("The adapter does not fit its base model.", advice):
+        found = usable_peft().set_peft_model_state_dict(model, weights)
+        if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
+            raise ValueError("it has other layers than LORA_TARGETS")
 
 
 def layers_in(adapter: Path) -> list[str]:
@@ -2509,15 +2201,8 @@ def layers_in(adapter: Path) -> list[str]:
     from safetensors import safe_open
 
     with safe_open(adapter, "numpy") as file:
-        keys = list(file.keys())
-    names = {name.partition(".lora_")[0] for name in keys if ".lora_" in name}
+        names = {key.partition(".lora_")[0] for key in [*file.keys()] if ".lora_" in key}
     return sorted(name.removeprefix("base_model.model.") for name in names)
-
-
-def layers_in_words(layers: Sequence[str]) -> str:
-    kinds = sorted({name.rpartition(".")[2] for name in layers})
-    blocks = {number[1] for name in layers if (number := re.search(r"\.(\d+)\.", name))}
-    return f"{', '.join(kinds)} of {len(blocks)} blocks"
 
 
 # -- A finished run
@@ -2533,13 +2218,11 @@ class Run:
     place: Path = Path()  # as the person knows it
     folder: Path = Path()  # of its files: of a zip, what was in it
     record: dict[str, Any] = field(default_factory=dict)  # its run.json
-    adapter: dict[str, torch.Tensor] = field(
-        default_factory=dict
-    )  # of which merged weights have none
+    adapter: dict[str, Any] = field(default_factory=dict)  # merged weights have none
 
     @contextmanager
     def untuned(self) -> Iterator[Any]:
-        """The model as it was: with an adapter, the same weights."""
+        """The base model: with an adapter, the same weights."""
         if hasattr(self.model, "disable_adapter"):
             with self.model.disable_adapter():
                 yield self.model
@@ -2560,44 +2243,35 @@ class Run:
     @functools.cached_property
     def base_settings(self) -> Config:
         """The settings with the folder where the base is now, unless it is on the Hub."""
-        name, home = self.cfg.MODEL_NAME, self.place.absolute()
+        name, note = self.cfg.MODEL_NAME, self.folder / BASE_PLACE
         if not name.startswith("./"):
             return self.cfg
-        home = home if home.is_dir() else home.parent
-        noted = self.folder / BASE_PLACE
-        known = Path(os.fsdecode(noted.read_bytes())) if noted.is_file() else home / name
-        for folder in (home / name, known):
+        noted = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
+        for folder in (*noted, self.folder / name, self.place.absolute().parent / name):
             if os.path.isdir(folder):
                 return changed(self.cfg, MODEL_NAME=str(folder))
         raise UserError(
-            f"{home} needs its base model, the folder {known.name}, which is not in {known.parent}\n"
-            f"Copy that folder into {home}"
+            f"The base model, the folder {name[2:]}, is not on this computer.\n"
+            f"Copy it into the folder where {self.place} is."
         )
 
     @functools.cached_property
     def shape(self) -> Any:
         """The base's own config."""
-        from transformers import AutoConfig
-
-        if is_merged(self.folder):
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=False)
-        with explained_model(self.base_settings):
-            return AutoConfig.from_pretrained(**base_source(self.base_settings))
+        return base_config(self.base_settings)
 
     @property
     def stored_dtype(self) -> str:
         """The numbers in which the base was published."""
         return str(self.shape.dtype or "float16").removeprefix("torch.")
 
-    @functools.cached_property
+    @property
     def parameters(self) -> int:
-        return int(without_weights(self.shape).num_parameters())
+        return outline_of(self.shape).parameters
 
     def with_adapter(self, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
-        # not by adapter_config.json, which can name code to run
-        model = add_lora(self.cfg, base, learning)
-        with explained_run(self.place):
-            put_adapter(model, self.adapter)
+        model = add_lora(self.cfg, base, learning)  # adapter_config.json could name code to run
+        put_adapter(model, self.adapter)
         return model
 
 
@@ -2607,18 +2281,14 @@ def context_of(model: Any, tokenizer: Any) -> int:
     return int(min(tokenizer.model_max_length, positions or math.inf))
 
 
-def is_merged(folder: Path) -> bool:
-    return (folder / "config.json").is_file() and not (folder / "adapter_config.json").is_file()
-
-
 def load_tuned(place: Path, four_bit: bool | None = None) -> Run:
     """A finished run with its weights: from its folder, its zip, or merged weights."""
     run = open_run(place)
-    merged = is_merged(run.folder)
+    merged = not run.adapter and (run.folder / "config.json").is_file()
     if not merged and not run.adapter:
         raise UserError(
-            f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp, as its "
-            "README.md says.\nTo ask it here, name the folder of the training: --output-dir ./model"
+            f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp.\n"
+            "To ask it here, name the folder of the training: --output-dir ./model"
         )
     if four_bit is not None or merged:  # whose sums 4 bits would round once more
         run.cfg.LOAD_IN_4BIT = bool(four_bit)
@@ -2635,12 +2305,17 @@ def open_run(place: Path) -> Run:
     from transformers import AutoTokenizer
 
     unpacked = tempfile.TemporaryDirectory(prefix="finetune", ignore_cleanup_errors=True)
-    with explained_run(place):
-        folder = place if os.path.isdir(place) else unzipped_run(place, Path(unpacked.name))
+    folder, files = place, "its run.json, tokenizer or adapter is missing or damaged"
+    advice = "Train a model first, or name the folder or the zip of a training with --output-dir."
+    with explained(f"{place} could not be loaded as a finished run: {files}.", advice):
+        if not os.path.isdir(place):
+            unzip(place, folder := Path(unpacked.name))
+            inner = [record.parent for record in folder.glob("*/run.json")]
+            folder = inner[0] if len(inner) == 1 else folder  # somebody zipped the folder itself
         if pickles := [path.name for path in folder.iterdir() if path.suffix.lower() in PICKLES]:
             raise UserError(
-                f"{place} holds {min(pickles)}, a kind of file that can run programs.\nIt is not from this "
-                "script. Delete it, if you trust the other files, or train again."
+                f"{place} holds {min(pickles)}, which could run programs and is not from this script.\n"
+                "Delete it, if you trust the other files, or train again."
             )
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
         settings = record["settings"]
@@ -2649,21 +2324,11 @@ def open_run(place: Path) -> Run:
         record["examples"] = [str(text) for text in record.get("examples") or []]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         set_template(cfg, tokenizer)  # which the first edition did not save
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         with_adapter = (folder / "adapter_config.json").is_file()
         adapter = load_file(folder / ADAPTER) if with_adapter else {}
     run = Run(cfg, tokenizer, None, place, folder, record, adapter)
     weakref.finalize(run, unpacked.cleanup)
     return run
-
-
-def explained_run(place: Path) -> Any:
-    return explained(
-        f"{place} could not be loaded as a finished run: its run.json, tokenizer or adapter is missing or "
-        "damaged.",
-        "Train a model first, or name the folder or the zip of a training with --output-dir. If it was "
-        "damaged on its way, copy or unpack it once more.",
-    )
 
 
 def unzip(path: Path, folder: Path) -> None:
@@ -2675,13 +2340,6 @@ def unzip(path: Path, folder: Path) -> None:
         archive.extractall(folder)  # never outside, never more than the sizes declared
 
 
-def unzipped_run(place: Path, folder: Path) -> Path:
-    """The folder of a run in this zip, which is unpacked into `folder`."""
-    unzip(place, folder)
-    inner = [record.parent for record in folder.glob("*/run.json")]
-    return inner[0] if len(inner) == 1 else folder  # somebody zipped the folder itself
-
-
 def record_of(folder: Path) -> dict[str, Any]:
     """The run.json of a finished run; empty where none can be read."""
     try:
@@ -2690,32 +2348,32 @@ def record_of(folder: Path) -> dict[str, Any]:
         return {}
 
 
+# -- Rows of several examples, and layers fused with their adapters
+
+
 def may_share_rows(model: Any) -> bool:
     """Whether several examples may lie in one row: what a token sees of others is left to attention."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     usual = base.config._attn_implementation in ("sdpa", FLAT_ATTENTION)
     exchangeable = base._supports_attention_backend and base._supports_sdpa and usual
-    return exchangeable and not base._is_stateful and kinds <= {*SHARING_ATTENTION}
+    known = kinds <= {"full_attention", "sliding_attention"}
+    return exchangeable and not base._is_stateful and known
 
 
 def flatten(examples: Sequence[Example], shared: bool = True) -> dict[str, Any]:
     """Lay examples end to end in one row, without a single token of padding.
 
     Positions start again with each example, attention stays inside each (see padding_free), and the
-    model's last layer runs only at the positions that have something to predict. A model whose rows
-    cannot be shared gets one example as it is.
+    last layer runs only where there is something to predict. A row not shared is one example as it is.
     """
     import torch
 
     lengths = [len(example["input_ids"]) for example in examples]
     ids = torch.tensor([token for example in examples for token in example["input_ids"]])
     labels = torch.tensor([label for example in examples for label in example["labels"]])
-    row = {
-        "input_ids": ids[None],
-        "labels": labels[None],  # the first of each example is a prompt's, so nothing leaks across
-        "use_cache": False,
-    }
+    # the first label of each example is a prompt's, so nothing leaks across
+    row = {"input_ids": ids[None], "labels": labels[None], "use_cache": False}
     if not shared:
         return row
     return row | {
@@ -2726,35 +2384,24 @@ def flatten(examples: Sequence[Example], shared: bool = True) -> dict[str, Any]:
 
 
 def attend_in_each_example(
-    module: torch.nn.Module,
-    query: torch.Tensor,  # (1, heads, tokens of all examples, size of a head)
-    key: torch.Tensor,  # (1, perhaps fewer heads, …), and value alike
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    lengths: list[int],  # of the examples; required, so that they can never silently see each other
-    sliding_window: int | None = None,  # how far back some models look
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    **_: Any,
+    _: Any, query: Any, key: Any, value: Any, *__: Any, lengths: list[int], **settings: Any
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention over a row of examples laid end to end, each seeing itself only."""
+    """Causal attention over a row of examples; `lengths` is required, so that none sees another."""
     import torch
 
-    # not left to enable_gqa, with which a T4 takes the way that keeps every score
+    # A query is (1, heads, tokens of all examples, size of a head). Fewer heads of keys are repeated
+    # here, since with enable_gqa a T4 takes the way that keeps every score.
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
-    seen = []
+    how = {"dropout_p": settings.get("dropout", 0.0), "scale": settings.get("scaling")}
+    look_back = settings.get("sliding_window")  # of some models
+    sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         window, length = None, q.shape[2]
-        if sliding_window and length > sliding_window:
+        if look_back and length > look_back:
             within = torch.ones(length, length, dtype=torch.bool, device=q.device)
-            window = within.tril().triu(1 - sliding_window)
-        seen.append(
-            torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, window, dropout, is_causal=window is None, scale=scaling
-            )
-        )
+            window = within.tril().triu(1 - look_back)
+        seen.append(sdpa(q, k, v, window, is_causal=window is None, **how))
     return torch.cat(seen, dim=2).transpose(1, 2).contiguous(), None
 
 
@@ -2771,11 +2418,9 @@ def padding_free(model: transformers.PreTrainedModel | PeftModel) -> Iterator[No
         AttentionInterface.register(FLAT_ATTENTION, attend_in_each_example)
         AttentionMaskInterface.register(FLAT_ATTENTION, lambda *_, **__: None)
         model.set_attn_implementation(FLAT_ATTENTION)
-
-    def widen(_: Any, __: Any, words: torch.Tensor) -> torch.Tensor:
-        return words.float() if words.is_cuda else words
-
-    hook = model.get_input_embeddings().register_forward_hook(widen)
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda _, __, words: words.float() if words.is_cuda else words
+    )
     try:
         yield
     finally:
@@ -2783,44 +2428,36 @@ def padding_free(model: transformers.PreTrainedModel | PeftModel) -> Iterator[No
         model.set_attn_implementation(usual)
 
 
-@functools.cache
 def fused_lora() -> Any:
     """A frozen layer and its adapter as one operation: y = W x + b + scale * B A dropout(x).
 
-    Left to itself, peft makes ten operations of this, each with a copy of its input or output, some
-    of which are kept for the way back. Here only x is kept, once for all layers that read it, with a
-    byte for each place that dropout could take; and where nobody asks for the gradient of x, as in the
-    first layers, it is not computed.
+    peft makes ten operations of it and keeps several copies for the backward pass. Here it is x alone,
+    once for all layers that read it, and a byte for each value that dropout could take.
     """
     import torch
+    from peft.utils.integrations import dequantize_module_weight as weight_of
+    from torch.nn.functional import linear
 
     class FusedLora(torch.autograd.Function):
         @staticmethod
         def forward(
-            ctx: Any,
-            x: torch.Tensor,  # (…, inputs)
-            a: torch.Tensor,  # (rank, inputs)
-            b: torch.Tensor,  # (outputs, rank)
-            base: Any,
-            scale: float,
-            dropout: float,
-            dtype: torch.dtype,
-        ) -> torch.Tensor:
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            ctx: Any, x: Any, a: Any, b: Any, layer: Any, dropout: float, dtype: Any
+        ) -> Any:
+            base, scale = layer.get_base_layer(), layer.scaling["default"] / (1 - dropout)
+            rows, mask = x.reshape(-1, x.shape[-1]).to(dtype), None
             bias = None if base.bias is None else base.bias.to(dtype)
-            y = torch.nn.functional.linear(rows, weight_of(base, dtype), bias)
-            mask = None
+            y = linear(rows, weight_of(base).to(dtype), bias)
             if dropout:
                 mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout)
                 rows = rows * mask
             inner = rows @ a.to(dtype).T
-            y.addmm_(inner, b.to(dtype).T, alpha=scale / (1 - dropout))
+            y.addmm_(inner, b.to(dtype).T, alpha=scale)
             ctx.save_for_backward(x, mask, inner, a, b)
-            ctx.base, ctx.scale, ctx.dtype = base, scale / (1 - dropout), dtype
+            ctx.base, ctx.scale, ctx.dtype = base, scale, dtype
             return y.view(*x.shape[:-1], -1)
 
         @staticmethod
-        def backward(ctx: Any, dy: torch.Tensor) -> Any:
+        def backward(ctx: Any, dy: Any) -> Any:
             x, mask, inner, a, b = ctx.saved_tensors
             rows, dy = x.reshape(-1, x.shape[-1]).to(ctx.dtype), dy.reshape(-1, dy.shape[-1])
             d_inner = (dy @ b.to(ctx.dtype)).mul_(ctx.scale)
@@ -2828,55 +2465,37 @@ def fused_lora() -> Any:
             d_b = (dy.T @ inner).mul_(ctx.scale)
             d_x = None
             if ctx.needs_input_grad[0]:
-                d_x = d_inner @ a.to(ctx.dtype)
+                weight, d_x = weight_of(ctx.base).to(ctx.dtype), d_inner @ a.to(ctx.dtype)
                 d_x = d_x if mask is None else d_x.mul_(mask)
-                d_x = d_x.addmm_(dy, weight_of(ctx.base, ctx.dtype)).view(x.shape).to(x.dtype)
-            return d_x, d_a.to(a.dtype), d_b.to(b.dtype), None, None, None, None
+                d_x = d_x.addmm_(dy, weight).view(x.shape).to(x.dtype)
+            return d_x, d_a.to(a.dtype), d_b.to(b.dtype), None, None, None
 
     return FusedLora.apply
 
 
-def weight_of(base: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The weight of a frozen layer in the numbers of the computation."""
-    state = getattr(base.weight, "quant_state", None)
-    if state is None:
-        return base.weight.to(dtype)
-    from bitsandbytes.functional import dequantize_4bit
-
-    return dequantize_4bit(base.weight.data, state).to(dtype)
-
-
-def fused_forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-    """What the layer's own forward computes, with `fused_lora`."""
+@contextmanager
+def fused_lora_layers(model: PeftModel, enabled: bool = True) -> Iterator[None]:
+    """Compute each layer and its adapter as one, where that is one ordinary LoRA."""
     import torch
-
-    if layer.disable_adapters or layer.merged:
-        return type(layer).forward(layer, x)
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-    dropout = getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0
-    return fused_lora()(x, a, b, layer.get_base_layer(), layer.scaling["default"], dropout, dtype)
-
-
-def can_be_fused(layer: Any) -> bool:
-    """Whether this is a layer with one ordinary LoRA adapter."""
     from peft.tuners.lora import LoraLayer
 
-    if not isinstance(layer, LoraLayer) or layer.active_adapters != ["default"]:
-        return False
-    base = layer.get_base_layer()
-    known = type(base).__name__ in ("Linear", "Linear4bit") and base.weight.dim() == 2
-    special = layer.use_dora.get("default") or layer.lora_variant or layer.lora_bias["default"]
-    return known and not special and not layer.fan_in_fan_out
+    fused, layers = fused_lora(), []
 
+    def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
+        if layer.disable_adapters or layer.merged:
+            return type(layer).forward(layer, x)
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        dropout = getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0
+        return fused(x, a, b, layer, dropout, dtype)
 
-@contextmanager
-def fused_lora_layers(model: PeftModel, wanted: bool = True) -> Iterator[None]:
-    """Compute each layer and its adapter as one, wherever that is possible."""
-    layers: list[Any] = [layer for layer in model.modules() if wanted and can_be_fused(layer)]
-    for layer in layers:
-        layer.forward = functools.partial(fused_forward, layer)
+    for layer in model.modules() if enabled else ():
+        if isinstance(layer, LoraLayer) and layer.active_adapters == ["default"]:
+            special = layer.lora_variant or layer.lora_bias["default"]  # such as DoRA
+            if type(layer.get_base_layer()).__name__ in ("Linear", "Linear4bit") and not special:
+                layer.forward = functools.partial(forward, layer)
+                layers.append(layer)
     try:
         yield
     finally:
@@ -2905,6 +2524,10 @@ def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None
 # 7  Training
 # ==================================================================================================
 
+FEWEST_PAIRS = 2
+ENOUGH_PAIRS = 50
+POOR = 0.5  # the quality below which nothing is trained without --yes
+
 
 @dataclass
 class PreparedData:
@@ -2922,63 +2545,47 @@ class PreparedData:
 
 
 def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedData:
-    """From pairs to tokens, saying what was found. The same for `check` and for training.
-
-    When the Hub cannot be reached, `check` does without the tokenizer, and nothing is tokenized.
-    """
-    try:
+    """Tokenize, drop what is too long, split; offline, `check` goes on without a tokenizer."""
+    tokenizer = None
+    with suppress(UnreachableError) if offline else nullcontext():
         tokenizer = load_tokenizer(cfg)
-    except UnreachableError:
-        if not offline:
-            raise
-        tokenizer = None
     examples = [encode(tokenizer, pair.messages) for pair in pairs.kept if tokenizer]
-    longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
     lengths = [len(example["labels"]) for example in examples]
+    longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
+    limit = "MAX_LENGTH" if longest == cfg.MAX_LENGTH else "what the model can take"
     fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
-    limit = f"MAX_LENGTH, {longest} tokens (raise it or shorten the row)"
-    if longest < cfg.MAX_LENGTH:
-        limit = f"the {longest} tokens that {cfg.MODEL_NAME} can take"
-    reason = f"longer than {limit}"
-    pairs.dropped += [
-        Note(*pair[1:], reason) for pair, fit in zip(pairs.kept, fits, strict=True) if not fit
-    ]
+    for pair, fit in zip(pairs.kept, fits, strict=True):
+        if not fit:
+            pairs.dropped.append(Note(*pair[1:], f"longer than {limit}, {longest} tokens"))
     examples = list(itertools.compress(examples, fits))
     pairs.kept = list(itertools.compress(pairs.kept, fits))
     quality = quality_of(pairs.kept, pairs.dropped)
-    say_pairs(pairs)
-    say_quality(quality, cfg.MIN_QUALITY)
-    away = split_validation(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
-    here = [not one for one in away]
+    validation = split_validation(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    train = [not one for one in validation]
     return PreparedData(
         tokenizer,
         pairs,
         quality,
-        tokens=list(itertools.compress(lengths, fits)),
+        tokens=[length for length in lengths if length <= longest],
         overlong=[length for length in lengths if length > longest],
-        train_pairs=list(itertools.compress(pairs.kept, here)),
-        validation_pairs=list(itertools.compress(pairs.kept, away)),
-        train=list(itertools.compress(examples, here)),
-        validation=list(itertools.compress(examples, away)),
+        train_pairs=list(itertools.compress(pairs.kept, train)),
+        validation_pairs=list(itertools.compress(pairs.kept, validation)),
+        train=list(itertools.compress(examples, train)),
+        validation=list(itertools.compress(examples, validation)),
     )
 
 
-POOR = 0.5  # the quality below which nothing is trained without --yes
-
-
 def refuse_unfit(cfg: Config, data: PreparedData) -> None:
-    """Refuse too few pairs, and data of which most looks wrong unless it is wanted with --yes."""
+    """Refuse too few pairs, and, without --yes, data of which most looks wrong."""
     count = len(data.pairs.kept)
-    pairs = f"{count} pair{'s' * (count != 1)}"
+    pairs = counted(count, "pair")
     if count < FEWEST_PAIRS:
-        fix = "Fill in more rows, each with a question and an answer."
-        lengths = sorted(data.tokens + data.overlong)
-        enough = lengths[(len(lengths) * 95 - 1) // 100] if lengths else 0
-        if cfg.MAX_LENGTH < enough <= data.tokenizer.model_max_length:
+        fix = "Fill in more questions and answers."
+        if data.overlong:
+            lengths = sorted(data.tokens + data.overlong)
+            enough = lengths[(len(lengths) * 95 - 1) // 100]
             fix = f"Most are too long: --max-length {enough} would keep 95 % of them."
-        raise UserError(
-            f"{data.pairs.name} has {pairs} to learn from; at least {FEWEST_PAIRS} are needed.\n{fix}"
-        )
+        raise UserError(f"{data.pairs.name}: {pairs}, but {FEWEST_PAIRS} are needed.\n{fix}")
     if count < ENOUGH_PAIRS:
         say("Warning", f"{pairs} are few; with {ENOUGH_PAIRS} or more, answers become reliable.")
     copies = sum(note.reason.startswith("a copy") for note in data.pairs.dropped)
@@ -2991,70 +2598,63 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
 
 
 def pairs_to_ask(cfg: Config, data: PreparedData) -> tuple[str, list[Pair]]:
-    """What is asked at the end, in words, and the pairs; the toy learns by heart, and nothing else."""
+    """What is asked at the end, in words, and the pairs; the demo model can only memorize."""
     if data.validation_pairs and cfg.MODEL_NAME != DEMO_MODEL:
-        return "held-out questions", data.validation_pairs
-    return "questions that were taught", data.train_pairs
+        return "held-out question", data.validation_pairs
+    return "training question", data.train_pairs
 
 
-def balanced_rows(examples: Sequence[Example], count: int) -> list[list[Example]]:
-    """The same examples in so many rows, all about as long."""
-    rows: list[list[Example]] = [[] for _ in range(count)]
-    tokens = [0] * count
-    for example in sorted(examples, key=lambda example: -len(example["input_ids"])):
-        shortest = tokens.index(min(tokens))
-        rows[shortest].append(example)
-        tokens[shortest] += len(example["input_ids"])
-    return rows
+# -- Rows and losses
+
+
+def tokens_in(example: Example) -> int:
+    return len(example["labels"])
+
+
+def memory_of(row: Sequence[Example]) -> int:
+    """By which rows are compared: tokens, and targets again, for which logits are kept."""
+    return sum(2 * tokens_in(one) - one["labels"].count(IGNORE) for one in row)
 
 
 def pack(examples: Sequence[Example], most: int) -> list[list[Example]]:
-    """The same examples in as few rows as can be of so many tokens at most; of one each if that is 0."""
-    if not most:
-        return [[example] for example in examples]
-    lengths = [len(example["input_ids"]) for example in examples]
-    most = max([most, *lengths])
+    """The same examples in rows of at most so many tokens; a longer one has a row of its own."""
     rows: list[list[Example]] = []
-    for count in range(math.ceil(sum(lengths) / most), len(examples) + 1):
-        rows = balanced_rows(examples, count)
-        if all(sum(len(one["input_ids"]) for one in row) <= most for row in rows):
-            break
+    room = 0
+    for example in sorted(examples, key=tokens_in, reverse=True):
+        if tokens_in(example) > room:
+            rows.append([])
+            room = most
+        rows[-1].append(example)
+        room -= tokens_in(example)
     return rows
 
 
-class Steps:
-    """What the Trainer takes for its data: every step of an epoch, cut into a share for each process."""
-
-    def __init__(self, examples: Sequence[Example], pairs: int, seed: int) -> None:
-        self.examples, self.pairs, self.seed = examples, pairs, seed
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        order = random.Random(f"{self.seed} {epoch}").sample(self.examples, len(self.examples))
-        self.batches = [order[i : i + self.pairs] for i in range(0, len(order), self.pairs)]
-
-    def __len__(self) -> int:
-        return len(self.batches) * world_size()
-
-    def __getitem__(self, index: int) -> list[Example]:
-        step, process = divmod(index, world_size())  # as accelerate hands them out
-        nothing = Example(input_ids=[0], labels=[IGNORE])  # where pairs are fewer than processes
-        return balanced_rows(self.batches[step], world_size())[process] or [nothing]
+def shares_of_steps(examples: Sequence[Example], plan: Plan, seed: int) -> list[list[Example]]:
+    """The pairs of each step, in a new order in each epoch; with several processes, their shares."""
+    steps: list[list[Example]] = []
+    for epoch in range(math.ceil(plan.steps / plan.steps_per_epoch)):
+        order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
+        steps += [order[i : i + plan.pairs] for i in range(0, len(order), plan.pairs)]
+    count = world_size()
+    nothing = Example(input_ids=[0], labels=[IGNORE])  # where pairs are fewer than processes
+    steps = [sorted(step, key=tokens_in) for step in steps[: plan.steps]]
+    return [step[process::count] or [nothing] for step in steps for process in range(count)]
 
 
-def summed_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Cross entropy of the tokens to learn, summed."""
+def summed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = 1) -> torch.Tensor:
+    """Cross entropy of a row's targets: its share of the mean over so many, however they are cut up."""
     import torch
 
-    learnt = (labels[0] != IGNORE).nonzero()[:, 0]
-    if logits.shape[1] != len(learnt):  # the model could not be told which to compute
-        logits = logits[:, learnt - 1]
-    targets = labels[0, learnt]
-    return torch.nn.functional.cross_entropy(logits[0].float(), targets, reduction="sum")
+    logits, targets = outputs.logits, (labels[0] != IGNORE).nonzero()[:, 0]
+    if logits.shape[1] != len(targets):  # the model could not be told which to compute
+        logits = logits[:, targets - 1]
+    cross_entropy = torch.nn.functional.cross_entropy
+    total = cross_entropy(logits[0].float(), labels[0, targets], reduction="sum")
+    return total / num_items_in_batch
 
 
 def mean_loss(model: PeftModel, examples: Sequence[Example], tokens_at_once: int) -> float:
-    """Mean loss of a token to predict, over all examples together."""
+    """Mean loss of a target token, over all examples together."""
     import torch
 
     total, tokens, shared = 0.0, 0, may_share_rows(model)
@@ -3063,18 +2663,17 @@ def mean_loss(model: PeftModel, examples: Sequence[Example], tokens_at_once: int
             row = flatten(examples_of_row, shared)
             row = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in row.items()}
             labels = row.pop("labels")
-            total += summed_loss(model(**row).logits, labels).item()
+            total += summed_loss(model(**row), labels).item()
             tokens += int((labels != IGNORE).sum())
     return total / tokens
 
 
 # -- Files of a run
 
-LOG_NAME = re.compile(r"finetune-[\d_-]+\.log")
 
-
-def log_path(cfg: Config) -> Path:
-    return local_path(cfg.LOG_DIR) / time.strftime("finetune-%Y-%m-%d_%H-%M-%S.log")
+def log_path(cfg: Config, run: str = "") -> Path:
+    """The log of a training, which goes on when that is resumed, or a new one."""
+    return local_path(cfg.LOG_DIR) / f"finetune-{run or time.strftime('%Y-%m-%d_%H-%M-%S')}.log"
 
 
 @contextmanager
@@ -3087,18 +2686,16 @@ def warned(what: str) -> Iterator[None]:
 
 
 def resume_hint(cfg: Config) -> str:
-    """What to type after an end that came too early."""
     without = "" if cfg.RESUME else ", without --no-resume,"
     return f"the same command{without} goes on from there"
 
 
 def short_path(path: Path) -> str:
-    """A path as short as it can be said from here."""
+    """A path as short as it can be written from here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
 def nearest_existing(folder: Path) -> Path:
-    """The folder, or what is there already of the way to it."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
@@ -3118,101 +2715,102 @@ def free_name(path: Path) -> Path:
 
 def quarantine(path: Path, name: str, why: object) -> None:
     """Rename what is not used: nothing is deleted that somebody might want."""
-    aside = path.rename(free_name(path.with_name(name)))
-    say("Checkpoint", f"{short_path(path)} is not used: {why}. It is now {aside.name}.")
+    renamed = path.rename(free_name(path.with_name(name)))
+    say("Checkpoint", f"{short_path(path)} is not used: {why}. It is now {renamed.name}.")
 
 
-# -- What makes two runs the same
+# -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
 
 # The settings that decide the result, beside those that identity_of works out
 DECIDING = (
     "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LORA_LAYERS USE_RSLORA USE_DORA LORA_INIT LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
     "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM NEFTUNE_ALPHA SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
 ).split()
+COMMIT = "COMMIT.json"
+BEST_ADAPTER = "best_adapter.safetensors"  # with it, one checkpoint is enough to end the run
+BYTES_PER_WEIGHT = 16  # its value, that of the best adapter, and two figures of the optimizer
+NEWEST_KEPT = 2  # and the best one
 
 
 def fingerprint(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def base_fingerprint(cfg: Config) -> str:
-    with explained_model(cfg):
-        folder = local_base(cfg)
-        if folder is None:
-            return str(base_source(cfg)["revision"])
-        files = [*folder.glob("*.json"), *folder.glob("*.safetensors")]
-        return fingerprint([checksum(path) for path in sorted(files)])
-
-
-def training_fingerprint(data: PreparedData) -> str:
-    """Not of the prompts' tokens but of what leads to them: a template may tell today's date."""
-    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.validation_pairs)]
-    answers = [[t for t in one["labels"] if t != IGNORE] for one in (*data.train, *data.validation)]
-    return fingerprint([data.tokenizer.chat_template, pairs, answers])
-
-
 def identity_of(cfg: Config, data: PreparedData, device: Device) -> dict[str, Any]:
     """Everything that decides the adapter. Where it is equal, a checkpoint may be resumed."""
+    with explained_model(cfg):
+        base = base_source(cfg).get("revision")
+        if folder := local_base(cfg):
+            files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
+            base = [checksum(path) for path in files]
+    pairs = [[pair.messages for pair in part] for part in (data.train_pairs, data.validation_pairs)]
+    # not the tokens of the prompts but what leads to them: a template may give today's date
+    answers = [[t for t in one["labels"] if t != IGNORE] for one in (*data.train, *data.validation)]
     return {
         **{name: getattr(cfg, name) for name in DECIDING},
         "PAIRS IN A STEP": cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS,
         "OPTIMIZER": optimizer_name(cfg, device),
         "LOAD_IN_4BIT": device.four_bit,
-        "the base model": base_fingerprint(cfg),
-        "the data": training_fingerprint(data),
-        "the script": 4,  # to be raised when an earlier checkpoint can no longer be resumed
+        "the base model": fingerprint(base),
+        "the data": fingerprint([data.tokenizer.chat_template, pairs, answers]),
+        "the script": 5,  # to be raised when an earlier checkpoint can no longer be resumed
     }
 
 
-def differences(here: dict[str, Any], there: dict[str, Any]) -> list[str]:
+def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
     """What sets two runs apart, for the person: settings with their values."""
-    return [
+    return ", ".join(
         name if name.islower() else f"{name} {as_text(value)} (there {as_text(there.get(name))})"
         for name, value in here.items()
         if value != there.get(name)
-    ]
+    )
 
 
-# -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
+@dataclass
+class RunStats:
+    """What is counted over the whole run, however often it was interrupted."""
 
-COMMIT = "COMMIT.json"
-BEST_ADAPTER = "best_adapter.safetensors"  # with it, one checkpoint is enough to end the run
-STATE_FILES = {ADAPTER, "optimizer.pt", "scheduler.pt", "trainer_state.json"}
-COMMITTED = {"step": int, "best_step": int | None, "identity": dict, "stats": dict, "files": dict}
-BYTES_PER_WEIGHT = 16  # its value, that of the best adapter, and two figures of the optimizer
-NEWEST_KEPT = 2  # and the best one
-COPY_PAUSES = (1, 4, None)  # seconds: on a mounted drive, what fails now may work in a moment
+    trainable: int  # weights
+    parameters: int
+    estimated_seconds: float | None = None
+    estimated_memory_gb: float | None = None
+    base_loss: float | None = None
+    tokens_at_once: int = 0
+    seconds: float = 0.0  # of all steps, without measuring and saving
+    peak_memory_gb: float = 0.0
+    skipped_steps: int = 0  # whose gradient was not finite
+    finished: bool = False
+    versions: str = ""  # of the packages that wrote the checkpoint
 
 
 class Checkpoint(NamedTuple):
-    """A saved state of the training, whose files are those that its COMMIT.json names."""
+    """A saved state of the training, as its COMMIT.json says it is."""
 
     folder: Path
     step: int
-    record: dict[str, Any]
+    best_step: int | None
+    identity: dict[str, Any]
+    stats: RunStats
+    files: dict[str, Any]  # size and SHA-256 of each
 
     @property
     def best_adapter(self) -> Path:
         """The adapter with the lowest validation loss so far."""
-        return self.folder / (BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)
+        return self.folder / (BEST_ADAPTER if BEST_ADAPTER in self.files else ADAPTER)
 
 
-def read_record(folder: Path) -> dict[str, Any]:
-    """What COMMIT.json says. It may be damaged, or made by a stranger: then ValueError."""
+def read_commit(folder: Path) -> Checkpoint:
+    """What is claimed of a checkpoint, maybe by a stranger; ValueError where that makes no sense."""
     try:
-        commit = json.loads((folder / COMMIT).read_bytes())
-        record = commit["record"]
-        valid = commit["sha256"] == fingerprint(record) and set(record["files"]) >= STATE_FILES
-        valid &= any(name.startswith("rng_state") for name in record["files"])  # of each process
-        valid &= all(isinstance(record[name], kind) for name, kind in COMMITTED.items())
-        valid &= set(record["stats"]) == {one.name for one in fields(RunStats)}
-        for name, (size, digest) in record["files"].items():
-            valid &= Path(name).name == name and isinstance(size, int) and isinstance(digest, str)
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        valid = False
-    if not valid:
-        raise ValueError(f"its {COMMIT} is missing or damaged")
-    return record
+        sealed = json.loads((folder / COMMIT).read_bytes())
+        record = sealed["record"] | {"stats": RunStats(**sealed["record"]["stats"])}
+        local = all(Path(name).name == name for name, (_, _) in record["files"].items())
+        typed = isinstance(record["step"], int) and isinstance(record["identity"], dict)
+        if local and typed and sealed["sha256"] == fingerprint(sealed["record"]):
+            return Checkpoint(folder, **record)
+    except Exception as error:
+        LOG.info("%-11s%s: %r", "Checkpoint", folder, error)
+    raise ValueError(f"its {COMMIT} is missing or damaged")
 
 
 class Checkpoints:
@@ -3222,229 +2820,192 @@ class Checkpoints:
         self.cfg, self.identity = cfg, identity
         folders = filter(None, (cfg.CHECKPOINT_DIR, cfg.CHECKPOINT_MIRROR))
         self.places = [local_path(one).resolve() / fingerprint(identity)[:12] for one in folders]
-        self.folder, self.mirrors = self.places[0], self.places[1:]
+        self.folder = self.places[0]
         self.last: Checkpoint | None = None
-        self.best_adapter = b""  # goes into every checkpoint
-        self.saved_at = time.monotonic()
-        self.log = log_path(cfg)
+        self.best_adapter = b""  # goes into every checkpoint; in memory, no disk can damage it
 
     def starting_point(self) -> Checkpoint | None:
-        """The newest valid checkpoint: of those here, in the mirror, and the one that is named."""
-        self.say_other_run()
+        """The newest valid checkpoint: here, in the mirror, or as named; copied where it is not here."""
+        others = [*self.folder.parent.glob("*/checkpoint-*/" + COMMIT)]
+        if others and not self.folder.exists():
+            other = max(others, key=lambda path: path.stat().st_mtime).parent
+            with suppress(ValueError):
+                changed = differences(self.identity, read_commit(other).identity)
+                say("New run", f"beside that in {short_path(other.parent)}, which stays: {changed}")
         for place in filter(Path.exists, () if self.cfg.RESUME else self.places):
-            with warned(f"{place} is in the way") if place in self.mirrors else nullcontext():
+            with warned(f"{place} is in the way") if place != self.folder else nullcontext():
                 quarantine(place, f"{place.name}.unused", "RESUME is off")
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
-            others = [self.named(Path(unpacked))] if self.cfg.RESUME_FROM_CHECKPOINT else []
-            step = max((one.step for one in self.valid(self.folder)), default=0)
-            for mirror in self.mirrors if self.cfg.RESUME else ():
-                others += itertools.islice(self.valid(mirror, above=step), 1)
-            for other in others:
-                if other.step > step:
-                    say("Checkpoint", f"step {other.step} is newer and is fetched from elsewhere")
-                    self.copy(other, self.folder)
-        if not self.latest() and any(any(place.glob("incomplete-*")) for place in self.places):
+            found = [*itertools.islice(self.valid(self.places if self.cfg.RESUME else []), 1)]
+            if self.cfg.RESUME_FROM_CHECKPOINT:
+                place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
+                advice = "Name a checkpoint-N of this run or a zip of it, or leave the setting out."
+                with explained(f"RESUME_FROM_CHECKPOINT {place} cannot be used.", advice):
+                    if place.is_file():
+                        unzip(place, Path(unpacked))
+                    commits = [*Path(unpacked if place.is_file() else place).rglob(COMMIT)]
+                    if not commits:
+                        raise ValueError(f"there is no {COMMIT}")
+                    found += [self.verify(path.parent) for path in commits]
+            self.last = max(found, key=lambda one: one.step, default=None)
+            if self.last and self.last.folder != self.folder / f"checkpoint-{self.last.step}":
+                say("Checkpoint", f"step {self.last.step} is newer and is fetched from elsewhere")
+                advice = 'Make room, or wait for the drive, or go without: --checkpoint-mirror ""'
+                with explained(f"{self.last.folder} could not be copied.", advice):
+                    self.last = self.copy(self.last, self.folder)
+        if self.last:
+            self.best_adapter = self.last.best_adapter.read_bytes()
+        if not self.last and any(any(place.glob("incomplete-*")) for place in self.places):
             say("Warning", "no checkpoint is valid, so the training starts from the beginning")
         return self.last
 
-    def say_other_run(self) -> None:
-        """Name what has changed since the most similar of the runs beside a new one."""
-        others = []
-        for path in self.folder.parent.glob("*/checkpoint-*/" + COMMIT):
-            with suppress(ValueError, OSError):
-                if changed := differences(self.identity, read_record(path.parent)["identity"]):
-                    others.append((len(changed), short_path(path.parents[1]), ", ".join(changed)))
-        if others and not self.folder.exists():
-            _, other, changes = min(others)
-            say("New run", f"other than the one in {other}, which stays as it is: {changes}")
-
     def verify(self, folder: Path, thorough: bool = True) -> Checkpoint:
         """The checkpoint in a folder, or ValueError; thorough: by contents, not only by sizes."""
-        record = read_record(folder)
-        if changed := differences(self.identity, record["identity"]):
-            raise ValueError(f"it belongs to another run. What differs: {', '.join(changed)}")
-        for name, (size, digest) in record["files"].items():
+        found = read_commit(folder)
+        if changed := differences(self.identity, found.identity):
+            raise ValueError(f"it belongs to another run. What differs: {changed}")
+        for name, (size, digest) in found.files.items():
             path = folder / name
-            right = path.is_file() and not path.is_symlink() and path.stat().st_size == size
-            if not right or (thorough and checksum(path) != digest):
+            intact = path.is_file() and path.stat().st_size == size
+            if not intact or (thorough and checksum(path) != digest):
                 raise ValueError(f"its {name} is missing or damaged")
-        for path in folder.iterdir():
-            loadable = path.is_dir() or path.suffix.lower() in (".safetensors", *PICKLES)
-            if loadable and path.name not in record["files"] and not path.name.startswith("."):
-                raise ValueError(f"{path.name} was not saved with it")
-        return Checkpoint(folder, record["step"], record)
+        known = {*found.files, COMMIT, "desktop.ini"}  # anything else might be loaded, too
+        if foreign := {path.name for path in folder.glob("[!.]*")} - known:
+            raise ValueError(f"{min(foreign)} was not saved with it")
+        return found
 
-    def valid(self, place: Path, above: int = 0, thorough: bool = True) -> Iterator[Checkpoint]:
+    def valid(self, places: Iterable[Path], thorough: bool = True) -> Iterator[Checkpoint]:
         """Valid checkpoints, newest first: by step, since clocks jump. Others get another name."""
-        numbers = [path.name.removeprefix("checkpoint-") for path in place.glob("checkpoint-*/")]
-        for step in sorted((int(n) for n in numbers if n.isdecimal()), reverse=True):
-            path = place / f"checkpoint-{step}"
-            if step <= above:
-                return
+        folders = [path for place in places for path in place.glob("checkpoint-*/")]
+        steps = {path: int(path.name[11:]) for path in folders if path.name[11:].isdecimal()}
+        for folder in sorted(steps, key=steps.__getitem__, reverse=True):  # at first those here
             try:
-                found = self.verify(path, thorough)
-                if found.step != step:
+                found = self.verify(folder, thorough)
+                if found.step != steps[folder]:
                     raise ValueError(f"it is a copy of checkpoint-{found.step}")
                 yield found
             except (ValueError, OSError) as flaw:
-                with warned(f"{path} is not used: {flaw}, but keeps its name"):
-                    quarantine(path, f"incomplete-{step}", flaw)
-
-    def named(self, unpacked: Path) -> Checkpoint:
-        """What the person names: a folder with a checkpoint or several, or a zip of it."""
-        place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
-        try:
-            if place.is_file():
-                unzip(place, unpacked)
-            inside = (unpacked if place.is_file() else place).rglob(COMMIT)
-            if not (found := [self.verify(path.parent) for path in inside]):
-                raise ValueError(f"there is no {COMMIT}")
-            return max(found, key=lambda one: one.step)
-        except Exception as error:  # of a file of unknown origin: zipfile and zlib have many
-            raise UserError(
-                f"RESUME_FROM_CHECKPOINT {place} cannot be used: {preview(str(error), 500)}.\n"
-                "Name a folder checkpoint-N of this run or a zip of it, or leave the setting out."
-            ) from None
-
-    def latest(self) -> Checkpoint | None:
-        """The newest valid one here, to go on from."""
-        self.last = next(self.valid(self.folder), None)
-        self.best_adapter = self.last.best_adapter.read_bytes() if self.last else b""
-        return self.last
-
-    def save(self, state: Any, stats: dict[str, Any], write: Callable[[], None]) -> None:
-        """What the Trainer writes becomes a checkpoint, or nothing of it stays."""
-        step, best = state.global_step, state.best_global_step
-        folder = self.folder / f"checkpoint-{step}"
-        if self.last and self.last.step == step:
-            return  # what is saved is never changed
-        try:
-            write()
-            (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle that nobody reads
-            if best == step:
-                self.best_adapter = (folder / ADAPTER).read_bytes()
-            elif best is not None:
-                (folder / BEST_ADAPTER).write_bytes(self.best_adapter)
-            paths = sorted(folder.iterdir())
-            for path in paths:
-                fsync(path)
-            record = {"step": step, "best_step": best, "identity": self.identity, "stats": stats}
-            record["files"] = {path.name: [path.stat().st_size, checksum(path)] for path in paths}
-            write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
-            fsync(self.folder)
-            self.last = Checkpoint(folder, step, record)
-        except Exception as error:  # a full disk has as many faces as there are libraries
-            shutil.rmtree(folder, ignore_errors=True)
-            disk = free_space(self.folder, BYTES_PER_WEIGHT * stats["trainable"])
-            raise UserError(
-                f"The checkpoint of step {step} could not be written to {self.folder}: "
-                f"{preview(repr(error), 200)}.\n{disk}Training stopped; earlier checkpoints are kept.\n"
-                "Make room on the disk (old folders in CHECKPOINT_DIR may go), or move CHECKPOINT_DIR "
-                f"to another and name it with --checkpoint-dir; then {resume_hint(self.cfg)}."
-            ) from error
-        self.saved_at = time.monotonic()
-        self.copy_and_prune(self.last)
-
-    def copy_and_prune(self, newest: Checkpoint) -> None:
-        """After a checkpoint is safe; none of this may cost the training."""
-        name = newest.folder.name
-        with warned("an old checkpoint could not be deleted"):
-            self.prune(self.folder, newest)
-        if self.cfg.ARCHIVE_CHECKPOINTS:
-            with (
-                warned(f"{name}.zip could not be written"),
-                atomic_write(newest.folder.with_suffix(".zip")) as staged,
-                zipfile.ZipFile(staged, "w", strict_timestamps=False) as archive,
-            ):
-                for path in newest.folder.iterdir():
-                    archive.write(path, path.name)
-        for mirror in self.mirrors:
-            with warned(f"{name} could not be copied to the mirror"):
-                mirror.parent.mkdir(exist_ok=True)  # no parents=True: a drive may be unmounted
-                mirror.mkdir(exist_ok=True)
-                self.prune(mirror, self.copy(newest, mirror))
+                with warned(f"{folder} is not used: {flaw}, but keeps its name"):
+                    quarantine(folder, f"incomplete-{steps[folder]}", flaw)
 
     def copy(self, source: Checkpoint, place: Path) -> Checkpoint:
         """A copy in another place, read back before it gets its name."""
         target = place / f"checkpoint-{source.step}"
-        for pause in COPY_PAUSES:
-            try:
-                with atomic_folder(target) as staged:
-                    for name in (*source.record["files"], COMMIT):
-                        shutil.copyfile(source.folder / name, staged / name)
-                    self.verify(staged)
-                break
-            except (OSError, ValueError) as error:
-                if not pause:
-                    raise UserError(
-                        f"{target.name} could not be copied to {place}: {error}.\nMake room, or wait "
-                        "until the drive answers, and run the same command again. To train without what "
-                        'lies in the mirror: --checkpoint-mirror ""'
-                    ) from None
-                time.sleep(pause)
+        with atomic_folder(target) as staged:
+            for name in (*source.files, COMMIT):
+                shutil.copyfile(source.folder / name, staged / name)
+            self.verify(staged)
         return source._replace(folder=target)
 
-    def prune(self, place: Path, newest: Checkpoint) -> None:
-        """Keep the newest two that are valid, and the best."""
-        for checkpoint in [*self.valid(place, thorough=False)][NEWEST_KEPT:]:
-            if checkpoint.step != newest.record["best_step"]:
-                checkpoint.folder.with_suffix(".zip").unlink(missing_ok=True)
-                # half of a deleted one must not look like a torn one
-                checkpoint.folder.rename(place / f"removed-{checkpoint.step}")
-        for leftover in (*place.glob("removed-*"), *place.glob("*.partial")):
-            remove(leftover)
+    @contextmanager
+    def saving(self, state: Any, stats: RunStats) -> Iterator[None]:
+        """What the Trainer writes meanwhile becomes a checkpoint, or nothing of it stays."""
+        step, best = state.global_step, state.best_global_step
+        folder = self.folder / f"checkpoint-{step}"
+        try:
+            yield
+            if not is_main_process():
+                return
+            if best == step:
+                self.best_adapter = (folder / ADAPTER).read_bytes()
+            elif best is not None:
+                (folder / BEST_ADAPTER).write_bytes(self.best_adapter)
+            files = {}
+            for path in sorted(folder.iterdir()):
+                fsync(path)
+                files[path.name] = path.stat().st_size, checksum(path)
+            record = {"step": step, "best_step": best, "identity": self.identity}
+            record |= {"stats": asdict(stats), "files": files}
+            write_json(folder / COMMIT, {"sha256": fingerprint(record), "record": record})
+            fsync(self.folder)
+        except Exception as error:  # a full disk has as many faces as there are libraries
+            shutil.rmtree(folder, ignore_errors=True)
+            room = free_space(self.folder, BYTES_PER_WEIGHT * stats.trainable)
+            raise UserError(
+                f"The checkpoint {folder} could not be written: {preview(repr(error), 200)}.\n{room}"
+                "Earlier checkpoints are kept. Make room, or move CHECKPOINT_DIR to another disk and name it "
+                f"with --checkpoint-dir; then {resume_hint(self.cfg)}."
+            ) from error
+        self.last = Checkpoint(folder, step, best, self.identity, replace(stats), files)
+        self.spread(self.last)
+
+    def spread(self, newest: Checkpoint) -> None:
+        """Archive and mirror a checkpoint, and keep two and the best; this may not cost the training."""
+        archive = newest.folder.with_suffix(".zip")
+        if self.cfg.ARCHIVE_CHECKPOINTS:
+            with (
+                warned(f"{archive.name} could not be written"),
+                atomic_write(archive) as staged,
+                zipfile.ZipFile(staged, "w", strict_timestamps=False) as file,
+            ):
+                for path in newest.folder.iterdir():
+                    file.write(path, path.name)
+        for place in self.places:
+            with warned(f"{newest.folder.name} is not in the mirror, or others were not deleted"):
+                if place != self.folder:
+                    place.parent.mkdir(exist_ok=True)  # no parents=True: a drive may be unmounted
+                    self.copy(newest, place)
+                for old in [*self.valid([place], thorough=False)][NEWEST_KEPT:]:
+                    if old.step != newest.best_step:
+                        old.folder.with_suffix(".zip").unlink(missing_ok=True)
+                        # half of a deleted one must not look like a torn one
+                        old.folder.rename(place / f"removed-{old.step}")
+                for leftover in (*place.glob("removed-*"), *place.glob("*.partial")):
+                    remove(leftover)
 
 
-NOT_A_NUMBER = (
-    "The loss is no longer a number (NaN), so training stopped before it could do harm.\n"
-    "Lower LEARNING_RATE, for example to half, and run again."
-)
-LEVERS = (
-    "Lower MAX_LENGTH (--max-length 256) or LORA_R (--lora-r 8), set LOAD_IN_4BIT "
-    "(--load-in-4bit), or take a GPU with more memory."
-)
+# -- When somebody wants an end
+
+SAME_SIGNAL = 2  # seconds: Jupyter's stop button sends several at once
 
 
 class Stopped(KeyboardInterrupt):
-    """Somebody wants an end: with Ctrl+C, or the machine with a signal."""
+    """Ended by Ctrl+C or another signal."""
 
     def __init__(self, number: int, outcome: str = "") -> None:
         super().__init__(outcome)
         self.number = number
 
 
-class Interruption:
-    """While this is open, the first signal only asks for an end; the second ends at once."""
+@contextmanager
+def stop_signals() -> Iterator[list[int]]:
+    """While this is open, the first signal is only noted; a later one ends the program."""
+    noted: list[int] = []
+    until, usual = 0.0, {}
 
-    def __init__(self) -> None:
-        self.asked = 0
-        self.usual: dict[int, Any] = {}
-
-    def __enter__(self) -> Interruption:
-        names = ("SIGINT", "SIGTERM", "SIGHUP")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        try:
-            for number in numbers:
-                if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                    self.usual[number] = signal.signal(number, self.receive)
-        except ValueError:
-            say("Note", "outside the main thread Ctrl+C cannot save; the last checkpoint counts")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.usual.items():
-            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
-
-    def receive(self, number: int, _: Any) -> None:
-        if self.asked:
+    def receive(number: int, _: Any) -> None:
+        nonlocal until
+        if not noted:
+            noted.append(number)
+            until = time.monotonic() + SAME_SIGNAL
+            with suppress(RuntimeError):  # the signal may come in the middle of another output
+                show("\nStopping after this step, with a checkpoint; the next time at once.")
+        elif time.monotonic() > until:
             raise Stopped(number)
-        self.asked = number
-        with suppress(RuntimeError):  # the signal may come in the middle of another output
-            show("\nStopping after this step, with a checkpoint. Once more, and it stops at once.")
+
+    try:
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+                usual[number] = signal.signal(number, receive)
+    except ValueError:
+        say("Note", "outside the main thread Ctrl+C cannot save; the last checkpoint counts")
+    try:
+        yield noted
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 # -- When memory runs out
+
+LEVERS = (
+    "Run the same command again: it goes on from the newest checkpoint, if there is one. Add "
+    "--tokens-at-once 500, --gradient-checkpointing or --load-in-4bit, or lower --max-length or --lora-r."
+)
+Way = TypeVar("Way")
+Result = TypeVar("Result")
 
 
 def memory_fault(error: BaseException) -> str:
@@ -3456,10 +3017,6 @@ def memory_fault(error: BaseException) -> str:
     return "full" if isinstance(error, MemoryError) or full else ""
 
 
-Way = TypeVar("Way")
-Result = TypeVar("Result")
-
-
 def halvings(most: int, least: int) -> list[int]:
     """From most to least, each half of the one before."""
     return [most] if most <= least else [most, *halvings(max(least, most // 2), least)]
@@ -3467,417 +3024,43 @@ def halvings(most: int, least: int) -> list[int]:
 
 def as_many_as_fit(act: Callable[[Way], Result], ways: Sequence[Way]) -> Result:
     """Do something in the first of these ways for which memory is enough."""
-    for way in ways:
+    *others, last = ways
+    for way in others:
         try:
             return act(way)
         except (RuntimeError, MemoryError) as error:
-            if memory_fault(error) != "full" or way is ways[-1] or world_size() > 1:
+            if memory_fault(error) != "full" or world_size() > 1:
                 raise
-        release_memory()  # not before here, since the error holds on to what filled it
-    raise AssertionError("there is a way at least")
+        gc.collect()  # not before here, since the error holds on to what filled it
+    return act(last)
 
 
-def release_memory() -> None:
+def measured_loss(model: PeftModel, examples: Sequence[Example], most: int) -> float:
+    """The mean loss with as many tokens at once as fit."""
+    ways = halvings(most, max(map(tokens_in, examples)))
+    loss = as_many_as_fit(functools.partial(mean_loss, model, examples), ways)
+    if not math.isfinite(loss):
+        raise UserError(NOT_A_NUMBER)
+    return loss
+
+
+def peak_memory_gb() -> float:
+    """The most memory used so far: the GPU's, or else this process's, where Linux tells."""
     import torch
 
-    gc.collect()
-    for backend in (torch.cuda, torch.mps):
-        if backend.is_available():
-            backend.empty_cache()
-
-
-def largest_row(examples: Sequence[Example], plan: Plan) -> list[Example]:
-    """Without meaning: as many tokens, and as many of them learnt, as any row of the training may have."""
-    lengths = sorted((len(example["labels"]) for example in examples), reverse=True)[: plan.pairs]
-    learnt = [sum(label != IGNORE for label in example["labels"]) for example in examples]
-    room = max(lengths[0], min(plan.tokens_at_once, sum(lengths)))
-    share = max(n / len(example["labels"]) for n, example in zip(learnt, examples, strict=True))
-    share = min(share, sum(sorted(learnt)[-plan.pairs :]) / room)
-    row: list[Example] = []
-    for length in lengths:
-        size = min(length, room)
-        room -= size
-        count = min(size - 1, math.ceil(share * size))  # the first token is never learnt
-        row += [{"input_ids": [0] * size, "labels": [IGNORE] * (size - count) + [0] * count}]
-    return [example for example in row if example["input_ids"]]
-
-
-def measured_loss(
-    model: PeftModel, examples: Sequence[Example], tokens_at_once: int
-) -> float | None:
-    """The mean loss with as many tokens at once as fit; None when not even one pair does."""
-    longest = max(len(example["input_ids"]) for example in examples)
-    try:
-        loss = as_many_as_fit(
-            lambda most: mean_loss(model, examples, most), halvings(tokens_at_once, longest)
-        )
-    except (RuntimeError, MemoryError) as error:
-        if memory_fault(error) != "full":
-            raise
-    else:
-        if not math.isfinite(loss):
-            raise UserError(NOT_A_NUMBER)
-        return loss
-    release_memory()
-    say("Warning", "memory ran out while the validation loss was measured; it is left out")
-    return None
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    status = Path("/proc/self/status")  # getrusage would begin with the peak of the parent
+    peak = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    return int(peak[1]) * 1024 / 1e9 if peak else 0.0
 
 
 # -- The training itself
 
+NOT_A_NUMBER = "The loss is no longer a number (NaN).\nLower LEARNING_RATE, for example to half."
 FIRST_SCALE = 4096.0  # of the gradients in float16; torch's 65,536 overflows in the first steps
-MOST_BAD_STEPS = 3  # steps in a row whose gradient was no number
-
-
-PROJECT = "finetune_colab"  # under which a service that shows curves files them
-
-
-def monitored(cfg: Config, run: str) -> str:
-    """Where else the curves go; says it, since a service may keep them for others to see."""
-    where = {
-        "tensorboard": f"tensorboard --logdir {cfg.LOG_DIR} shows the curves",
-        "wandb": f"the curves go to the project {os.environ.setdefault('WANDB_PROJECT', PROJECT)} of Weights & Biases",
-        "trackio": f"trackio show --project {PROJECT} shows the curves",
-    }
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(local_path(cfg.LOG_DIR) / run)
-    if cfg.REPORT_TO in where:
-        say("Monitor", where[cfg.REPORT_TO])
-    return cfg.REPORT_TO
-
-
-def training_arguments(fit: Fit) -> transformers.TrainingArguments:
-    from transformers import TrainingArguments
-
-    cfg, plan, device, folder = fit.cfg, fit.plan, fit.device, fit.checkpoints.folder
-    measured = bool(fit.data.validation)
-    on_gpu = device.kind == "cuda"
-    new = hasattr(TrainingArguments, "activation_checkpointing")  # what newer versions call it
-    checkpointing = "activation_checkpointing" if new else "gradient_checkpointing"
-    arguments = TrainingArguments(
-        output_dir=str(folder),
-        max_steps=plan.steps,
-        per_device_train_batch_size=1,  # Steps has made the batches
-        learning_rate=cfg.LEARNING_RATE,
-        lr_scheduler_type=cfg.LR_SCHEDULER,
-        warmup_steps=plan.warmup_steps,
-        optim=optimizer_name(cfg, device),
-        weight_decay=cfg.WEIGHT_DECAY,
-        max_grad_norm=cfg.MAX_GRAD_NORM,
-        neftune_noise_alpha=cfg.NEFTUNE_ALPHA or None,
-        fp16=on_gpu and device.dtype == "float16",
-        bf16=on_gpu and device.dtype == "bfloat16",
-        use_cpu=device.kind == "cpu",
-        seed=cfg.SEED,
-        eval_strategy="steps" if measured else "no",
-        eval_steps=cfg.EVAL_STEPS or plan.steps_per_epoch,
-        metric_for_best_model="eval_loss" if measured else None,
-        greater_is_better=False,
-        logging_steps=cfg.LOGGING_STEPS,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
-        save_steps=cfg.SAVE_STEPS,
-        include_num_input_tokens_seen="all",  # every token counts: none is padding
-        remove_unused_columns=False,
-        dataloader_pin_memory=on_gpu,
-        report_to=monitored(cfg, folder.name) if is_main_process() else "none",
-        project=PROJECT,
-        run_name=folder.name,
-        ddp_find_unused_parameters=False,
-        **({checkpointing: True} if plan.checkpointing else {}),
-    )
-    arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
-    return arguments
-
-
-def shares_rows(cfg: Config, model: PeftModel) -> bool:
-    """Whether pairs share a row in this training; the Trainer's noise knows but one length in a row."""
-    return cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
-
-
-def collate(shares: Sequence[Sequence[Example]], most: int, shared: bool = True) -> dict[str, Any]:
-    """This process's share of one step: its rows, and what the Trainer counts."""
-    (examples,) = shares
-    rows = [flatten(row, shared) for row in pack(examples, most)]
-    whole = flatten(examples, shared=False)
-    return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
-
-
-def step_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
-    """This row's share of the mean over all tokens of the step, however the step was cut up."""
-    return summed_loss(outputs.logits, labels) / num_items_in_batch
-
-
-class AnswerTrainer(Trainer):
-    """The Trainer, with steps of rows without padding and checkpoints that count only when whole."""
-
-    fit: Fit
-    control: Any
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        from torch.utils.data import SequentialSampler
-
-        return SequentialSampler(train_dataset or self.train_dataset)  # Steps has drawn the order
-
-    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Row by row: the gradient of a step is the sum of theirs, and so is the loss."""
-        step, (*rows, last) = super().training_step, inputs["rows"]
-        with self.accelerator.no_sync(model):  # processes exchange their gradients once a step
-            losses = [step(model, row, num_items_in_batch) for row in rows]
-        loss: Any = sum([*losses, step(model, last, num_items_in_batch)])
-        self.fit.lost_loss |= not math.isfinite(loss)
-        return loss.nan_to_num(0, 0, 0)  # with a NaN, the Trainer's sum would stay one for ever
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """What is no number is in no table and no picture."""
-        if "loss" in logs and self.fit.lost_loss:
-            logs, self.fit.lost_loss = logs | {"loss": math.nan}, False
-        finite = {name: figure for name, figure in logs.items() if math.isfinite(figure)}
-        super().log(finite, *args, **kwargs)
-
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
-        fit = self.fit
-        loss = measured_loss(fit.model, fit.data.validation, fit.plan.tokens_at_once)
-        loss = fit.first_says(math.inf if loss is None else loss)  # unknown is never the best
-        self.log({"eval_loss": loss})
-        metrics = {"eval_loss": loss}
-        self.control = self.callback_handler.on_evaluate(
-            self.args, self.state, self.control, metrics
-        )
-        self.control.should_save = True
-        self.control.should_training_stop |= is_finished(fit.cfg, self.state)
-        return metrics
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        fit, step, is_last = self.fit, self.state.global_step, is_finished(self.fit.cfg, self.state)
-        if fit.bad_steps and is_last:
-            raise UserError(NOT_A_NUMBER)
-        if fit.bad_steps or fit.saved_step == step:
-            return
-        refuse_nan(fit.model)
-        fit.saved_step, fit.stats.finished = step, is_last
-
-        def write() -> None:
-            super(AnswerTrainer, self)._save_checkpoint(model, trial)
-            self.accelerator.wait_for_everyone()
-
-        if is_main_process():
-            fit.checkpoints.save(self.state, fit.stats.record(), write)
-        else:
-            write()
-        self.accelerator.wait_for_everyone()
-
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
-            super()._load_scaler(checkpoint)
-
-
-class Pace(TrainerCallback):
-    """Counts time and speed, leaves out steps that are no number, and says when to save and stop."""
-
-    fit: Fit
-    training_bar: Any = None  # where the Trainer shows one; not in a notebook's kernel
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_train_begin(args, state, control, **kwargs)
-        state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
-        if args.device.type != "cpu":
-            self.fit.try_largest_row()
-        self.begun = state.global_step, self.fit.stats.seconds
-        self.shown: dict[str, str] = {}
-        if self.training_bar:
-            self.training_bar.set_description("Training")
-            self.training_bar.bar_format = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-        self.mark_speed(state)
-
-    def mark_speed(self, state: Any) -> None:
-        self.since = time.perf_counter(), state.num_input_tokens_seen
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from tqdm import tqdm
-
-        stats, asking = self.fit.stats, self.fit.plan.asking_seconds
-        stats.start()
-        steps, seconds = state.global_step - self.begun[0], stats.seconds - self.begun[1]
-        left = seconds / max(1, steps) * (state.max_steps - state.global_step)
-        if steps == 3 and left + asking > 60:
-            then = f" and {in_time(asking)} for the questions at the end"
-            with tqdm.external_write_mode():
-                say("Estimate", f"by the first three steps: {in_time(left)} more{then}")
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.fit.refuse_or_skip_nan()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        super().on_step_end(args, state, control, **kwargs)
-        fit = self.fit
-        overdue = time.monotonic() - fit.checkpoints.saved_at > 60 * fit.cfg.SAVE_MINUTES
-        save, fit.stop.asked = fit.highest(is_main_process() and overdue, fit.stop.asked)
-        control.should_save |= bool(save or fit.stop.asked)
-        control.should_training_stop |= bool(fit.stop.asked)
-        if control.should_evaluate or control.should_save or control.should_training_stop:
-            fit.stats.pause()
-            control.should_log = True  # a checkpoint holds the losses of all steps up to it
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.mark_speed(state)  # measuring and saving are no time of training
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.mark_speed(state)
-        (self.fit.stop.asked,) = self.fit.highest(self.fit.stop.asked)  # while measuring or saving
-        control.should_training_stop |= bool(self.fit.stop.asked)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-        """Everything to the log, the losses into the progress bar."""
-        figures = {"step": state.global_step} | (logs or {})
-        if "learning_rate" in figures:
-            start, tokens = self.since
-            self.mark_speed(state)
-            figures["tokens_per_second"] = (self.since[1] - tokens) / (self.since[0] - start)
-        shown = (
-            f"{k} {v:.6g}" if isinstance(v, float) else f"{k} {v}"
-            for k, v in figures.items()
-            if not k.startswith("train_")  # the Trainer's own sums, of this sitting only
-        )
-        LOG.info("%-11s%s", "Measured", ", ".join(shown))
-        names = {"loss": "loss", "eval_loss": "validation"}
-        self.shown |= {names[k]: f"{v:.3f}" for k, v in figures.items() if k in names}
-        if self.training_bar:
-            self.training_bar.set_postfix(self.shown, refresh=False)
-
-
-@dataclass
-class Fit:
-    """One go at the training: to its end, or as far as the person and the memory allow."""
-
-    cfg: Config
-    model: PeftModel
-    data: PreparedData
-    device: Device
-    plan: Plan
-    checkpoints: Checkpoints
-    stats: RunStats
-    stop: Interruption = field(default_factory=Interruption)
-    lost_loss: bool = False  # that of a step since the last entry of the log was no number
-    bad_steps: int = 0  # steps in a row whose gradient was no number
-    saved_step: int = 0
-
-    def run(self, start: Checkpoint | None) -> None:
-        self.trainer = self.built_trainer()
-        with (
-            fused_lora_layers(self.model, self.cfg.FAST_ADAPTER),
-            padding_free(self.model),
-            self.stop,
-            self.explained_errors(start),
-        ):
-            self.trainer.train(resume_from_checkpoint=str(start.folder) if start else None)
-        if self.stop.asked:
-            state = self.trainer.state
-            step = f"Step {state.global_step} of {state.max_steps}"
-            raise Stopped(self.stop.asked, f"{step} is saved, and {resume_hint(self.cfg)}.")
-
-    def built_trainer(self) -> Any:
-        import torch
-        import transformers
-
-        most = self.plan.tokens_at_once if shares_rows(self.cfg, self.model) else 0
-        shared = may_share_rows(self.model)
-        trainer: Any = type("Trainer", (AnswerTrainer, transformers.Trainer), {"fit": self})(
-            self.model,
-            training_arguments(self),
-            train_dataset=Steps(self.data.train, self.plan.pairs, self.cfg.SEED),
-            eval_dataset=self.data.validation or None,
-            data_collator=functools.partial(collate, most=most, shared=shared),
-            compute_loss_func=step_loss,
-        )
-        if trainer.accelerator.scaler:
-            trainer.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FIRST_SCALE)
-        bar = trainer.pop_callback(transformers.ProgressCallback)
-        usual = transformers.ProgressCallback if bar else transformers.TrainerCallback
-        trainer.add_callback(type("Pace", (Pace, usual), {"fit": self}))
-        return trainer
-
-    @contextmanager
-    def explained_errors(self, start: Checkpoint | None) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            if self.stop.asked and memory_fault(error):
-                raise Stopped(self.stop.asked) from None
-            if self.cfg.REPORT_TO in type(error).__module__:
-                raise UserError(
-                    f"REPORT_TO {self.cfg.REPORT_TO} does not work here: {preview(str(error), 200)}\n"
-                    "Mend that, or train without it."
-                ) from error
-            known = isinstance(error, UserError) or memory_fault(error)
-            if self.stats.begun or not start or known:
-                raise
-            raise UserError(
-                f"{short_path(start.folder)} is whole, but cannot be taken up here: "
-                f"{type(error).__name__}: {preview(str(error), 150)}\n"
-                f"It was written with {other_versions(self.stats.versions)}.\n"
-                "Install those versions, or start again from the beginning with --no-resume."
-            ) from error
-
-    def try_largest_row(self) -> None:
-        """Forwards and backwards, before anything else: if it is too much, then now."""
-        import torch
-
-        batch = self.trainer.data_collator([largest_row(self.data.train, self.plan)])
-        tokens = int((batch["labels"] != IGNORE).sum())
-        with torch.random.fork_rng():
-            self.trainer.training_step(self.trainer.model_wrapped, batch, tokens)
-        self.model.zero_grad()
-
-    def refuse_or_skip_nan(self) -> None:
-        """One overflow costs its step alone; several in a row are the end."""
-        import torch
-
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        is_finite = torch.isfinite(torch.nn.utils.get_total_norm(gradients))
-        self.bad_steps = 0 if is_finite else self.bad_steps + 1
-        self.stats.skipped_steps += not is_finite
-        if self.bad_steps == MOST_BAD_STEPS:
-            raise UserError(NOT_A_NUMBER)
-        if (
-            self.bad_steps and not self.trainer.accelerator.scaler
-        ):  # which leaves the step out itself
-            for gradient in gradients:
-                gradient.zero_()
-
-    def first_says(self, figure: float) -> float:
-        """What the first process found, in all of them: rounding must not part their ways."""
-        import torch
-        from accelerate.utils import broadcast
-
-        if world_size() == 1:
-            return figure
-        return float(broadcast(torch.tensor(figure, device=self.trainer.args.device)))
-
-    def highest(self, *figures: int) -> list[int]:
-        """The highest that any process has: all of them save and stop after the same step."""
-        import torch
-
-        if world_size() == 1:
-            return [*figures]
-        own = torch.tensor([figures], device=self.trainer.args.device)
-        return list(self.trainer.accelerator.gather(own).amax(0).tolist())
-
-
-def is_finished(cfg: Config, state: Any) -> bool:
-    """Whether all steps are done, or the last EARLY_STOPPING_PATIENCE measurements brought nothing."""
-    losses = [entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry]
-    bad_steps = len(losses) - 1 - losses.index(min(losses)) if losses else 0
-    stalled = 0 < cfg.EARLY_STOPPING_PATIENCE <= bad_steps
-    return bool(stalled or state.global_step >= state.max_steps)
-
-
-def refuse_nan(model: torch.nn.Module) -> None:
-    """Before a checkpoint is written: one with a NaN would be no use to anybody."""
-    import torch
-
-    if not all(torch.isfinite(p).all() for p in model.parameters() if p.requires_grad):
-        raise UserError(NOT_A_NUMBER)
+SAME_NAMES = "LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM SEED LOGGING_STEPS SAVE_STEPS REPORT_TO"
+MOST_BAD_STEPS = 3  # in a row, whose gradient is not finite
 
 
 def optimizer_name(cfg: Config, device: Device) -> str:
@@ -3888,134 +3071,252 @@ def optimizer_name(cfg: Config, device: Device) -> str:
     return cfg.OPTIMIZER
 
 
-@dataclass
-class RunStats:
-    """What is counted over the whole run, however often it was interrupted."""
+@dataclass(eq=False, repr=False)
+class AnswerTrainer(Trainer):
+    """The Trainer, and its own callback: steps of rows without padding, verified checkpoints."""
 
-    base_loss: float | None = None
-    trainable: int = 0
-    parameters: int = 0
-    tokens_at_once: int = 0
-    device: str = ""
-    log: str = ""  # the name of its file
-    seconds: float = 0.0  # from the first step to the last, without measuring and saving
-    cpu_seconds: float = 0.0
-    peak_memory_gb: float | None = None
-    estimated_seconds: float | None = None
-    estimated_memory_gb: float | None = None
-    skipped_steps: int = 0  # whose gradient was no number
-    finished: bool = False
-    versions: dict[str, str | None] = field(default_factory=dict)  # that wrote the checkpoint
+    cfg: Config
+    adapted: PeftModel
+    data: PreparedData
+    device: Device
+    plan: Plan
+    checkpoints: Checkpoints
+    stats: RunStats
+    stop: list[int]  # the signal that asks for an end
+    step_began: float = 0.0
+    session_start: tuple[int, float] = (0, 0.0)  # step and seconds
+    saved_at: float = field(default_factory=time.monotonic)
+    bad_steps: int = 0  # in a row
+    lost_loss: bool = False  # since the last entry of the log
 
     def __post_init__(self) -> None:
-        self.begun = False
-        self.mark: tuple[float, float] | None = None
+        import torch
+        import transformers
 
-    def start(self) -> None:
-        self.pause()
-        self.begun = True
-        self.mark = time.perf_counter(), time.process_time()
+        cfg, plan, folder = self.cfg, self.plan, self.checkpoints.folder
+        on_gpu = self.device.kind == "cuda"
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(local_path(cfg.LOG_DIR) / folder.name)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder),
+            max_steps=plan.steps,
+            per_device_train_batch_size=1,  # which is a step, or the share of a process
+            train_sampling_strategy="sequential",
+            **{name.lower(): getattr(cfg, name) for name in SAME_NAMES.split()},
+            lr_scheduler_type=cfg.LR_SCHEDULER,
+            warmup_steps=plan.warmup_steps,
+            optim=optimizer_name(cfg, self.device),
+            neftune_noise_alpha=cfg.NEFTUNE_ALPHA or None,
+            fp16=on_gpu and self.device.dtype == "float16",
+            bf16=on_gpu and self.device.dtype == "bfloat16",
+            use_cpu=self.device.kind == "cpu",
+            eval_strategy="steps" if self.data.validation else "no",
+            eval_steps=cfg.EVAL_STEPS or plan.steps_per_epoch,
+            metric_for_best_model="eval_loss",
+            logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
+            include_num_input_tokens_seen="all",  # every token counts: none is padding
+            dataloader_pin_memory=on_gpu,
+            run_name=folder.name,
+            ddp_find_unused_parameters=False,
+        )
+        # the earlier and the later name, of which each version of transformers knows one or warns
+        arguments.gradient_checkpointing = arguments.activation_checkpointing = plan.checkpointing
+        arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
+        super().__init__(
+            self.adapted,
+            arguments,
+            train_dataset=shares_of_steps(self.data.train, plan, cfg.SEED),
+            eval_dataset=self.data.validation or None,
+            data_collator=self.collate,
+            compute_loss_func=summed_loss,
+        )
+        self.add_callback(self)
+        if self.accelerator.scaler:
+            self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FIRST_SCALE)
+        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
+            bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
+            self.add_callback(bar)
 
-    def pause(self) -> None:
-        if self.mark:
-            self.seconds += time.perf_counter() - self.mark[0]
-            self.cpu_seconds += time.process_time() - self.mark[1]
-        self.mark = None
+    def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        """This process's share of one step: its rows, and what the Trainer counts."""
+        (examples,) = shares
+        shared, whole = may_share_rows(self.adapted), flatten(examples, shared=False)
+        rows = [flatten(row, shared) for row in pack(examples, self.plan.tokens_at_once)]
+        return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
 
-    def record(self) -> dict[str, Any]:
-        peaks = (self.peak_memory_gb, peak_memory_gb(self.device))
-        self.peak_memory_gb = max(filter(None, peaks), default=None)
-        self.versions = installed_versions()
-        return asdict(self)
+    def run(self, start: Checkpoint | None) -> None:
+        """To the last step, or to the one in which a signal asks for an end."""
+        try:
+            with fused_lora_layers(self.adapted, self.cfg.FAST_ADAPTER), padding_free(self.adapted):
+                self.train(resume_from_checkpoint=str(start.folder) if start else None)
+        except Exception as error:
+            known = self.step_began or isinstance(error, UserError) or memory_fault(error)
+            if known or not (start or self.cfg.REPORT_TO in type(error).__module__):
+                raise
+            advice = f"Set up REPORT_TO {self.cfg.REPORT_TO}, or train without it."
+            if start:
+                advice = f"It was written with {start.stats.versions}. Or start over: --no-resume"
+            fault = f"{type(error).__name__}: {preview(str(error), 150)}"
+            where = f"from {short_path(start.folder)}" if start else "here"
+            raise UserError(f"The training does not start {where}: {fault}\n{advice}") from error
+        if self.stop:
+            step = f"Step {self.state.global_step} of {self.state.max_steps}"
+            raise Stopped(self.stop[0], f"{step} is saved, and {resume_hint(self.cfg)}.")
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        import torch
+
+        state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
+        self.session_start = state.global_step, self.stats.seconds
+        if args.device.type != "cpu":  # what is too much for memory had better be so now
+            most, shared = self.plan.tokens_at_once, may_share_rows(self.adapted)
+            rows = [row for share in self.train_dataset for row in pack(share, most)]
+            largest = max(rows, key=memory_of)
+            with torch.random.fork_rng():
+                super().training_step(self.model_wrapped, flatten(largest, shared), 1)
+            self.model_wrapped.zero_grad()
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        """Row by row, whose gradients and losses add up; what is not finite changes nothing."""
+        import torch
+
+        self.step_began = time.perf_counter()
+        step, (*rows, last) = super().training_step, inputs["rows"]
+        with self.accelerator.no_sync(model):  # processes exchange their gradients once a step
+            losses = [step(model, row, num_items_in_batch) for row in rows]
+        loss: Any = sum([*losses, step(model, last, num_items_in_batch)])
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        if torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients)):
+            self.bad_steps = 0
+            return loss
+        self.bad_steps += 1
+        self.stats.skipped_steps += 1
+        if self.bad_steps == MOST_BAD_STEPS:
+            raise UserError(NOT_A_NUMBER)
+        self.lost_loss = True
+        if not self.accelerator.scaler:  # which leaves the step out itself
+            model.zero_grad()
+        return torch.zeros_like(loss)  # with a NaN, the Trainer's sum would stay one for ever
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Only what is finite, and of the whole run: the Trainer's train_loss is of this sitting."""
+        if self.lost_loss and logs.pop("loss", None) is not None:
+            self.lost_loss = False
+        logs = {k: v for k, v in logs.items() if math.isfinite(v) and not k.startswith("train_")}
+        super().log(logs, *args, **kwargs)
+        figures = ", ".join(f"{name} {figure:.6g}" for name, figure in logs.items())
+        LOG.info("%-11sstep %d, %s", "Measured", self.state.global_step, figures)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.stats.seconds += time.perf_counter() - self.step_began
+        first, earlier = self.session_start
+        seconds = (self.stats.seconds - earlier) / (state.global_step - first)
+        left = seconds * (args.max_steps - state.global_step) + self.plan.asking_seconds
+        if state.global_step - first == 3 and left > 60:
+            with tqdm.external_write_mode():
+                say("Estimate", f"after three steps: {in_time(left)} more")
+        state.epoch = state.global_step / self.plan.steps_per_epoch  # of the data, not of the run
+        overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
+        save, number = self.highest(overdue, sum(self.stop))
+        if number:
+            self.stop[:] = [int(number)]
+        control.should_save |= bool(save or number)
+        control.should_training_stop |= bool(number)
+        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
+        loss = measured_loss(self.adapted, self.data.validation, self.plan.tokens_at_once)
+        metrics = {"eval_loss": max(self.highest(loss))}
+        self.log(metrics)
+        self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control.should_save = True
+        losses = [entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry]
+        stalled = len(losses) - 1 - losses.index(min(losses))  # measurements
+        if 0 < self.cfg.EARLY_STOPPING_PATIENCE <= stalled:
+            self.control.should_training_stop = self.stats.finished = True
+        return metrics
+
+    def highest(self, *figures: float) -> list[float]:
+        """The highest of any process: all of them judge, save and stop alike."""
+        import torch
+
+        if world_size() == 1:
+            return [*figures]
+        own = torch.tensor([figures], dtype=torch.float64, device=self.args.device)
+        return list(self.accelerator.gather(own).amax(0).tolist())
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        import torch
+
+        stats = self.stats
+        if not all(torch.isfinite(p).all() for p in self.adapted.parameters() if p.requires_grad):
+            raise UserError(NOT_A_NUMBER)
+        stats.finished |= self.state.global_step >= self.state.max_steps
+        stats.versions = ", ".join(f"{name} {v}" for name, v in installed_versions().items())
+        stats.peak_memory_gb = max(stats.peak_memory_gb, peak_memory_gb())
+        with self.checkpoints.saving(self.state, stats):
+            super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+        self.saved_at = time.monotonic()
+        self.accelerator.wait_for_everyone()
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
+            super()._load_scaler(checkpoint)
+
+
+def losses_in_bar(bar: Any, _: Any, __: Any, ___: Any, logs: Any, **____: Any) -> None:
+    losses = {name: f"{logs[name]:.3f}" for name in ("loss", "eval_loss") if name in logs}
+    if bar.training_bar and losses:
+        bar.training_bar.set_postfix(losses, refresh=False)
 
 
 def train_adapter(
-    cfg: Config,
-    model: PeftModel,
-    data: PreparedData,
-    device: Device,
-    plan: Plan,
-    checkpoints: Checkpoints,
+    model: PeftModel, data: PreparedData, device: Device, plan: Plan, checkpoints: Checkpoints
 ) -> None:
-    """Train from the newest checkpoint, or from the beginning, to the last one.
+    """To the last step; where memory runs out, the same steps are done with less at once."""
+    import transformers
 
-    When memory runs out, the same steps are done with less at once.
-    """
-    learnt = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    untrained = {name: p.detach().to("cpu", copy=True) for name, p in learnt.items()}
-    first = {} if checkpoints.last else first_figures(model, data, plan)
-    longest = max(len(example["input_ids"]) for example in data.train)
+    cfg = checkpoints.cfg
+    bases = (AnswerTrainer, transformers.Trainer, transformers.TrainerCallback)
+    trainer = type("AnswerTrainer", bases, {})
+    trainable, parameters = model.get_nb_trainable_parameters()
+    first = RunStats(trainable, parameters, plan.seconds, plan.memory_gb)
+    if data.validation and not checkpoints.last:
+        with model.disable_adapter():
+            first.base_loss = measured_loss(model, data.validation, plan.tokens_at_once)
+        say("Before", f"validation loss of the untrained model: {first.base_loss:.3f}")
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
-    most = plan.tokens_at_once if shares_rows(cfg, model) else longest
+    # the Trainer's noise knows but one length in a row
+    shared = cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
+    most, longest = plan.tokens_at_once if shared else 0, max(map(tokens_in, data.train))
     ways = [plan._replace(tokens_at_once=count) for count in halvings(most, longest)]
     if not plan.checkpointing:
         ways.append(ways[-1]._replace(checkpointing=True))
-    tried: list[Plan] = []
+    weights = [p for p in model.parameters() if p.requires_grad]
+    untrained = [p.detach().to("cpu", copy=True) for p in weights]
 
     def attempt(way: Plan) -> None:
-        if tried:
-            say_less_memory(tried[-1], way)
-        tried.append(way)
-        for name, parameter in learnt.items():
-            parameter.data.copy_(untrained[name])
+        if way is not ways[0]:
+            less = f"at most {way.tokens_at_once:,} tokens at once"
+            less += ", recomputing values instead of keeping them" * way.checkpointing
+            say(
+                "Memory", f"it ran out, so the training goes on with {less}; the result is the same"
+            )
+        for weight, value in zip(weights, untrained, strict=True):
+            weight.data.copy_(value)
         start = checkpoints.last
-        stats = RunStats(**(start.record["stats"] if start else first))
-        stats.tokens_at_once, stats.device = way.tokens_at_once, device.kind
-        stats.log = checkpoints.log.name
-        Fit(cfg, model, data, device, way, checkpoints, stats).run(start)
+        stats = replace(start.stats if start else first, tokens_at_once=way.tokens_at_once)
+        trainer(cfg, model, data, device, way, checkpoints, stats, stop).run(start)
 
-    try:
+    with stop_signals() as stop:
         as_many_as_fit(attempt, ways)
-    except (RuntimeError, MemoryError) as error:
-        fault = memory_fault(error)
-        if not fault or (fault == "full" and world_size() == 1):
-            raise
-        raise UserError(
-            f"{'A process' if world_size() > 1 else 'The GPU'} ran out of memory and answers no more: "
-            f"{preview(str(error), 100)}\n"
-            "Run the same command again: it goes on from the newest checkpoint. If it happens again, "
-            f"add --tokens-at-once {max(longest, tried[-1].tokens_at_once // 2)}, then "
-            "--gradient-checkpointing; neither changes the result."
-        ) from None
-    checkpoints.latest()  # read back, before a model is made of it
 
 
-def say_less_memory(before: Plan, now: Plan) -> None:
-    less = f"{now.tokens_at_once:,} tokens at once, not {before.tokens_at_once:,}"
-    if now.checkpointing != before.checkpointing:
-        less = "values are computed again instead of kept, which is slower"
-    say("Memory", f"it ran out, so the training goes on with less: {less}; the result is the same")
-
-
-def first_figures(model: PeftModel, data: PreparedData, plan: Plan) -> dict[str, Any]:
-    trainable, parameters = model.get_nb_trainable_parameters()
-    figures = {"trainable": trainable, "parameters": parameters}
-    figures |= {"estimated_seconds": plan.seconds, "estimated_memory_gb": plan.memory_gb}
-    if data.validation:
-        with model.disable_adapter():
-            loss = measured_loss(model, data.validation, plan.tokens_at_once)
-        if loss is not None:
-            say("Before", f"validation loss of the untrained model: {loss:.3f}")
-        figures["base_loss"] = loss
-    return figures
-
-
-def other_versions(there: dict[str, str | None]) -> str:
-    here = installed_versions()
-    changed = [
-        f"{name} {version} (here {here.get(name)})"
-        for name, version in there.items()
-        if version != here.get(name)
-    ]
-    return ", ".join(changed) or "the versions that are here, too"
-
-
-# -- What a training came to
-
-
-@dataclass
-class TrainingResult:
+class TrainingResult(NamedTuple):
     """The outcome of a run, for the report: read from its last checkpoint alone."""
 
     history: list[dict[str, float]]
@@ -4031,38 +3332,12 @@ class TrainingResult:
 
 def training_result(cfg: Config, last: Checkpoint) -> TrainingResult:
     state = json.loads((last.folder / "trainer_state.json").read_text(encoding="utf-8"))
-    best_step = state["best_global_step"] if cfg.KEEP_BEST else None
-    history = state["log_history"]
-    losses = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    return TrainingResult(
-        history=history,
-        base_loss=last.record["stats"]["base_loss"],
-        final_loss=losses.get(best_step or last.step),
-        best_step=best_step,
-        steps=last.step,
-        epochs=state["epoch"],
-        tokens=int(state["num_input_tokens_seen"]),
-        stats=RunStats(**last.record["stats"]),
-        adapter=last.best_adapter if best_step else last.folder / ADAPTER,
-    )
-
-
-def peak_memory_gb(kind: str) -> float | None:
-    """The most memory in use so far: the GPU's where there is one, or else this process's."""
-    import torch
-
-    if kind == "cuda":
-        return round(torch.cuda.max_memory_allocated() / 1e9, 3)
-    if not importlib.util.find_spec("resource"):  # Windows
-        return None
-    # on Linux, getrusage begins with the peak of the process that started this one
-    with suppress(OSError):
-        if peak := re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.M):
-            return round(int(peak[1]) * 1024 / 1e9, 3)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+    losses = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
+    best = last.best_step if cfg.KEEP_BEST else None
+    adapter = last.best_adapter if best else last.folder / ADAPTER
+    tokens = int(state["num_input_tokens_seen"])
+    figures = (last.stats.base_loss, losses.get(best or last.step), best, last.step, state["epoch"])
+    return TrainingResult(state["log_history"], *figures, tokens, last.stats, adapter)
 
 
 # ==================================================================================================
@@ -4070,6 +3345,7 @@ def peak_memory_gb(kind: str) -> float | None:
 # ==================================================================================================
 
 EXAMPLES_SHOWN = 3
+MESSAGES_READ = 40  # the latest of a chat; encoding hundreds would take seconds
 
 
 class Answer(NamedTuple):
@@ -4078,37 +3354,31 @@ class Answer(NamedTuple):
     stopped: bool  # by itself, at the end of its turn
 
 
-def asked_by_user(question: str) -> dict[str, str]:
-    """A question as a message; what is no text, as in a badly read file name, becomes ?."""
-    return {"role": "user", "content": question.encode("utf-8", "replace").decode()}
+def user_message(text: str) -> dict[str, str]:
+    """A question as a message; undecodable bytes of the command line become ?."""
+    return {"role": "user", "content": text.encode("utf-8", "replace").decode()}
 
 
 def prompt_of(tuned: Run, messages: Messages, cfg: Config) -> list[int]:
-    """A conversation as tokens; of one that has grown too long, its latest turns."""
+    """A conversation as tokens, without its earliest turns where they do not fit."""
     context = context_of(tuned.model, tuned.tokenizer)
     most = max(context - cfg.MAX_TOKENS, context // 2)
-    starts = [i for i, one in enumerate(messages) if one["role"] != "assistant"]
-    turns = [messages[i:j] for i, j in itertools.pairwise([*starts, len(messages)])]
-    kept, size = [turns.pop()], 0
-    while turns and size <= most:  # each by itself: hundreds together would take seconds
-        kept.insert(0, turns.pop())
-        size += len(encode(tuned.tokenizer, kept[0])["input_ids"])
-    kept = kept[size > most :]
-    while kept:
-        first, *others = itertools.chain(*kept)
-        question = f"{cfg.SYSTEM}\n\n{first['content']}" if cfg.SYSTEM else first["content"]
-        ids = encode(tuned.tokenizer, [asked_by_user(question), *others])["input_ids"]
+    recent = messages[-MESSAGES_READ:]
+    for start, message in enumerate(recent):
+        if message["role"] == "assistant":
+            continue
+        text = f"{cfg.SYSTEM}\n\n{message['content']}" if cfg.SYSTEM else message["content"]
+        ids = encode(tuned.tokenizer, [user_message(text), *recent[start + 1 :]])["input_ids"]
         if len(ids) <= most:
             return ids
-        del kept[0]
     raise UserError(
-        f"A question has {len(ids):,} tokens, instructions included; with room for the answer this "
-        f"model takes {most:,}.\nIt begins: {preview(messages[-1]['content'])}\nShorten it."
+        f"The question has {len(ids):,} tokens with its instructions; this model takes {most:,}.\n"
+        f"It begins: {preview(messages[-1]['content'])}\nShorten it."
     )
 
 
 def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -> list[Answer]:
-    """What the model says to each prompt, with as many at once as memory holds."""
+    """What the model generates for each prompt, with as many at once as memory holds."""
     import torch
 
     def in_batches_of(size: int) -> list[Answer]:
@@ -4129,21 +3399,20 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
 
 
 def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
-    """How answers are made that begin at this position and have room for so many tokens."""
+    """For answers that begin at token `start` and have room for so many tokens."""
     import transformers as hf
 
-    chance = {"temperature": cfg.TEMPERATURE, "top_p": cfg.TOP_P, "top_k": 0}
-    how = hf.GenerationConfig(
+    sampling = {"do_sample": True, "temperature": cfg.TEMPERATURE, "top_p": cfg.TOP_P, "top_k": 0}
+    config = hf.GenerationConfig(
         max_new_tokens=max(1, min(cfg.MAX_TOKENS, room)),
-        do_sample=cfg.TEMPERATURE > 0,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         use_cache=True,  # which the training has switched off
-        **(chance if cfg.TEMPERATURE else {}),
+        **(sampling if cfg.TEMPERATURE else {}),
     )
-    # in the answer alone: padding and the ends of earlier turns are no repetition
-    repetition = hf.RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
-    return {"generation_config": how, "logits_processor": hf.LogitsProcessorList([repetition])}
+    # of the answer alone: padding and the ends of earlier turns are no repetition
+    penalty = hf.RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
+    return {"generation_config": config, "logits_processor": hf.LogitsProcessorList([penalty])}
 
 
 def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
@@ -4154,152 +3423,118 @@ def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
 
 
 def stream_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
-    """An answer again and again while it grows, then as it is. Closing this ends it."""
+    """The answer so far after each token, then the whole. Closing the generator ends it."""
     import torch
     import transformers as hf
 
     prompt, tokenizer = prompt_of(tuned, messages, cfg), tuned.tokenizer
     room = context_of(tuned.model, tokenizer) - len(prompt)
-    how = generation_settings(cfg, tokenizer, len(prompt), room)
-    processors = how["logits_processor"]
+    settings = generation_settings(cfg, tokenizer, len(prompt), room)
+    processors, limit = settings["logits_processor"], settings["generation_config"].max_new_tokens
     if cfg.TEMPERATURE:
         processors += [hf.TemperatureLogitsWarper(cfg.TEMPERATURE), hf.TopPLogitsWarper(cfg.TOP_P)]
-    part, cache = Answer("", 0, stopped=False), None
+    answer, cache = Answer("", 0, stopped=False), None
     with tuned.untuned() if cfg.BASE else nullcontext(tuned.model) as model:
-        chance = torch.Generator(model.device).manual_seed(cfg.SEED)
+        sampler = torch.Generator(model.device).manual_seed(cfg.SEED)
         ids = torch.tensor([prompt], device=model.device)
-        while part.tokens < how["generation_config"].max_new_tokens and not part.stopped:
-            new = ids if cache is None else ids[:, -1:]  # without a cache all is read again
-            with evaluating(model):  # for one token: a page takes the next in another thread
+        while answer.tokens < limit and not answer.stopped:
+            new = ids if cache is None else ids[:, -1:]  # some models have no cache
+            with evaluating(model):  # only here: the page may take each token in another thread
                 output = model(input_ids=new, past_key_values=cache, use_cache=True)
                 cache = output.get("past_key_values")
                 scores = processors(ids, output.logits[:, -1].float())
-                likeliest, shares = scores.argmax(-1, keepdim=True), scores.softmax(-1)
-                drawn = shares.multinomial(1, generator=chance) if cfg.TEMPERATURE else likeliest
-                ids = torch.cat([ids, drawn], dim=1)
-            part = decoded_answer(tokenizer, ids[0, len(prompt) :].tolist())
-            yield part._replace(text=part.text.rstrip("\ufffd"))  # the first half of a letter
-    yield part
+                token = scores.argmax(-1, keepdim=True)
+                if cfg.TEMPERATURE:
+                    token = scores.softmax(-1).multinomial(1, generator=sampler)
+                ids = torch.cat([ids, token], dim=1)
+            answer = decoded_answer(tokenizer, ids[0, len(prompt) :].tolist())
+            yield answer._replace(text=answer.text.rstrip("\ufffd"))  # half of a character
+    yield answer
 
 
 # -- Before and after
 
-
-class Asked(NamedTuple):
-    """A question, and what came of it before the training and after it."""
-
-    place: str  # the row where it stands
-    question: str
-    reference: str  # the answer wanted, where that is known
-    before: str
-    after: str
-    loss_before: float | None = None  # of a token of the reference
-    loss_after: float | None = None
-    overlap_before: float | None = None  # with the reference
-    overlap_after: float | None = None
-    tokens: int = 0  # of the reference
-    cut: int = 0  # how many of the two answers were cut off
+COMPARED = ["row", "question", "expected", "before", "after", "overlap before", "overlap after"]
+COMPARED += ["loss before", "loss after", "cut off", "tokens", "seconds"]
 
 
-@dataclass
-class Comparison:
-    asked: list[Asked] = field(default_factory=list)
-    tokens: int = 0  # of all answers
-    seconds: float = 0.0
+def ask_both(tuned: Run, pairs: Sequence[Pair], cfg: Config) -> pandas.DataFrame:
+    """What the base and the tuned model answer, and how good that is: a row for each question.
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds else 0.0
-
-    @property
-    def pace(self) -> str:
-        cut = sum(one.cut for one in self.asked)
-        more = f"; {cut} answers cut off, --max-tokens allows more" if cut else ""
-        return f"{self.tokens_per_second:.1f} tokens a second{more}"
-
-    def mean(self, figure: str) -> float | None:
-        """Of losses that of a token, as the validation loss is; else that of a question."""
-        known = [one for one in self.asked if getattr(one, figure) is not None]
-        weights = [one.tokens or 1 if figure.startswith("loss") else 1 for one in known]
-        return statistics.fmean([getattr(one, figure) for one in known], weights) if known else None
-
-
-class Talk(NamedTuple):
-    """A question to ask, with what was said before it."""
-
-    place: str  # the row where it stands
-    messages: Messages
-    reference: str = ""  # the answer wanted, which the model does not see
-
-
-def ask_both(tuned: Run, talks: Sequence[Talk], cfg: Config) -> Comparison:
-    """Ask the model as it was and as it is, and measure how near it comes to the answers wanted.
-
-    A question that is too long is left out, and said. Ctrl+C ends it with what is done by then.
+    A question that is too long is left out with a message. Ctrl+C keeps what is answered by then.
     """
+    import pandas
     from tqdm import tqdm
 
-    result, fitting = Comparison(), []
-    for talk in talks:
+    fitting, rows = list[tuple[Pair, list[int]]](), list[dict[str, Any]]()
+    for pair in pairs:
         try:
-            fitting.append((talk, prompt_of(tuned, talk.messages, cfg)))
+            fitting.append((pair, prompt_of(tuned, pair.messages[:-1], cfg)))
         except UserError as error:
-            say("Left out", f"row {talk.place}: {error}" if talk.place else str(error))
+            say("Left out", f"{pair.place}: {error}" if pair.row else str(error))
     groups = [fitting[i : i + ANSWERS_AT_ONCE] for i in range(0, len(fitting), ANSWERS_AT_ONCE)]
     try:
         for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
-            ask_group(tuned, group, cfg, result)
+            rows += ask_group(tuned, group, cfg)
     except KeyboardInterrupt:
-        if not result.asked:
+        if not rows:
             raise
-        say("Note", f"stopped after {len(result.asked)} of {len(fitting)} questions")
-    return result
+        say("Note", f"stopped after {len(rows)} of {len(fitting)} questions")
+    return pandas.DataFrame(rows, columns=COMPARED)
 
 
 def ask_group(
-    tuned: Run, group: Sequence[tuple[Talk, list[int]]], cfg: Config, result: Comparison
-) -> None:
-    sides = []
-    for side in (tuned.untuned(), nullcontext(tuned.model)):
+    tuned: Run, group: Sequence[tuple[Pair, list[int]]], cfg: Config
+) -> list[dict[str, Any]]:
+    tokenizer, rows = tuned.tokenizer, list[dict[str, Any]]()
+    for pair, _ in group:
+        start = {"row": pair.place.removeprefix("row "), "cut off": 0, "tokens": 0, "seconds": 0.0}
+        rows.append(start | {"question": pair.question, "expected": pair.answer})
+    for when, side in (("before", tuned.untuned()), ("after", nullcontext(tuned.model))):
         with side as model:
-            start = time.perf_counter()
-            told = answers(model, tuned.tokenizer, [prompt for _, prompt in group], cfg)
-            result.seconds += time.perf_counter() - start
-            losses = [loss_of_answer(tuned, model, *one) for one in group]
-        sides.append(list(zip(told, losses, strict=True)))
-    for (talk, _), *both in zip(group, *sides, strict=True):
-        (before, (loss_before, tokens)), (after, (loss_after, _)) = both
-        texts = (talk.place, talk.messages[-1]["content"], talk.reference, before.text, after.text)
-        near, nearer = (overlap(tuned.tokenizer, text, talk.reference) for text in texts[3:])
-        cut = 2 - before.stopped - after.stopped
-        result.asked.append(Asked(*texts, loss_before, loss_after, near, nearer, tokens, cut))
-        result.tokens += before.tokens + after.tokens
+            began = time.perf_counter()
+            found = answers(model, tokenizer, [prompt for _, prompt in group], cfg)
+            seconds = (time.perf_counter() - began) / len(group)
+            for row, (pair, prompt), answer in zip(rows, group, found, strict=True):
+                row[when] = re.sub(r"\n\s*\n", "\n\n", answer.text)  # some are full of empty lines
+                row[f"overlap {when}"] = overlap(tokenizer, answer.text, pair.answer)
+                row[f"loss {when}"] = loss_of_answer(model, tokenizer, pair, prompt)
+                row["cut off"] += not answer.stopped
+                row["tokens"] += answer.tokens
+                row["seconds"] += seconds
+    return rows
 
 
-def loss_of_answer(
-    tuned: Run, model: Any, talk: Talk, prompt: list[int]
-) -> tuple[float | None, int]:
-    """The mean loss of the answer wanted, after exactly what the model was asked; its tokens."""
-    answer = {"role": "assistant", "content": talk.reference}
-    labels = encode(tuned.tokenizer, [talk.messages[-1], answer])["labels"]
-    wanted = [label for label in labels if label != IGNORE]
-    example: Example = {"input_ids": prompt + wanted, "labels": [IGNORE] * len(prompt) + wanted}
-    room = context_of(model, tuned.tokenizer) - len(prompt)
-    with suppress(UserError):  # a loss that is no number is not shown
-        if talk.reference and len(wanted) <= room:
-            return measured_loss(model, [example], len(example["labels"])), len(wanted)
-    return None, len(wanted)
-
-
-def overlap(tokenizer: Any, answer: str, reference: str) -> float | None:
-    """What two texts have in common, from 0 to 1: tokens of both, in any order, against all."""
-    if not reference:
+def loss_of_answer(model: Any, tokenizer: Any, pair: Pair, prompt: list[int]) -> float | None:
+    """The mean loss per token of the expected answer, after exactly the prompt of the question."""
+    labels = encode(tokenizer, pair.messages[-2:])["labels"]
+    target = [label for label in labels if label != IGNORE]
+    example: Example = {"input_ids": prompt + target, "labels": [IGNORE] * len(prompt) + target}
+    if not pair.answer or len(prompt + target) > context_of(model, tokenizer):
         return None
-    said, wanted = (
+    return mean_loss(model, [example], 0)
+
+
+def overlap(tokenizer: Any, answer: str, expected: str) -> float | None:
+    """The F1 score of the tokens: 1 where both texts have the same ones, 0 where they share none."""
+    if not expected:
+        return None
+    found, target = (
         Counter(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
-        for text in (answer, reference)
+        for text in (answer, expected)
     )
-    return 2 * (said & wanted).total() / (said.total() + wanted.total())
+    return 2 * (found & target).total() / (found.total() + target.total())
+
+
+def speed(tokens: int, seconds: float, cut_off: int, asked: int = 1) -> str:
+    share = "" if asked == 1 else f"{cut_off} of {asked} answers "
+    more = f"; {share}cut off by --max-tokens" if cut_off else ""
+    return f"{tokens:,} tokens, {tokens / seconds:.1f} per second{more}"
+
+
+def answer_speed(answer: Answer, seconds: float, cfg: Config) -> str:
+    cut_off = not answer.stopped and answer.tokens >= cfg.MAX_TOKENS
+    return f"({speed(answer.tokens, seconds, cut_off)})"
 
 
 # ==================================================================================================
@@ -4307,15 +3542,11 @@ def overlap(tokenizer: Any, answer: str, reference: str) -> float | None:
 # ==================================================================================================
 
 ANSWERS, ANSWERS_PICTURE = "answers.xlsx", "training_visuals/answers.png"
-SAMPLE = "sample_rows.json"
-ROWS_IN_SAMPLE = 16
+SAMPLE, ROWS_IN_SAMPLE = "sample_rows.json", 16  # by which an export is measured
 SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
-REPORT_MARK = "made by finetune_colab.py"  # by which a report is known as ours, to be replaced
-# On the person's own disk, which is nobody else's business.
-PLACES = (
-    *("DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR"),
-    *("CHECKPOINT_MIRROR", "RESUME_FROM_CHECKPOINT", "QUESTIONS", "EXPORT_DIR"),
-)
+REPORT_MARK = "made by finetune_colab.py"
+# On the person's own disk, which is nobody else's business
+PLACES = "DATASET_PATH OUTPUT_DIR CHECKPOINT_DIR LOG_DIR CHECKPOINT_MIRROR RESUME_FROM_CHECKPOINT QUESTIONS EXPORT_DIR".split()
 
 
 # -- The record of a run, and its card
@@ -4329,34 +3560,26 @@ def public_settings(cfg: Config) -> dict[str, Any]:
 
 def public_place(place: str) -> str:
     """A path without its folders; of a link the server only: who has a shared link has the file."""
-    if link := re.match("https?://", place.strip(), re.IGNORECASE):
-        return link[0] + urllib.parse.urlsplit(without_secrets(place)).netloc + "/…"
+    place = without_secrets(place)
+    if server := re.match(r"\s*(https?://[^/]*)", place, re.IGNORECASE):
+        return f"{server[1]}/…"
     path = local_path(place)
-    return path.name if path.is_absolute() else without_secrets(place)
-
-
-LOGGED = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    return path.name if path.is_absolute() else place
 
 
 def training_log(trained: TrainingResult) -> pandas.DataFrame:
-    """What was logged, row by row, and of how many steps each training loss is the mean."""
     import pandas
 
-    log = pandas.DataFrame(trained.history).reindex(columns=LOGGED)
-    log = log.dropna(subset=["loss", "eval_loss"], how="all")
-    ends = log["step"][log["loss"].notna()]
-    return log.assign(steps=ends.diff().fillna(ends))
-
-
-def mean_train_loss(log: pandas.DataFrame) -> float:
-    losses = log.dropna(subset=["loss"])
-    return float((losses["loss"] * losses["steps"]).sum() / losses["steps"].sum())
+    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+    log = pandas.DataFrame(trained.history).reindex(columns=columns)
+    return log.dropna(subset=["loss", "eval_loss"], how="all")
 
 
 def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
-    stats = trained.stats
+    losses, stats = training_log(trained).dropna(subset=["loss"]), trained.stats
+    steps = losses["step"].diff().fillna(losses["step"])  # of which a logged loss is the mean
     return {
-        "train_loss": mean_train_loss(training_log(trained)),
+        "train_loss": float((losses["loss"] * steps).sum() / steps.sum()),
         "eval_loss": trained.final_loss,
         "base_eval_loss": trained.base_loss,
         "best_step": trained.best_step,
@@ -4365,43 +3588,37 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
         "train_pairs": len(data.train_pairs),
         "eval_pairs": len(data.validation_pairs),
         "tokens_trained": trained.tokens,
-        "estimated_seconds": stats.estimated_seconds,
-        "estimated_memory_gb": stats.estimated_memory_gb,
         "tokens_at_once": stats.tokens_at_once,
-        "train_seconds": round(stats.seconds, 3),
-        "train_cpu_seconds": round(stats.cpu_seconds, 3),
         "tokens_per_second": round(trained.tokens / stats.seconds, 1),
-        "peak_memory_gb": stats.peak_memory_gb,
-        "adapted_layers": layers_in_words(layers_in(trained.adapter)),
+        "train_seconds": round(stats.seconds, 3),
+        "estimated_seconds": stats.estimated_seconds,
+        "peak_memory_gb": round(stats.peak_memory_gb, 3) or None,
+        "estimated_memory_gb": stats.estimated_memory_gb,
+        "adapted_layers": ", ".join(
+            sorted({name.rpartition(".")[2] for name in layers_in(trained.adapter)})
+        ),
         "trainable_parameters": stats.trainable,
         "trainable_percent": round(100 * stats.trainable / stats.parameters, 4),
     }
 
 
 def quality_record(quality: Quality) -> dict[str, Any]:
-    parts = {
-        kind: {
-            "rows": len(notes),
-            "share": round(len(notes) / quality.counted, 4),
-            "places": [[note.sheet, note.row] for note in notes],
-        }
-        for kind, notes in quality.parts.items()
-    }
-    score = round(quality.score, 4) if quality.counted else None
-    counts = {"rows_counted": quality.counted, "rows_good": quality.good}
-    return {"score": score, **counts, "parts": parts}
+    parts = {}
+    for kind, notes in by_kind(quality.notes).items():
+        share, places = round(len(notes) / quality.counted, 4), [note[:2] for note in notes]
+        parts[kind] = {"rows": len(notes), "share": share, "places": places}
+    return {"score": round(quality.score, 4) if quality.counted else None, "parts": parts}
 
 
 def run_record(
     cfg: Config, device: Device, data: PreparedData, trained: TrainingResult
 ) -> dict[str, Any]:
     """run.json: what later commands need to know, so that nobody types a setting twice."""
-    pairs = [pair.messages for pair in data.pairs.kept]
     return {
         "settings": public_settings(cfg),
         "prompt_format": prompt_in_words(data.tokenizer),
         "base_model": base_name(cfg),
-        "base_revision": model_revision(cfg),
+        "base_revision": cfg.MODEL_REVISION or None,
         "device": device._asdict(),
         "dataset": {
             "file": public_place(data.pairs.name),  # several files keep the path of their pattern
@@ -4409,8 +3626,7 @@ def run_record(
             "shape": data.pairs.shape,
             **column_names(data.pairs),
             "quality": quality_record(data.quality),
-            "sha256_of_pairs": hashlib.sha256(json.dumps(pairs).encode()).hexdigest(),
-            "held_out_rows": [[pair.sheet, pair.row] for pair in data.validation_pairs],
+            "held_out_rows": [(pair.sheet, pair.row) for pair in data.validation_pairs],
         },
         "examples": [pair.messages[0]["content"] for pair in data.train_pairs[:EXAMPLES_SHOWN]],
         "versions": installed_versions(),
@@ -4418,67 +3634,36 @@ def run_record(
     }
 
 
-def model_card(record: dict[str, Any], template: str) -> str:
-    """What stands in run.json, for people, with a question that was taught."""
-    source, revision = record["base_model"], record["base_revision"]
-    local = source.startswith("./")
-    name = preview(source.removeprefix("./"), 100).replace("<", "&lt;")
-    figures = record["results"].items()
-    return template.format(
-        base_model="" if local else f"base_model: {source}\n",
-        base=name,
-        copy=f"The folder `{name}`, the base model, has to lie in this folder.\n" if local else "",
-        source=json.dumps(source),
-        revision=f", revision={json.dumps(revision)}" if revision and not local else "",
-        prompt=record["prompt_format"],
-        question=repr(record["examples"][0][:300]),
-        rows="\n".join(f"| `{figure}` | {as_figure(value)} |" for figure, value in figures),
-    )
-
-
-def as_figure(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3f}"
-    return "not measured" if value is None else str(value)
-
-
 CARD = """\
 ---
 {base_model}library_name: peft
 pipeline_tag: text-generation
-tags:
-- lora
-- question-answering
+tags: [lora, question-answering]
 ---
 
-# A LoRA adapter for {base}
+# A LoRA adapter for {name}
 
-TrainingResult by `finetune_colab.py` on pairs of questions and answers. It knows one form of question, exactly this, and
-its answer ends by itself:
+Trained by `finetune_colab.py` on pairs of questions and answers. Ask it in exactly this form:
 
 ```text
 {prompt}
 ```
 
-To chat, put the script beside this folder: `python finetune_colab.py chat --output-dir FOLDER`. Without the script, run this
-in the folder (packages: torch, transformers from 5, peft; on Colab first `pip uninstall -y torchao`, which is too old there).
+To chat, put the script beside this folder: `python finetune_colab.py chat --output-dir FOLDER`. Without the script,
+run this in the folder, with torch, transformers 5 and peft (on Colab, first `pip uninstall -y torchao`, which is too old there).
 {copy}
 ```python
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoTokenizer
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-dtype = torch.float16 if device == "cuda" else torch.float32
-base = AutoModelForCausalLM.from_pretrained({source}, dtype=dtype{revision})
-model = PeftModel.from_pretrained(base, ".").to(device).eval()
+dtype = torch.float16 if torch.cuda.is_available() else torch.float32
+model = AutoPeftModelForCausalLM.from_pretrained(".", dtype=dtype, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained(".")
-
-talk = [{{"role": "user", "content": {question}}}]  # one of those it was taught
-asked = {{"add_generation_prompt": True, "return_dict": True, "return_tensors": "pt"}}
-inputs = tokenizer.apply_chat_template(talk, **asked).to(device)
-output = model.generate(**inputs, max_new_tokens=200, do_sample=False)
-answer = output[0, inputs["input_ids"].shape[1]:]
+chat = [{{"role": "user", "content": {question}}}]  # one of the training questions
+prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+output = model.generate(**prompt.to(model.device), max_new_tokens=200, do_sample=False)
+answer = output[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
 ```
 
@@ -4488,18 +3673,34 @@ print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_s
 | --- | --- |
 {rows}
 
-The loss is the mean per answer token, end of turn included, in nats. It says how well answers are estimated,
-not whether they are true: read some before you rely on them. `answers.xlsx` has some from before and after
-the training, `training_visuals/` the curves, `run.json` every setting, version and result.
+The loss is the mean per answer token, in nats. It does not tell whether an answer is true, so read some before you rely on
+them: `answers.xlsx` has answers from before and after training, `training_visuals/` the curves, and `run.json` every
+setting, version and result.
 """
+
+
+def model_card(record: dict[str, Any]) -> str:
+    """run.json for people, with a question from the training data."""
+    base, rows = record["base_model"], []
+    name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
+    is_folder = base.startswith("./")
+    for figure, value in record["results"].items():
+        shown = f"{value:.3f}" if isinstance(value, float) else value
+        rows.append(f"| `{figure}` | {'none' if value is None else shown} |")
+    return CARD.format(
+        base_model="" if is_folder else f"base_model: {base}\n",
+        name=name,
+        prompt=record["prompt_format"],
+        copy=f"The base model has to be in this folder, as `{name}`.\n" if is_folder else "",
+        question=repr(record["examples"][0][:300]),
+        rows="\n".join(rows),
+    )
 
 
 # -- Pictures, in blue and orange, which everybody can tell apart
 
 BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
-TRAINING, VALIDATION = "training", "validation (held-out questions)"
 MOST_ROWS_DRAWN = 40
-BIN = 1.08  # how much longer each bar of lengths goes than the one before
 
 
 @contextmanager
@@ -4508,7 +3709,7 @@ def picture(path: Path, title: str, meaning: str, size: float = 5, **parts: Any)
     from matplotlib import style
     from matplotlib.figure import Figure
 
-    with style.context("seaborn-v0_8-whitegrid"):  # seaborn itself takes check half a second
+    with style.context("seaborn-v0_8-whitegrid"):  # importing seaborn itself takes half a second
         figure = Figure(figsize=(8, size), layout="constrained", dpi=110)
         axes = figure.subplots(**parts)
     figure.suptitle(title, weight="bold")
@@ -4519,116 +3720,100 @@ def picture(path: Path, title: str, meaning: str, size: float = 5, **parts: Any)
         figure.savefig(staged, format="png", metadata={"Software": REPORT_MARK})
 
 
-def finish_losses(axes: Any, trained: TrainingResult) -> None:
-    """What both pictures of losses have in common."""
+def draw_validation(axes: Any, x: str, log: pandas.DataFrame, trained: TrainingResult) -> None:
+    """The validation loss by step or epoch, and what it was before training."""
+    measured = log.dropna(subset=["eval_loss"])
     if trained.base_loss is not None:
-        label = "validation, before training"
-        axes.axhline(trained.base_loss, color=GREY, linestyle="--", label=label)
-    axes.set(ylabel="loss per token (nats)", ylim=(0, 1.1 * axes.get_ylim()[1]))
+        name = "validation (held-out questions)"
+        axes.plot(measured[x], measured["eval_loss"], "o-", color=ORANGE, label=name)
+        before = {"color": GREY, "linestyle": "--", "label": "validation, before training"}
+        axes.axhline(trained.base_loss, **before)
+    axes.set(xlabel=x, ylabel="loss per token (nats)", ylim=(0, 1.1 * axes.get_ylim()[1]))
+    axes.set_xlim(left=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
 
 
 def draw_training_curves(path: Path, log: pandas.DataFrame, trained: TrainingResult) -> None:
     import seaborn
 
-    best, meaning = trained.best_step, "the adapter of the last step is kept"
-    if best:
-        meaning = f"validation loss is lowest at step {best}: best adapter kept"
-    losses, measured = log.dropna(subset=["loss"]), log.dropna(subset=["eval_loss"])
-    around = 2 * (len(losses) // 40) + 1
-    smooth = losses["loss"].rolling(around, center=True, min_periods=1).mean()
-    dots = "o" if len(losses) < 3 else None  # a line needs two ends to be seen
+    losses, best = log.dropna(subset=["loss"]), trained.best_step
+    smooth = losses["loss"].rolling(2 * (len(losses) // 40) + 1, center=True, min_periods=1).mean()
+    line = {"color": BLUE, "marker": "o" if len(losses) < 3 else None}  # one point is no line
+    kept = f"best step ({best})" if best else "last step"
     rows = {"nrows": 2, "sharex": True, "height_ratios": [3, 1]}
-    with picture(path, "Loss while training: lower is better", meaning, 6, **rows) as (top, bottom):
-        each = {"color": BLUE, "alpha": 0.3, "linewidth": 1}
-        seaborn.lineplot(losses, x="step", y="loss", ax=top, **each)
-        top.plot(losses["step"], smooth, color=BLUE, marker=dots, label=TRAINING)
-        if len(measured):
-            top.plot(measured["step"], measured["eval_loss"], "o-", color=ORANGE, label=VALIDATION)
+    title, meaning = "Loss while training: lower is better", f"kept: the adapter of the {kept}"
+    with picture(path, title, meaning, 6, **rows) as (top, bottom):
+        seaborn.lineplot(losses, x="step", y="loss", color=BLUE, alpha=0.3, linewidth=1, ax=top)
+        top.plot(losses["step"], smooth, label="training", **line)
         if best:
-            top.axvline(best, color=ORANGE, linestyle=":", label=f"adapter kept, step {best}")
-        finish_losses(top, trained)
-        seaborn.lineplot(losses, x="step", y="learning_rate", color=BLUE, marker=dots, ax=bottom)
-        bottom.set(xlabel="step", ylabel="learning rate")
+            top.axvline(best, color=ORANGE, linestyle=":", label=kept)
+        draw_validation(top, "step", log, trained)
+        seaborn.lineplot(losses, x="step", y="learning_rate", ax=bottom, **line)
+        top.set_xlabel("")
+        bottom.set_ylabel("learning rate")
         bottom.ticklabel_format(axis="y", scilimits=(0, 0))
 
 
 def draw_loss_comparison(path: Path, log: pandas.DataFrame, trained: TrainingResult) -> None:
-    log = log.assign(epoch=[math.ceil(epoch - 1e-6) for epoch in log["epoch"]])
-    logged = log.dropna(subset=["loss"]).groupby("epoch")
-    taught = {epoch: mean_train_loss(steps) for epoch, steps in logged}
-    measured = log.groupby("epoch")["eval_loss"].last().dropna()
-    meaning = "nothing was held out to measure: these are means of what was taught"
-    if trained.base_loss is not None and trained.final_loss is not None:
-        before, after = trained.base_loss, trained.final_loss
-        meaning = f"validation loss was {before:.3f} before training and is {after:.3f} now"
+    means = log["loss"].groupby((log["epoch"] - 1e-6).apply(math.ceil)).mean()
+    before, after = trained.base_loss, trained.final_loss
+    meaning = "nothing was held out for validation"
+    if before is not None and after is not None:
+        meaning = f"validation loss: {before:.3f} before training, {after:.3f} after"
     with picture(path, "Loss by epoch: lower is better", meaning) as axes:
-        axes.bar(taught.keys(), taught.values(), 0.6, color=BLUE, label=f"{TRAINING}, mean")
-        if len(measured):
-            axes.plot(measured.index, measured, "o", color=ORANGE, label=VALIDATION)
-        axes.set_xlabel("epoch")
-        finish_losses(axes, trained)
+        axes.bar(means.index, means, 0.6, color=BLUE, label="training, mean of the epoch")
+        draw_validation(axes, "epoch", log, trained)
 
 
 def draw_answers(path: Path, table: pandas.DataFrame, which: str) -> None:
-    """For each question how near the answers came, before and after."""
-    table = table.dropna(subset=["overlap before", "overlap after"])
-    before, after = table["overlap before"], table["overlap after"]
-    if table.empty:
+    """The overlap of each answer, before and after."""
+    before, after = "overlap before", "overlap after"
+    measured = table.dropna(subset=[before, after])
+    if measured.empty:
         return
-    meaning = f"{len(table)} {which}: overlap {before.mean():.2f} before, {after.mean():.2f} after"
-    table = table.head(MOST_ROWS_DRAWN)
-    rows, names = range(len(table)), []
-    for row, question in zip(table["row"], table["question"], strict=True):
-        drawable = max(question, default="") < "\u0590"  # in letters that every matplotlib has
-        names.append(preview(question, 36) if drawable else f"row {row}")
-    height = 1.8 + 0.25 * len(table)
-    with picture(path, "Answers before and after the training", meaning, height) as axes:
-        axes.hlines(rows, before[table.index], after[table.index], color=GREY, alpha=0.4)
+    drawn = measured.head(MOST_ROWS_DRAWN)
+    means = f"{measured[before].mean():.2f} before, {measured[after].mean():.2f} after"
+    names = [
+        # in a script that every matplotlib has
+        preview(question, 36) if max(question, default="") < "\u0590" else f"row {row}"
+        for row, question in zip(drawn["row"], drawn["question"], strict=True)
+    ]
+    title, height = "Answers before and after the training", 1.8 + 0.25 * len(drawn)
+    with picture(path, title, f"{counted(len(measured), which)}: overlap {means}", height) as axes:
+        rows = range(len(drawn))
+        axes.hlines(rows, drawn[before], drawn[after], color=GREY, alpha=0.4)
         ring = {"markersize": 10, "markerfacecolor": "none", "label": "before training"}
-        axes.plot(before[table.index], rows, "o", color=GREY, **ring)  # around an equal dot
-        axes.plot(after[table.index], rows, "o", color=BLUE, label="after training")
-        axes.set(xlabel=FIGURES_OF_ANSWERS["overlap"], xlim=(-0.03, 1.03))
+        axes.plot(drawn[before], rows, "o", color=GREY, **ring)  # around an equal dot
+        axes.plot(drawn[after], rows, "o", color=BLUE, label="after training")
+        axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
         axes.set_yticks(rows, names, parse_math=False)
-        axes.set_ylim(len(table) - 0.4, -0.6)
+        axes.set_ylim(len(drawn) - 0.4, -0.6)
 
 
 def draw_lengths(path: Path, cfg: Config, data: PreparedData) -> None:
-    """How long the pairs are, on a scale on which the longest and the usual ones are seen."""
-    from matplotlib.ticker import LogLocator
-
+    """On a log scale, on which one pair of 3,000 tokens is seen beside a thousand of 80."""
     unit = "tokens (about ¾ of an English word each)" if data.tokenizer else "characters"
     kept = data.tokens or [len(pair.question + pair.answer) for pair in data.pairs.kept]
     limit = min(cfg.MAX_LENGTH, getattr(data.tokenizer, "model_max_length", cfg.MAX_LENGTH))
     edge, lengths = limit + 0.5, [*kept, *data.overlong] or [1]  # a bar ends at the limit
-    first, last = (math.log(one / edge, BIN) for one in (min(lengths), max(lengths)))
-    bins = [edge * BIN**n for n in range(math.floor(first), math.floor(last) + 2)]
-    labels = [f"{len(kept)} pairs kept", f"{len(data.overlong)} too long and left out"]
+    first, last = (math.floor(8 * math.log2(n / edge)) for n in (min(lengths), max(lengths)))
+    bins = [edge * 2 ** (n / 8) for n in range(first, last + 2)]
+    labels = [f"{len(kept)} pairs kept", f"{len(data.overlong)} too long, left out"]
     with picture(path, "How long the pairs are", ", ".join(labels)) as axes:
         axes.hist([kept, data.overlong], bins, stacked=True, color=[BLUE, ORANGE], label=labels)
         if data.tokenizer:
-            label = f"the limit, {limit} (MAX_LENGTH)"
-            axes.axvline(edge, color=GREY, linestyle="--", label=label)
+            axes.axvline(edge, color=GREY, linestyle="--", label=f"MAX_LENGTH, {limit} tokens")
         axes.set(xlabel=f"length of a question with its answer, in {unit}", ylabel="pairs")
-        axes.set_xscale("log")
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:,.0f}")
-        axes.minorticks_off()
         axes.yaxis.get_major_locator().set_params(integer=True)
 
 
 # -- Workbooks
 
 MOST_REPORT_ROWS = 20_000
-WIDEST_CELL = 60  # columns of letters in a cell, from where on they are wrapped
-LONGEST_REPORT_CELL = 32_767  # what a workbook allows, counted in UTF-16
-NOT_IN_A_WORKBOOK = re.compile("[\0-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
-FORMULA = re.compile(r"[=+\-@\t\r\n＝＋－＠]|#[A-Z/0]+[!?A]$")  # or an error, as #N/A
-GOOD, BAD = "9DC3E6", "F4B183"  # blue and orange
-SCALES = {  # the same in every workbook, so that nonsense is never blue
-    "overlap": {"start_value": 0, "start_color": BAD, "end_value": 1, "end_color": GOOD},
-    "loss": {"start_value": 0, "start_color": GOOD, "end_value": 3, "end_color": BAD},
-}
+LONGEST_CELL = 16_000  # characters; a workbook holds 32,767, and counts some of them twice
+FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\n]|#[A-Z/0]+[!?A]$")  # or an error, as #N/A
 
 
 def write_book(path: Path, tables: dict[str, pandas.DataFrame]) -> None:
@@ -4638,6 +3823,8 @@ def write_book(path: Path, tables: dict[str, pandas.DataFrame]) -> None:
     from openpyxl.styles import Alignment, Font
 
     content = io.BytesIO()
+    worst = {"start_type": "num", "start_value": 0, "start_color": "F4B183"}  # orange
+    best = {"end_type": "num", "end_value": 1, "end_color": "9DC3E6"}  # blue
     with pandas.ExcelWriter(content, engine="openpyxl") as writer:
         writer.book.properties.creator = REPORT_MARK
         for name, table in tables.items():
@@ -4645,17 +3832,15 @@ def write_book(path: Path, tables: dict[str, pandas.DataFrame]) -> None:
             shown.to_excel(writer, sheet_name=name, index=False, freeze_panes=(1, 0))
             sheet = writer.sheets[name]
             sheet.auto_filter.ref = sheet.dimensions
-            for title, column in zip(table, sheet.columns, strict=True):
-                letter, figure = column[0].column_letter, title.partition(" ")[0]
+            for column in sheet.columns:
+                letter, width = column[0].column_letter, max(len(str(c.value)) for c in column) + 4
+                sheet.column_dimensions[letter].width = min(width, 60)
+                if str(column[0].value).startswith("overlap"):  # nonsense is never blue
+                    colours = ColorScaleRule(**worst, **best)
+                    sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", colours)
                 for cell in column:
                     cell.alignment = Alignment(wrap_text=True, vertical="top")
                 column[0].font = Font(bold=True)
-                width = max(len(str(cell.value)) for cell in column) + 4
-                sheet.column_dimensions[letter].width = min(width, WIDEST_CELL)
-                if figure in SCALES:
-                    ends = {"start_type": "num", "end_type": "num"}
-                    rule = ColorScaleRule(**ends, **SCALES[figure])
-                    sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", rule)
             if len(table) > MOST_REPORT_ROWS:
                 sheet.append([f"and {len(table) - MOST_REPORT_ROWS:,} more rows"])
     with atomic_write(path) as staged:
@@ -4666,96 +3851,56 @@ def safe_cell(value: Any) -> Any:
     """What a cell can hold, and no program takes for a formula."""
     if not isinstance(value, str):
         return value
-    text = NOT_IN_A_WORKBOOK.sub("", value)
+    text = printable(value)
     text = f"'{text}" if FORMULA.match(text) else text
-    units = text.encode("utf-16-le")[: 2 * LONGEST_REPORT_CELL]
-    whole = units.decode("utf-16-le", "ignore")
-    return text if whole == text else f"{whole[:-1]}…"
+    return text if len(text) <= LONGEST_CELL else f"{text[:LONGEST_CELL]}…"
 
 
 def may_be_replaced(path: Path) -> bool:
-    """Whether there is nothing under this name, or a report that nobody has changed."""
-    try:
-        if path.suffix != ".xlsx":
+    """Whether nothing has this name, or a report that nobody has changed."""
+    with suppress(OSError, KeyError, zipfile.BadZipFile):
+        if path.suffix == ".png":
             return REPORT_MARK.encode() in path.read_bytes()[:1000]
         with zipfile.ZipFile(path) as archive:
             about = archive.read("docProps/core.xml")
         return f">{REPORT_MARK}<".encode() in about and b"lastModifiedBy" not in about
-    except FileNotFoundError:
-        return True
-    except (OSError, KeyError, zipfile.BadZipFile):
-        return False
+    return not os.path.lexists(path)
 
 
 def free_path(name: str, endings: Sequence[str], is_free: Callable[[Path], bool]) -> Path:
     """The first of NAME, NAME-2, … that is free with all of its endings."""
-    for number in ("", *(f"-{number}" for number in range(2, 1000))):
-        paths = [Path.cwd() / f"{name}{number}{ending}" for ending in endings]
-        if all(map(is_free, paths)):
-            return paths[0]
-    raise OSError("every name for it is taken")
+    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
+    places = ([Path.cwd() / f"{name}{ending}" for ending in endings] for name in names)
+    return next(paths[0] for paths in places if all(map(is_free, paths)))
 
 
 # -- Answers before and after
 
 FIGURES_OF_ANSWERS = {
-    "overlap": "what the answers have in common with those wanted, from 0 to 1",
-    "loss": "of the answers wanted; lower is better",
+    "overlap": "with the expected answers, from 0 to 1",
+    "loss": "per token, mean over the questions; lower is better",
 }
 
 
-def without_gaps(text: str) -> str:
-    """Printable text without the runs of empty lines that some models write."""
-    return re.sub(r"\n\s*\n", "\n\n", printable(text))
-
-
-def answer_tables(result: Comparison) -> dict[str, pandas.DataFrame]:
+def answer_tables(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     """A row for each question, and the means of all."""
     import pandas
 
-    table = pandas.DataFrame(result.asked, columns=list(Asked._fields)).round(3)
-    table[["before", "after"]] = table[["before", "after"]].map(without_gaps)
-    table = table.drop(columns="tokens")
-    table.columns = table.columns.str.replace("_", " ")
-    table = table.rename(columns={"place": "row", "reference": "answer wanted"})
-    rows: list[tuple[str, Any, str]] = [
-        (f"{figure} {when}, mean", round(mean, 3), meaning)
+    means, titles = table.mean(numeric_only=True).round(3), ["what", "value", "which is"]
+    rows = [
+        (f"mean {figure} {when}", means.get(f"{figure} {when}", math.nan), meaning)
         for figure, meaning in FIGURES_OF_ANSWERS.items()
         for when in ("before", "after")
-        if (mean := result.mean(f"{figure}_{when}")) is not None
     ]
-    rows.append(("questions", len(table), ""))
-    rows.append(("tokens a second", round(result.tokens_per_second, 1), "of all answers together"))
-    titles = ["what", "value", "which is"]
-    return {"Answers": table, "Summary": pandas.DataFrame(rows, columns=titles, dtype=object)}
+    rows.append(("questions", len(table), "each asked twice"))
+    summary = pandas.DataFrame(rows, columns=titles).dropna()
+    return {"Answers": table.drop(columns=["tokens", "seconds"]).round(3), "Summary": summary}
 
 
-def write_answers(folder: Path, which: str, result: Comparison) -> None:
-    """Into the folder of a run: the workbook, and how near each answer came."""
+def write_answers(folder: Path, which: str, table: pandas.DataFrame) -> None:
     with warned("the tables and pictures of the answers could not be written"):
-        tables = answer_tables(result)
-        write_book(folder / ANSWERS, tables)
-        draw_answers(folder / ANSWERS_PICTURE, tables["Answers"], which)
-
-
-def write_comparison(path: Path, result: Comparison) -> None:
-    """The workbook, the same for programs, and the same to be read as text."""
-    tables = answer_tables(result)
-    write_book(path, tables)
-    means = dict(tables["Summary"][["what", "value"]].values)
-    rows = [one._asdict() for one in result.asked]
-    write_json(path.with_suffix(".json"), {"summary": means, "rows": rows})
-    lines = ["# Before and after", "", *(f"- {name}: {value}" for name, value in means.items())]
-    for row in tables["Answers"].to_dict("records"):
-        lines += ["", f"## Row {row['row']}" if row["row"] else "## Question"]
-        for title in ("question", "answer wanted", "before", "after"):
-            if text := row[
-                title
-            ]:  # as code: what a model wrote must not become a heading or a link
-                fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-                lines += ["", f"{title.capitalize()}:", "", f"{fence}text", printable(text), fence]
-    with atomic_write(path.with_suffix(".md")) as staged:
-        staged.write_text("\n".join([*lines, ""]), encoding="utf-8", errors="replace")
+        write_book(folder / ANSWERS, answer_tables(table))
+        draw_answers(folder / ANSWERS_PICTURE, table, which)
 
 
 # -- The report of check on the data
@@ -4763,78 +3908,117 @@ def write_comparison(path: Path, result: Comparison) -> None:
 LONGEST_EXAMPLE = 8  # lines
 
 
+def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
+    """Notes of one kind together, whatever row they point to; the most frequent kind first."""
+    kinds = defaultdict[str, list[Note]](list)
+    for note in notes:
+        kinds[note.reason.partition(" (row ")[0]].append(note)
+    return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
+
+
+def grouped(notes: Sequence[Note]) -> list[str]:
+    """One line per kind, with its rows, and their sheets where there are several."""
+    several, lines = len({note.sheet for note in notes}) > 1, list[str]()
+    for kind, found in by_kind(notes).items():
+        rows = [f"{one.row} of {one.sheet}" if several else str(one.row) for one in found]
+        places = ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if rows[8:] else "")
+        lines += [f"{kind}: {len(rows)} rows ({places})" if rows[1:] else f"{kind}: row {places}"]
+    return lines
+
+
+def column_names(pairs: Pairs) -> dict[str, str | None]:
+    return dict(zip(("question_column", "answer_column"), [*pairs.used, None, None], strict=False))
+
+
+def say_pairs(pairs: Pairs) -> None:
+    sheet = f', sheet "{preview(pairs.table.sheet)}"' if pairs.table.sheet else ""
+    say("Data", f"{pairs.name}{sheet}: {pairs.rows_read} rows, {len(pairs.kept)} pairs")
+    if pairs.columns:
+        say("Columns", pairs.reason)
+        (first, _), titles = pairs.table.rows[0], pairs.used[:2]
+        known = any(name_strength(title, role) > 0 for title in titles for role in NAMES)
+        if not known and first > 1 and not titles[0].startswith("column "):
+            say("Header", f"{' | '.join(titles)}. If this is a pair itself, put a header above it.")
+        unused = [name for name in pairs.table.header if name and name not in pairs.used]
+        for what, names in ("joined to the question", pairs.used[2:]), ("not used", unused):
+            if names:
+                quoted = ", ".join(f'"{name}"' for name in names)
+                say("", f"{what}: {preview(quoted, 400)}")
+    else:
+        say("Shape", f"{pairs.shape}; every answer in them is trained on")
+    for pair in pairs.kept[:3]:
+        say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
+    if pairs.dropped:
+        say("Left out", "\n".join(grouped(pairs.dropped)[:8]))
+
+
+def say_quality(quality: Quality, minimum: float) -> None:
+    if quality.counted:
+        share = f"{quality.good} of {quality.counted} rows with content are kept and look right"
+        say("Quality", "\n".join([f"{quality}: {share}", *grouped(quality.flagged)[:8]]))
+    if quality.score < minimum:
+        kinds = ", ".join([*by_kind(quality.notes)][:3])
+        say("Warning", f"the quality is below {minimum} (MIN_QUALITY). Fix first: {kinds}.")
+
+
 def token_figures(data: PreparedData) -> dict[str, int]:
-    """How long the pairs are that are kept; nothing where they were not tokenized."""
-    lengths = sorted(data.tokens)
-    if not lengths:
+    """The lengths of the pairs that are kept; nothing where they were not tokenized."""
+    if not data.tokens:
         return {}
+    lengths, last = sorted(data.tokens), len(data.tokens) - 1
     shares = {"min": 0, "median": 0.5, "p95": 0.95, "max": 1}
-    figures = {name: lengths[round(share * (len(lengths) - 1))] for name, share in shares.items()}
+    figures = {name: lengths[round(share * last)] for name, share in shares.items()}
     return figures | {"sum": sum(lengths)}
 
 
 def write_report(cfg: Config, data: PreparedData) -> Path | None:
-    """A workbook with every row and a picture of the lengths, in this folder, when they can be written."""
-    path, source = None, local_path(cfg.DATASET_PATH).resolve()
-    with warned("the report could not be written"):
-        wanted = free_path(
-            REPORT_NAME,
-            (".xlsx", ".png"),
-            lambda path: may_be_replaced(path) and path.resolve() != source,
+    """Every row in a workbook and a picture of the lengths, in this folder if that can be written."""
+    source = local_path(cfg.DATASET_PATH).resolve()
+    with warned("the report could not be completed"):
+        path = free_path(
+            REPORT_NAME, (".xlsx", ".png"), lambda p: p != source and may_be_replaced(p)
         )
-        write_book(wanted, report_tables(cfg, data))
-        path = wanted
-        draw_lengths(wanted.with_suffix(".png"), cfg, data)
-    return path
+        write_book(path, report_tables(cfg, data))
+        draw_lengths(path.with_suffix(".png"), cfg, data)
+        return path
+    return None
 
 
 def report_tables(cfg: Config, data: PreparedData) -> dict[str, pandas.DataFrame]:
-    import pandas
+    from pandas import DataFrame
 
-    pairs, quality = data.pairs, data.quality
+    pairs, quality, kept, dropped = data.pairs, data.quality, [], []
     summary = {
         "file": pairs.name,
-        "sheet": pairs.table.sheet,
-        "shape": pairs.shape,
-        "columns": ", ".join(pairs.used),
         "rows read": pairs.rows_read,
         "pairs kept": len(pairs.kept),
-        "left out": len(pairs.dropped),
-        "held out to measure": len(data.validation_pairs),
+        "rows dropped": len(pairs.dropped),
+        "held out for validation": len(data.validation_pairs),
         **{f"tokens in a pair, {name}": figure for name, figure in token_figures(data).items()},
-        "quality, from 0 to 1": round(quality.score, 4) if quality.counted else "",
+        "quality, from 0 to 1": round(quality.score, 4),
     }
     found = [(what, value, "") for what, value in summary.items()]
-    for kind, notes in quality.parts.items():
-        rows = ", ".join(str(note.row) for note in notes[:50]) + (", …" if notes[50:] else "")
-        found.append((kind, len(notes), rows))
-    settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
-    kept = "sheet,row,question,answer,tokens,held out,findings".split(",")
-    dropped = "sheet,row,reason,what stands there".split(",")
-    return {
-        "Summary": pandas.DataFrame(found, columns=["what", "value", "rows"]),
-        "Kept": pandas.DataFrame(kept_rows(data), columns=kept),
-        "Dropped": pandas.DataFrame(dropped_rows(pairs), columns=dropped),
-        "Settings": pandas.DataFrame(settings, columns=["name", "value"]),
-    }
-
-
-def kept_rows(data: PreparedData) -> Iterator[Sequence[Any]]:
+    for kind, notes in by_kind(quality.notes).items():
+        found.append((kind, len(notes), ", ".join(str(note.row) for note in notes[:50])))
     held_out = set(map(id, data.validation_pairs))
-    lengths: list[Any] = data.tokens or [None] * len(data.pairs.kept)
-    for pair, tokens, found in zip(data.pairs.kept, lengths, data.quality.findings, strict=True):
+    lengths: list[Any] = data.tokens or [None] * len(pairs.kept)
+    for pair, tokens, flaws in zip(pairs.kept, lengths, quality.findings, strict=True):
         *turns, _ = (f"{one['role']}: {one['content']}" for one in pair.messages)
         question = "\n\n".join(turns) if turns[1:] else pair.question
-        measured = "yes" if id(pair) in held_out else "no"
-        yield pair.sheet, pair.row, question, pair.answer, tokens, measured, "; ".join(found)
-
-
-def dropped_rows(pairs: Pairs) -> Iterator[Sequence[Any]]:
-    """Every row that is left out, with its cells as they stand in the file."""
+        side = "yes" if id(pair) in held_out else "no"
+        kept.append((*pair[1:], question, pair.answer, tokens, side, "; ".join(flaws)))
     cells = {(part.place, number): row for part in pairs.parts for number, row in part.table.rows}
     for note in pairs.dropped:
-        row = cells.get((note.sheet, note.row), [])
-        yield *note, " | ".join(str(cell) for cell in row if cell)
+        content = cells.get((note.sheet, note.row), [])
+        dropped.append((*note, " | ".join(str(cell) for cell in content if cell)))
+    settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
+    titles = "sheet,row,question,answer,tokens,held out,findings".split(",")
+    return {
+        "Summary": DataFrame(found, columns=["what", "value", "rows (the first 50)"]),
+        "Kept": DataFrame(kept, columns=titles),
+        "Dropped": DataFrame(dropped, columns=["sheet", "row", "reason", "content"]),
+        "Settings": DataFrame(settings, columns=["name", "value"]),
+    }
 
 
 # -- The folder of a run, and its zip
@@ -4847,40 +4031,31 @@ def output_bytes(trainable: int) -> int:
 
 @contextmanager
 def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> Iterator[None]:
-    """A full or lost disk as one message; a library of another language brings no OSError."""
-    import zlib
-
+    """A full or lost disk as one message; a library in Rust raises no OSError."""
     try:
         yield
     except Exception as error:
-        of_the_disk = isinstance(error, OSError | zipfile.BadZipFile | zlib.error)
-        if not of_the_disk and "os error" not in str(error):
+        if not isinstance(error, OSError | zipfile.BadZipFile) and "os error" not in str(error):
             raise
-        raise UserError(
-            f"{done}{folder} could not be written: {preview(str(error), 200)}.\n"
-            f"{free_space(folder.parent, need)}{advice}"
-        ) from error
+        what = f"{done}{folder} could not be written: {preview(str(error), 200)}."
+        raise UserError(f"{what}\n{free_space(folder.parent, need)}{advice}") from error
 
 
 def files_for_others(folder: Path) -> list[Path]:
-    """What may be passed on: no links, nothing that can run a program, no places of this computer."""
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and not path.is_symlink()
-        if path.name != BASE_PLACE and path.suffix.lower() not in PICKLES
-    ]
+    """What may be shared: no links, nothing that can run a program, no paths of this computer."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
+    private = (BASE_PLACE, *PICKLES)
+    return [path for path in files if not path.name.lower().endswith(private)]
 
 
 def write_zip(folder: Path) -> Path:
-    """What others may have of the folder, in one zip beside it, read back before it gets its name."""
+    """What may be shared, in one zip beside the folder, read back before it gets its name."""
     target = folder.with_name(f"fine_tuned_{folder.name}.zip")  # of ./model: fine_tuned_model.zip
-    for cut_off in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
-        cut_off.unlink()
+    for leftover in target.parent.glob(f"{glob.escape(target.name)}.*.partial"):
+        leftover.unlink()
     files = files_for_others(folder)
     need = sum(path.stat().st_size for path in files)
-    done = f"The adapter is safe in {folder}, but "
-    advice = "Make room and run the same command again, or take the folder as it is."
+    done, advice = f"The adapter is safe in {folder}, but ", "Make room and run the command again."
     with explained_disk_errors(target, need, done, advice), atomic_write(target) as staged:
         if shutil.disk_usage(folder.parent).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -4893,39 +4068,32 @@ def write_zip(folder: Path) -> Path:
     return target
 
 
-def foreign_files(folder: Path) -> list[str]:
-    """Files in the folder of a model that no run has put there."""
+def foreign_files(folder: Path) -> set[str]:
+    """Files in the folder of a run that it has not put there, and answers that somebody edited."""
     ours = {*record_of(folder).get("files", []), ANSWERS, ANSWERS_PICTURE}
-    if not may_be_replaced(folder / ANSWERS):  # somebody has written into it
-        ours.discard(ANSWERS)
-    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()]
-    hidden_or_cut_off = re.compile(r"(.*/)?\.[^/]*|.*\.\d+\.partial")
-    return [name for name in found if name not in ours and not hidden_or_cut_off.fullmatch(name)]
+    found = {p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if not p.is_dir()}
+    return found - ours if may_be_replaced(folder / ANSWERS) else found
 
 
 def place_for_earlier(final: Path, run: str) -> Path | None:
-    """Where the model goes that a new one replaces; nowhere when they are the same run's.
-
-    What somebody else has put beside it is never deleted.
-    """
+    """Where the model goes that a new one replaces; nowhere when both are of the same run."""
     if record_of(final).get("run") == run and not foreign_files(final):
         return None
     previous = final.with_name(f"{final.name}.previous")
-    if previous.is_symlink() or not previous.is_dir() or not foreign_files(previous):
-        return previous
-    return free_name(previous)
+    is_ours = record_of(previous) and not foreign_files(previous)
+    return previous if is_ours else free_name(previous)
 
 
 def write_visuals(folder: Path, record: dict[str, Any], trained: TrainingResult) -> None:
-    """What is known of the training as tables and pictures; of run.json they are views."""
+    """What run.json has, as tables and pictures."""
     folder.mkdir()
-    settings = record["settings"] | {"device": record["device"]}
-    with warned("not all tables and pictures of the training could not be written"):
+    with warned("some tables or pictures of the training could not be written"):
         write_json(folder / "training_metrics.json", record["results"])
-        write_json(folder / "training_config.json", settings)
+        used = record["settings"] | {"device": record["device"]}
+        write_json(folder / "training_config.json", used)
         log = training_log(trained)
         with atomic_write(folder / "training_metrics.csv") as staged:
-            log.to_csv(staged, columns=LOGGED, index=False)
+            log.to_csv(staged, index=False)
         draw_training_curves(folder / "training_curves.png", log, trained)
         draw_loss_comparison(folder / "loss_comparison.png", log, trained)
 
@@ -4935,20 +4103,15 @@ def save_run(
     device: Device,
     data: PreparedData,
     last: Checkpoint,
-    result: Comparison | None = None,
+    answers: pandas.DataFrame | None,
 ) -> tuple[Path, Path]:
     """Everything that lands in OUTPUT_DIR, and the zip."""
     final, trained = output_folder(cfg), training_result(cfg, last)
     run, need = last.folder.parent.name, output_bytes(trained.stats.trainable)
-    earlier = place_for_earlier(final, run)
-    advice = (
-        "Make room, or choose another --output-dir, and run the same command again: it "
-        "takes the adapter from the last checkpoint and does not train."
-    )
-    with (
-        explained_disk_errors(final, need, "The training is done, but ", advice),
-        atomic_folder(final, earlier) as staged,
-    ):
+    earlier, done = place_for_earlier(final, run), "The training is done, but "
+    advice = "Make room or choose another --output-dir: the same command then only saves."
+    writing = explained_disk_errors(final, need, done, advice)
+    with writing, atomic_folder(final, earlier) as staged:
         shutil.copyfile(trained.adapter, staged / ADAPTER)
         # not the checkpoint's settings, which may have come from elsewhere
         adapter = lora_config(cfg, layers_in(trained.adapter))
@@ -4959,77 +4122,54 @@ def save_run(
             (staged / BASE_PLACE).write_bytes(os.fsencode(base.resolve()))
             if base.is_relative_to(cache_folder()):  # the demo model, which nobody has elsewhere
                 shutil.copytree(base, staged / base.name, copy_function=shutil.copyfile)
-        # a few rows go along: whatever is made of the model later is measured on them
         sample = (data.validation_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]
         write_json(staged / SAMPLE, [pair.messages for pair in sample])
         record = run_record(cfg, device, data, trained)
-        card = model_card(record, CARD)
+        card = model_card(record)
         (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         write_visuals(staged / "training_visuals", record, trained)
-        if result:
-            write_answers(staged, pairs_to_ask(cfg, data)[0], result)
+        if answers is not None:
+            write_answers(staged, pairs_to_ask(cfg, data)[0], answers)
         files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
         own = {"run": run, "files": sorted([*files, "run.json"])}
         write_json(staged / "run.json", own | record)
     return final, write_zip(final)
 
 
-def add_answers(folder: Path, which: str, result: Comparison) -> Path:
-    """The answers go into the folder that is saved already, and into its zip."""
-    write_answers(folder, which, result)
-    return write_zip(folder)
-
-
 # ==================================================================================================
 # 10  Chatting
 # ==================================================================================================
 
-SIDES = ("Before: the base model", "After: the tuned model")
-LONGEST_QUESTION = 8000  # letters on the page, where anybody may ask
 PAGE_FLOOR = "6.7"  # of gradio, also for security
-PAGE_TITLE = "Ask the tuned model"
 PAGE_OPTIONS: dict[str, Any] = {
-    "prevent_thread_lock": True,
-    "quiet": True,
-    "ssr_mode": False,
-    "footer_links": [],
+    **{"prevent_thread_lock": True, "quiet": True, "ssr_mode": False, "footer_links": []},
     "max_file_size": 1,  # nobody needs to send any
     "css": ".message-markdown-disabled * {white-space: pre-wrap}",  # code keeps its form
 }
-PAGE_SLIDERS = {  # label, from, to, step
-    "TEMPERATURE": ("Temperature", 0, 2, 0.05),
-    "TOP_P": ("Top p", 0.01, 1, 0.01),
-    "MAX_TOKENS": ("Max tokens", 1, 1024, 1),
-    "REPETITION_PENALTY": ("Repetition penalty", 0.5, 2, 0.05),
-    "SEED": ("Seed", 0, 100, 1),
+PAGE_SLIDERS = {  # lowest, highest, step
+    **{"TEMPERATURE": (0, 2, 0.05), "TOP_P": (0.01, 1, 0.01), "MAX_TOKENS": (1, 1024, 1)},
+    **{"REPETITION_PENALTY": (0.5, 2, 0.05), "SEED": (0, 100, 1)},
 }
-ALONE = (
-    "Each question is asked alone, as it was taught; /history on gives the model all of the talk."
+CHAT_HELP = (
+    "/reset starts anew, /history on or off, /system TEXT gives instructions, /save FILE keeps "
+    "the conversation, /quit leaves. Ctrl+C ends an answer."
 )
-TALK_HELP = (
-    "/reset forgets what was said, /history on or off, /system TEXT gives instructions, /save FILE "
-    "keeps the talk, /quit leaves. Ctrl+C ends an answer."
-)
+ALONE = "Each question is asked alone, as in training; /history on adds the conversation so far."
 
 
 def model_to_ask(cfg: Config) -> Run:
-    """The model in OUTPUT_DIR; for --base, where there is none, that of MODEL_NAME."""
-    place = local_path(cfg.OUTPUT_DIR)
-    if cfg.SHARE and not cfg.WEB:
-        raise UserError("--share is for the page in the browser. Add --web")
-    if cfg.BASE and not os.path.exists(place):
+    if cfg.BASE and not os.path.exists(local_path(cfg.OUTPUT_DIR)):  # nothing is trained yet
         run = Run(cfg, load_tokenizer(cfg))
         run.model = run.base
         return run
-    run = load_tuned(place, cfg.LOAD_IN_4BIT)
-    say("Model", f"{short_path(place)}{', as it was before its training' if cfg.BASE else ''}")
-    if cfg.MODEL_NAME not in (Config.MODEL_NAME, run.cfg.MODEL_NAME):
-        say("Note", f"--model-name does not count: this one was made of {run.cfg.MODEL_NAME}")
+    run = load_tuned(local_path(cfg.OUTPUT_DIR), cfg.LOAD_IN_4BIT)
+    base, place = run.cfg.MODEL_NAME, short_path(run.place)
+    say("Model", f"{base}, the base of {place}" if cfg.BASE else f"{place}, fine-tuned from {base}")
     return run
 
 
-def follows_talks(run: Run, cfg: Config) -> bool:
-    """Whether an answer gains by what was said before: not where questions were taught alone."""
+def uses_history(run: Run, cfg: Config) -> bool:
+    """Whether answers see the conversation so far: not where the model was trained on single questions."""
     dataset = run.record.get("dataset") or {}
     return cfg.BASE or dataset.get("shape") != "question and answer"
 
@@ -5044,47 +4184,7 @@ def questions_given(cfg: Config) -> list[str]:
     lines = [cfg.QUESTION] if cfg.QUESTION else sys.stdin or []
     if questions := [line.strip() for line in lines if line.strip()]:
         return questions
-    raise UserError(
-        'There is no question, and nobody to ask for one.\nPut it behind the command: "Why?"'
-    )
-
-
-class Told(NamedTuple):
-    text: str
-    speed: str
-    interrupted: bool
-
-
-def tell(tuned: Run, messages: Messages, cfg: Config) -> Told:
-    """Print an answer as it grows. Ctrl+C ends it."""
-    start, answer, shown, interrupted = time.perf_counter(), Answer("", 0, stopped=False), 0, False
-    try:
-        for answer in stream_answer(tuned, messages, cfg):
-            shown, new = len(answer.text), answer.text[shown:]
-            show(printable(new), end="")
-    except KeyboardInterrupt:
-        interrupted = True
-    show("")
-    return Told(answer.text, speed_in_words(answer, time.perf_counter() - start, cfg), interrupted)
-
-
-def speed_in_words(answer: Answer, seconds: float, cfg: Config) -> str:
-    cut = not answer.stopped and answer.tokens >= cfg.MAX_TOKENS
-    more = "; cut off, --max-tokens allows more" if cut else ""
-    return f"({answer.tokens} tokens, {answer.tokens / seconds:.1f} a second{more})"
-
-
-@contextmanager
-def going_on(tell: Callable[[str], Any]) -> Iterator[None]:
-    """When one answer fails, tell why; the talk does not end with it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        tell("")
-    except (UserError, OSError, RuntimeError, MemoryError) as error:
-        if not isinstance(error, UserError | OSError) and not memory_fault(error):
-            raise
-        tell(str(error))
+    raise UserError('There is no question.\nAdd one in quotes: "Why?"')
 
 
 def typed(prompt: str) -> Iterator[str]:
@@ -5098,128 +4198,140 @@ def typed(prompt: str) -> Iterator[str]:
             show("\n/quit leaves.", end="")
             continue
         except EOFError:
-            return
+            line = "/quit"
         if line == "/quit":
             return
         yield line
 
 
+def print_answer(tuned: Run, messages: Messages, cfg: Config, notes: TextIO | None = None) -> str:
+    """Print an answer as it grows. Ctrl+C ends the answer; with nobody to go on, the program."""
+    start, shown, answer = time.perf_counter(), 0, Answer("", 0, stopped=False)
+    try:
+        for answer in stream_answer(tuned, messages, cfg):
+            show(printable(answer.text[shown:]), end="")
+            shown = len(answer.text)
+    except KeyboardInterrupt:
+        if not can_be_asked():
+            raise
+    show("")
+    show(answer_speed(answer, time.perf_counter() - start, cfg), notes)
+    return answer.text
+
+
 def converse(tuned: Run, cfg: Config) -> int:
-    """A talk at the terminal."""
-    talk, together = list[dict[str, str]](), follows_talks(tuned, cfg)
-    say("Chat", TALK_HELP if together else f"{TALK_HELP}\n{ALONE}")
+    """A chat at the terminal."""
+    messages, history = list[dict[str, str]](), uses_history(tuned, cfg)
+    say("Chat", CHAT_HELP if history else f"{CHAT_HELP}\n{ALONE}")
     for line in typed("You"):
         command, _, rest = line.partition(" ")
-        with going_on(show):
+        try:
             if command == "/reset":
-                talk = []
-                show("Forgotten.")
+                messages = []
+                show("The conversation starts anew.")
             elif command == "/history":
-                together = rest.strip() != "off"
-                show("An answer knows what was said before." if together else ALONE)
+                history = rest.strip() != "off"
+                show("Answers see the conversation so far." if history else ALONE)
             elif command == "/system":
-                cfg, talk = changed(cfg, SYSTEM=asked_by_user(rest.strip())["content"]), []
-                show(f"A new talk {'with these' if rest else 'without'} instructions.")
+                cfg, messages = changed(cfg, SYSTEM=user_message(rest.strip())["content"]), []
+                show(f"A new conversation {'with these' if rest else 'without'} instructions.")
             elif command == "/save":
-                show(f"Kept in {short_path(save_talk(cfg, talk, rest.strip()))}")
+                show(f"Saved as {short_path(save_chat(cfg, messages, rest.strip()))}")
             elif line.startswith("/"):
-                show(TALK_HELP if command == "/help" else f"There is no {command}. {TALK_HELP}")
+                show(CHAT_HELP if command == "/help" else f"There is no {command}. {CHAT_HELP}")
             elif line:
-                asked = asked_by_user(line)
+                question = user_message(line)
                 show("\nModel: ", end="")
-                told = tell(tuned, [*talk, asked] if together else [asked], cfg)
-                show(told.speed)
-                if told.text:
-                    talk += [asked, {"role": "assistant", "content": told.text}]
+                answer = print_answer(tuned, [*messages, question] if history else [question], cfg)
+                messages += [question, {"role": "assistant", "content": answer}] if answer else []
+        except (UserError, OSError, RuntimeError, MemoryError) as error:
+            show(str(error))  # and the chat goes on
     return 0
 
 
-def save_talk(cfg: Config, talk: Messages, name: str) -> Path:
-    """In the form in which a training reads conversations: a line for each."""
+def save_chat(cfg: Config, messages: Messages, name: str) -> Path:
+    """As a line of JSON, in the form in which a training reads conversations."""
     path = local_path(name)
     if not name or os.path.exists(path):
-        raise UserError("/save needs the name of a new file, such as /save talk.jsonl")
+        raise UserError("/save needs the name of a new file, such as /save chat.jsonl")
     system = [{"role": "system", "content": cfg.SYSTEM}] if cfg.SYSTEM else []
     with atomic_write(path) as staged:
-        staged.write_text(json.dumps({"messages": [*system, *talk]}) + "\n", encoding="utf-8")
+        staged.write_text(json.dumps({"messages": [*system, *messages]}) + "\n", encoding="utf-8")
     return path
 
 
-def questions_typed() -> Iterator[str]:
-    say("Compare", "Type a question for both models; an empty line leaves.")
-    return itertools.takewhile(bool, typed("Question"))
+# -- Questions to both models
 
 
-def side_by_side(asked: Asked, width: int, coloured: bool) -> str:
-    from rich import box, table, text
-    from rich.console import Console
+def side_by_side(row: dict[str, Any]) -> str:
+    """Both answers in columns, in colour on a terminal without NO_COLOR."""
+    from rich import box, console, table, text
 
     columns = table.Table(box=box.ASCII, show_edge=False, expand=True)
-    for side, colour in zip(SIDES, ("yellow", "green"), strict=True):
+    colours = {"Before: the base model": "yellow", "After: the tuned model": "green"}
+    for title, colour in colours.items():
         header = f"not bold {colour}"
-        columns.add_column(side, header_style=header, style=colour, ratio=1, overflow="fold")
-    columns.add_row(*(text.Text(without_gaps(one)) for one in (asked.before, asked.after)))
-    screen = Console(width=min(width, 160), color_system="standard" if coloured else None)
+        columns.add_column(title, header_style=header, style=colour, ratio=1, overflow="fold")
+    columns.add_row(*(text.Text(printable(row[when])) for when in ("before", "after")))
+    screen = console.Console()
+    screen.width = min(screen.width, 160)
     with screen.capture() as shown:
         screen.print(columns)
     return shown.get()
 
 
-def listed_questions(cfg: Config) -> list[Talk]:
-    """The questions of a file, each with its row; an answer beside one is the answer wanted."""
+def unanswered(text: str, sheet: str = "", row: int = 0) -> Pair:
+    return Pair([user_message(text), {"role": "assistant", "content": ""}], sheet, row)
+
+
+def listed_questions(cfg: Config) -> list[Pair]:
+    """The questions of a file; where it has an answer to one, that is the expected answer."""
     path = local_path(cfg.QUESTIONS)
-    if not os.path.exists(path) or path.is_dir():
+    if not os.path.exists(path):
         raise UserError(f"There is no file {path}.\nName one with --questions")
-    if path.suffix.lower() in (".yaml", ".yml"):
-        raise UserError(f"{path} is YAML.\nTake a table, or a .txt with a question on each line.")
     if path.suffix.lower() == ".txt":
         lines = enumerate(decoded(path, path.read_bytes()).splitlines(), start=1)
-        talks = [Talk(str(n), [asked_by_user(line.strip())]) for n, line in lines if line.strip()]
+        found = [unanswered(line.strip(), "", number) for number, line in lines if line.strip()]
     else:
-        talks = questions_in_table(path, changed(cfg, DATASET_PATH=str(path)))
-    if not talks:
+        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path)))
+    if not found:
         raise UserError(f"{path} holds no questions. Write one a row.")
-    return talks
+    return found
 
 
-def questions_in_table(path: Path, cfg: Config) -> list[Talk]:
-    """Pairs are found as for a training; what has no answer is asked as well."""
+def questions_in_tables(path: Path, cfg: Config) -> list[Pair]:
+    """Pairs as a training finds them, and what else stands in the column of questions."""
+    found: list[Pair] = []
     try:
-        pairs = find_pairs(cfg)
-    except UserError:
+        parts = find_pairs(cfg).parts
+    except UserError:  # such as a table without answers
         for table in read_tables(path, cfg):
-            if (column := question_column(table, cfg)) is not None:
-                return open_questions(table, column, {number for number, _ in table.rows})
-        raise
-    talks = []
-    for part in pairs.parts:
-        found = [Talk(str(pair.row), pair.messages[:-1], pair.answer) for pair in part.kept]
+            named = [i for i, h in enumerate(table.header) if name_strength(h, "question") > 1]
+            columns = named or range(len(table.header))
+            if cfg.QUESTION_COLUMN:
+                columns = [column_named(table, "question", cfg.QUESTION_COLUMN)]
+            if len(columns) == 1:
+                found += column_questions(table, columns[0], table.sheet).values()
+        if not found:
+            raise
+        return found
+    for part in parts:
         if part.columns:
-            open_rows = {note.row for note in part.dropped if note.reason == NO_ANSWER}
-            found += open_questions(part.table, part.columns.question, open_rows)
-        found.sort(key=lambda talk: int(talk.place))
-        where = f" of {part.place}" if pairs.parts[1:] else ""
-        talks += [talk._replace(place=talk.place + where) for talk in found]
-    if others := [note for note in pairs.dropped if note.reason not in (NO_ANSWER, "blank")]:
-        say("Left out", "; ".join(grouped(others)))
-    return talks
+            every = column_questions(part.table, next(iter(part.columns)), part.place)
+            found += (every | {pair.row: pair for pair in part.kept}).values()
+        else:
+            found += part.kept
+    return found
 
 
-def question_column(table: Table, cfg: Config) -> int | None:
-    """Of a table without answers."""
-    if cfg.QUESTION_COLUMN:
-        return column_named(table, "question", cfg.QUESTION_COLUMN)
-    filled = [i for i in range(len(table.header)) if top_cells(table, i, 1)]
-    named = [i for i in filled if name_strength(table.header[i], "question") > 1]
-    return next((found[0] for found in (named, filled) if len(found) == 1), None)
-
-
-def open_questions(table: Table, column: int, rows: set[int]) -> list[Talk]:
+def column_questions(table: Table, column: int, place: str) -> dict[int, Pair]:
+    found = {}
     for number, row in table.rows:
         if not table.sheet and any(row[len(table.header) :]):
             raise UserError(f"Row {number} has {MORE_CELLS}.")
-    texts = {n: one_text(cell) for n, cell in column_cells(table, column) if n in rows}
-    return [Talk(str(row), [asked_by_user(text)]) for row, text in texts.items() if text]
+        if text := one_text(row[column]):
+            found[number] = unanswered(text, place, number)
+    return found
 
 
 # -- The page
@@ -5231,12 +4343,11 @@ def serve(cfg: Config) -> int:
         raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
     on_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
     if on_colab and not cfg.SHARE:
-        raise UserError("Colab's own page cannot reach this one: add --share for a public link.")
+        raise UserError("No browser reaches a page on Colab: add --share for a public link.")
     page = page_of(model_to_ask(cfg), cfg)
     try:
-        _, local, shared = page.launch(
-            server_port=cfg.PORT or None, share=cfg.SHARE, **PAGE_OPTIONS
-        )
+        address = {"server_port": cfg.PORT or None, "share": cfg.SHARE}
+        _, local, shared = page.launch(**address, **PAGE_OPTIONS)
     except OSError as error:
         raise UserError(f"The page cannot be opened: {error}\nTake another --port") from None
     say("Page", f"{shared or local}  (Ctrl+C closes it)")
@@ -5245,117 +4356,108 @@ def serve(cfg: Config) -> int:
 
 
 def page_of(tuned: Run, cfg: Config) -> Any:
-    """Two tabs: a talk with the tuned model, and one question for both."""
+    """Two tabs: a chat with the tuned model, and one question to both models."""
     import gradio as gr
 
     reply, both = page_answers(tuned, cfg)
-    box = {"placeholder": "Your question", "max_length": LONGEST_QUESTION}
-    examples = [[question] for question in tuned.record.get("examples", [])]
-    quiet = {"api_visibility": "private"}
-    with gr.Blocks(title=PAGE_TITLE, analytics_enabled=False, fill_height=True) as page:
-        gr.Markdown(f"## {PAGE_TITLE}")
-        with gr.Accordion("How to answer", open=False), gr.Row():
-            how = [
-                gr.Slider(
-                    low, max(high, value := getattr(cfg, name)), value, step=step, label=label
-                )
-                for name, (label, low, high, step) in PAGE_SLIDERS.items()
-            ]
+    box = {"placeholder": "Your question", "max_length": 8000}
+    examples = [[question] for question in tuned.record.get("examples") or []]
+    with gr.Blocks(title="Ask the tuned model", analytics_enabled=False, fill_height=True) as page:
+        with gr.Accordion("Answer settings", open=False), gr.Row():
+            sliders = []
+            for name, (low, high, step) in PAGE_SLIDERS.items():
+                value, label = getattr(cfg, name), name.replace("_", " ").capitalize()
+                shape = {"step": step, "label": label, "min_width": 220}
+                sliders.append(gr.Slider(low, max(high, value), value, **shape))
         with gr.Tab("Chat"):
-            speed = gr.Markdown(render=False)
+            speed_line = gr.Markdown(render=False)
             gr.ChatInterface(
                 reply,
-                # as plain text: nothing that a model says may become a part of the page
                 chatbot=gr.Chatbot(render_markdown=False, show_label=False, buttons=["copy"]),
                 textbox=gr.Textbox(**box, show_label=False, submit_btn=True, stop_btn=True),
-                additional_inputs=how,
-                additional_outputs=[speed],
+                additional_inputs=sliders,
+                additional_outputs=[speed_line],
                 examples=examples or None,
                 run_examples_on_click=False,
-                flagging_mode="never",
                 analytics_enabled=False,
-                **quiet,
             )
-            speed.render()
+            speed_line.render()
         with gr.Tab("Compare"):
             question = gr.Textbox(**box, label="Question")
             with gr.Row():
                 ask, stop = gr.Button("Ask both", variant="primary"), gr.Button("Stop")
+            outputs: list[Any] = []
             with gr.Row():
-                height = {"lines": 12, "max_lines": 12, "interactive": False}
-                sides = [gr.Textbox(**height, label=side, buttons=["copy"]) for side in SIDES]
-            outputs = [*sides, gr.Markdown()]
+                for side in ("Before", "After"):
+                    with gr.Column():
+                        shape = {"lines": 9, "max_lines": 9, "buttons": ["copy"]}
+                        outputs += [gr.Textbox(label=f"{side} training", **shape), gr.Markdown()]
             if examples:
                 gr.Examples(examples, question)
-            asking = gr.on([ask.click, question.submit], both, [question, *how], outputs, **quiet)
+            asking = gr.on([ask.click, question.submit], both, [question, *sliders], outputs)
             stop.click(None, cancels=[asking])
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
 def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """What the two tabs do with a question."""
+    """What the two tabs do with a question; all text is escaped, since a page would hide tags."""
     import html
 
     import gradio as gr
 
-    one_at_a_time = threading.Lock()  # switching the adapter off would hit the other's answer
+    one_at_a_time = threading.Lock()  # the base model is the tuned one with its adapter off
 
-    def parts_of(messages: Messages, base: bool, how: Sequence[float]) -> Iterator[tuple[str, str]]:
-        """What an answer has come to so far, and its speed."""
-        with going_on(lambda why: gr.Warning(html.escape(why))):  # an error would lock the page
-            if len(messages[-1]["content"]) > LONGEST_QUESTION:
-                raise UserError(f"A question may have {LONGEST_QUESTION:,} letters.")
-            chosen = dict(zip(PAGE_SLIDERS, how, strict=True))
-            here = checked(vars(cfg) | chosen | {"BASE": base})
-            with one_at_a_time, closing(stream_answer(tuned, messages, here)) as parts:
+    def growing(messages: Messages, base: bool, values: Any) -> Iterator[tuple[str, str]]:
+        try:
+            chosen = dict(zip(PAGE_SLIDERS, values, strict=True))
+            settings = checked(vars(cfg) | chosen | {"BASE": base})
+            with one_at_a_time, closing(stream_answer(tuned, messages, settings)) as parts:
                 start = time.perf_counter()
                 for part in parts:
-                    yield part.text, speed_in_words(part, time.perf_counter() - start, here)
+                    yield part.text, answer_speed(part, time.perf_counter() - start, settings)
+        except (UserError, RuntimeError, MemoryError) as error:  # raised, it would lock the page
+            gr.Warning(html.escape(str(error)))
 
-    def reply(question: str, history: list[Any], *how: float) -> Iterator[tuple[Any, str]]:
-        before = said(history) if follows_talks(tuned, cfg) else []
-        for text, speed in parts_of([*before, asked_by_user(question)], cfg.BASE, how):
-            shown = {"type": "text", "text": html.escape(text)}  # or else tags would vanish
-            yield {"role": "assistant", "content": [shown]}, speed
+    def reply(question: str, history: list[Any], *values: float) -> Iterator[tuple[str, str]]:
+        messages: Messages = []
+        for turns in itertools.pairwise(history if uses_history(tuned, cfg) else []):
+            if turns[1]["role"] == "assistant":  # a question without an answer does not count
+                asked, text = (turn["content"][0]["text"] for turn in turns)
+                answer = {"role": "assistant", "content": html.unescape(text)}
+                messages += [user_message(asked), answer]
+        parts = growing([*messages, user_message(question)], cfg.BASE, values)
+        yield from ((html.escape(text), speed_line) for text, speed_line in parts)
 
-    def both(question: str, *how: float) -> Iterator[tuple[str, str, str]]:
-        before = after = ""
-        for base in (True, False):
-            for text, speed in parts_of([asked_by_user(question)], base, how):
-                before, after = (text, after) if base else (before, text)
-                yield before, after, speed
+    def both(question: str, *values: float) -> Iterator[tuple[str, ...]]:
+        before = ("", "")
+        for before in growing([user_message(question)], True, values):
+            yield *before, "", ""
+        for after in growing([user_message(question)], False, values):
+            yield *before, *after
 
     return reply, both
-
-
-def said(history: Sequence[dict[str, Any]]) -> Messages:
-    """What was said before, of what Gradio hands back: answers as they were shown, in parts."""
-    import html
-
-    talk: Messages = []
-    for turn, after in itertools.pairwise([*history, {"role": "user"}]):
-        text = "".join(part["text"] for part in turn["content"])
-        if turn["role"] == "assistant":
-            talk.append({"role": "assistant", "content": html.unescape(text)})
-        elif after["role"] == "assistant":  # or else the question was never answered
-            talk.append({"role": "user", "content": text})
-    return talk
 
 
 # ==================================================================================================
 # 11  Export
 # ==================================================================================================
 
-EXPORTED = re.compile(r"-(merged|gguf|space)$|\.zip$")  # what a name of OUTPUT_DIR may end with
+EXPORT_ENDINGS = re.compile(r"-(merged|gguf|space)$|\.zip$")  # that OUTPUT_DIR may have
 LLAMA_FLOOR = "0.2.18"  # of cyllama
-READ_AT_ONCE = 512  # tokens
+TOKENS_PER_DECODE = 512
 SHARD = "2GB"  # of merged weights: an upload that breaks off loses no more
-# Disk that a GGUF takes at the worst moment, as a share of the merged weights; see export_gguf
+# Disk that a GGUF takes at the worst moment, as a share of the merged weights
 SHARE_OF_MERGED = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.35}
-# The loss may be higher by this share; of what is quantised also by 0.02, where it is near zero
+# The loss may rise by this share; of a GGUF also by 0.02, which counts where it is near zero
 LOSS_ALLOWED = {"merged": 0.01, "f16": 0.01, "q8_0": 0.02, "q4_k_m": 0.15}
-SMALL_LOSS = 0.02
-LICENCES = {"microsoft/phi-2": "mit"}
+
+
+def exported_name(cfg: Config) -> str:
+    return EXPORT_ENDINGS.sub("", local_path(cfg.OUTPUT_DIR).resolve().name)
+
+
+def gguf_name(cfg: Config) -> str:
+    return f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
 
 
 def export_place(cfg: Config, kind: str) -> Path:
@@ -5364,39 +4466,29 @@ def export_place(cfg: Config, kind: str) -> Path:
     return (local_path(cfg.EXPORT_DIR) if cfg.EXPORT_DIR else beside).absolute()
 
 
-def exported_name(cfg: Config) -> str:
-    return EXPORTED.sub("", local_path(cfg.OUTPUT_DIR).resolve().name)
-
-
-def gguf_name(cfg: Config) -> str:
-    return f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
-
-
-def adapter_of(run: Run) -> str:
-    """By which adapter two exports are known to be of the same training."""
-    return run.record.get("adapter") or checksum(run.folder / ADAPTER)
-
-
 def export_to(kind: str, cfg: Config, final: Path) -> Path | str:
-    """Make it in the place of an earlier export of its kind, and of nothing else."""
+    """Replace an earlier export of this kind, and nothing else."""
     foreign = os.path.exists(final) and record_of(final).get("export") != kind
     if foreign or Path.cwd().is_relative_to(final.resolve()):
         raise UserError(
-            f"{final} holds something else than an earlier export --to {kind}, so it is left alone.\n"
+            f"{final} holds something other than an export --to {kind}, so it is left alone.\n"
             f"Choose another place: --export-dir {free_name(final.with_name(f'{final.name}-{kind}'))}"
         )
-    return EXPORTERS[kind](cfg, final)
-
-
-def exported_before(kind: str, cfg: Config, final: Path, file: str) -> Run:
-    """What an export is made of: an earlier one of the same adapter that has this file, or a new one."""
     run = open_run(local_path(cfg.OUTPUT_DIR))
+    if run.adapter:
+        run.record["adapter"] = checksum(run.folder / ADAPTER)  # the same for all exports of it
+    return EXPORTERS[kind](cfg, run, final)
+
+
+def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> Run:
+    """The export to make another from: OUTPUT_DIR itself, the one that lies beside, or a new one."""
     if run.record.get("export") == kind and (run.folder / file).is_file():
         return run
     folder = final.with_name(f"{exported_name(cfg)}-{kind}")
-    if record_of(folder).get("adapter") == adapter_of(run) and (folder / file).is_file():
-        say("From", short_path(folder))
-    else:
+    if (
+        record_of(folder).get("adapter") != run.record.get("adapter")
+        or not (folder / file).is_file()
+    ):
         say("First", f"{short_path(folder)}, which serves further exports and may be deleted")
         export_to(kind, cfg, folder)
     return open_run(folder)
@@ -5405,12 +4497,11 @@ def exported_before(kind: str, cfg: Config, final: Path, file: str) -> Run:
 @contextmanager
 def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "") -> Iterator[Path]:
     """A folder to fill, which gets its name when it is complete, with a card and its own run.json."""
-    own: dict[str, Any] = {"export": kind, "adapter": adapter_of(run)}
-    same = record_of(final).get("adapter") == own["adapter"]
-    is_kept = not same or kind == "space"  # whose page people change
+    same = record_of(final).get("adapter") == run.record.get("adapter")
+    is_kept = not same or kind == "space"  # whose page people edit
     earlier = place_for_earlier(final, "" if is_kept else run.record.get("run", ""))
     need = size + SMALL_FILES
-    advice = "Nothing of it is left. Make room, or choose another --export-dir, and try again."
+    advice = "Nothing was left behind. Make room, or choose another --export-dir, and try again."
     with explained_disk_errors(final, need, "", advice):
         if shutil.disk_usage(nearest_existing(final)).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -5418,31 +4509,31 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
             yield staged
             write_card(staged, run, kind, file)
             files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
-            own["files"] = sorted([*files, "run.json"])
+            own = {"export": kind, "files": sorted([*files, "run.json"])}
             write_json(staged / "run.json", run.record | own)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # a mounted drive may know no second names
+    except OSError:  # a mounted drive may have no hard links
         shutil.copyfile(source, target)
 
 
-def examples_to_measure(run: Run) -> list[Example]:
+def sample_examples(run: Run) -> list[Example]:
     advice = "Run the training command once more: a finished run only writes its files anew."
     with explained(f"{run.place} has no rows to measure with ({SAMPLE}).", advice):
-        kept = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
-        return [encode(run.tokenizer, talk) for talk in kept]
+        sample = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
+        return [encode(run.tokenizer, messages) for messages in sample]
 
 
-def refuse_loss(kind: str, loss: float, wanted: float) -> None:
-    """An export that answers worse than what it is made of is not called done."""
-    allowed = wanted * (1 + LOSS_ALLOWED[kind]) + (SMALL_LOSS if kind != "merged" else 0)
-    say("Loss", f"{loss:.4f} {kind}, {wanted:.4f} before, on rows that went along with the run")
+def refuse_loss(kind: str, loss: float, expected: float) -> None:
+    """An export that answers worse than what it is made of is not written."""
+    allowed = expected * (1 + LOSS_ALLOWED[kind]) + (0 if kind == "merged" else 0.02)
+    say("Loss", f"{loss:.4f} {kind}, {expected:.4f} before, on the rows of {SAMPLE}")
     if not loss <= allowed:
         raise UserError(
-            f"Nothing was written: the loss would rise from {wanted:.4f} to {loss:.4f}.\n"
+            f"Nothing was written: the loss would rise from {expected:.4f} to {loss:.4f}.\n"
             "Use the adapter as it is, or of a GGUF --quantize q8_0 or f16"
         )
 
@@ -5450,245 +4541,180 @@ def refuse_loss(kind: str, loss: float, wanted: float) -> None:
 # -- Merged weights
 
 
-def export_merged(cfg: Config, final: Path) -> Path:
+def export_merged(_: Config, run: Run, final: Path) -> Path:
     """The base with the adapter in its weights, as transformers, vLLM and llama.cpp read it.
 
-    An adapter that was trained on weights in 4 bits has learnt to make up for their rounding, so it is
-    added to these, but widened before: bitsandbytes would round the sum once more.
+    An adapter trained on 4-bit weights makes up for their rounding, so it is added to these, but
+    dequantized first: bitsandbytes would round the sum once more.
     """
-    run = open_run(local_path(cfg.OUTPUT_DIR))
     if not run.adapter:
         raise UserError(f"{run.place} has no adapter to merge.\nName the folder of a training.")
-    examples, four_bit = examples_to_measure(run), bool(run.record["device"]["four_bit"])
+    examples, four_bit = sample_examples(run), bool(run.record["device"]["four_bit"])
     with export_folder("merged", run, final, run.parameters * bytes_of(run.stored_dtype)) as folder:
         kind = "cuda" if device_here(run.cfg).kind == "cuda" else "cpu"
         device = Device(kind, run.stored_dtype, False, "")
         refuse_small_memory(run.cfg, device, run.parameters)
+        say("Merging", f"{run.cfg.MODEL_NAME} with the adapter of {run.place}")
         base = load_base(run.base_settings, device._replace(four_bit=four_bit))
         model: Any = run.with_adapter(base)
-        wanted = mean_loss(model, examples, READ_AT_ONCE)
+        expected = mean_loss(model, examples, TOKENS_PER_DECODE)
         if four_bit:
             model = run.with_adapter(model.unload().dequantize())
         model = model.merge_and_unload(safe_merge=True)
-        loss = mean_loss(model, examples, READ_AT_ONCE)
-        refuse_loss("merged", loss, wanted)
+        refuse_loss("merged", loss := mean_loss(model, examples, TOKENS_PER_DECODE), expected)
         model.save_pretrained(folder, max_shard_size=SHARD)
-        write_companions(run, folder)
+        run.shape.dtype = run.stored_dtype
+        run.shape.save_pretrained(folder)  # the base's own config, with its dropout
+        run.tokenizer.save_pretrained(folder)
+        settings = json.loads((place := folder / "tokenizer_config.json").read_text("utf-8"))
+        # or else llama.cpp would begin each prompt with a token of its own
+        write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
+        how = generation_settings(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)
+        config, penalty = how["generation_config"], run.cfg.REPETITION_PENALTY
+        config.update(bos_token_id=run.tokenizer.bos_token_id, repetition_penalty=penalty)
+        config.save_pretrained(folder)
+        shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
         way = "4bit" if four_bit else "16bit"
-        run.record["merged"] = {"way": way, "adapter": wanted, way: loss, "rows": len(examples)}
+        run.record["merged"] = {"way": way, "adapter": expected, way: loss, "rows": len(examples)}
     return final
-
-
-def write_companions(run: Run, folder: Path) -> None:
-    """What belongs to merged weights: the base's form, the tokenizer, how to answer, the sample."""
-    run.shape.dtype = run.stored_dtype
-    run.shape.save_pretrained(folder)
-    save_tokenizer(run.tokenizer, folder)
-    how = generation_settings(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)["generation_config"]
-    how.repetition_penalty = run.cfg.REPETITION_PENALTY
-    how.bos_token_id = run.tokenizer.bos_token_id
-    how.save_pretrained(folder)
-    shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
-
-
-def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """And with it, that nothing goes before a prompt; llama.cpp would begin with a token of its own."""
-    tokenizer.save_pretrained(folder)
-    place = folder / "tokenizer_config.json"
-    settings = json.loads(place.read_text(encoding="utf-8"))
-    write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
 
 
 # -- GGUF, for llama.cpp and all that is built on it
 
-CONVERTERS = (  # llama.cpp's own, as they lie in the source archive of its Python package
-    "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca77"
-    "3a59fe7cf3/llama_cpp_python-0.3.36.tar.gz"
-)
+# llama.cpp's own converters, in the source archive of its Python package
+CONVERTERS = "https://files.pythonhosted.org/packages/ec/e9/e7de2b0463ea3ffbf0ede6cb21b58c1258a8f6521aae45ca773a59fe7cf3/llama_cpp_python-0.3.36.tar.gz"
 CONVERTERS_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 CONVERTER_PARTS = re.compile(r".*?/llama\.cpp/(convert_hf\w+\.py|LICENSE|conversion/.*|gguf-py/.*)")
-# A tokenizer that they do not know cuts words as GPT-2 does, or else the test of the file fails. One of
-# SentencePiece's kind is read from tokenizer.json, beside the new file: earlier merges count more. By
-# the name Phi-3 llama.cpp knows that signs swallow the blanks after them, if it finds these four.
+# A pre-tokenizer that they do not know is taken for GPT-2's; the test of the finished file judges.
 CONVERT = """
-import json, pathlib, runpy, sys
-folder, blank, file, *sys.argv[1:] = sys.argv[1:]
-sys.argv += ["--outfile", file]
+import runpy, sys
+folder, *sys.argv[1:] = sys.argv[1:]
 sys.path[:0] = [folder, f"{folder}/gguf-py"]
-from conversion.base import TextModel, gguf
-known, metadata = TextModel.get_vocab_base_pre, TextModel.prepare_metadata
-whole = json.loads(pathlib.Path(file).with_name("tokenizer.json").read_bytes())
-added = {one["id"]: one for one in whole["added_tokens"]}
-def pre(self, tokenizer):
+from conversion.base import TextModel
+known = TextModel.get_vocab_base_pre
+def pre_tokenizer(*what):
     try:
-        return known(self, tokenizer)
+        return known(*what)
     except NotImplementedError:
         return "gpt-2"
-def with_vocabulary(self, vocab_only):
-    if whole["model"].get("byte_fallback"):
-        self.set_vocab = lambda: vocabulary(self)
-        signs = {one["content"] for one in added.values()}
-        swallow = any(one["rstrip"] for one in added.values())
-        if swallow and signs >= {"<unk>", "<s>", "</s>", "<|endoftext|>"}:
-            self.model_name = f"Phi-3 {self.dir_model.name}"
-    metadata(self, vocab_only)
-def vocabulary(self):
-    kinds, texts = gguf.TokenType, {n: text for text, n in whole["model"]["vocab"].items()}
-    merges = list(map("".join, whole["model"]["merges"]))
-    ranks = {text: -float(n) for n, text in reversed([*enumerate(merges)])}
-    tokens = []
-    for n in range(self.find_hparam(["vocab_size_per_layer_input", "vocab_size"])):
-        text = texts.get(n, f"[PAD{n}]")
-        kind = kinds.NORMAL if n in texts else kinds.UNUSED
-        if len(text) == 6 and text.startswith("<0x"):
-            kind = kinds.BYTE
-        if n in added:
-            text, kind = added[n]["content"], kinds.CONTROL
-            if not added[n]["special"]:
-                text, kind = text.replace("\u2581", " "), kinds.USER_DEFINED
-        tokens.append((text, ranks.get(text, -1e6), kind))
-    texts, scores, types = map(list, zip(*tokens))
-    self.gguf_writer.add_tokenizer_model("llama")
-    self.gguf_writer.add_tokenizer_pre("default")
-    self.gguf_writer.add_token_list(texts)
-    self.gguf_writer.add_token_scores(scores)
-    self.gguf_writer.add_token_types(types)
-    self.gguf_writer.add_add_space_prefix(blank == "True")
-    gguf.SpecialVocab(pathlib.Path(file).parent, n_vocab=len(texts)).add_to_gguf(self.gguf_writer)
-TextModel.get_vocab_base_pre, TextModel.prepare_metadata = pre, with_vocabulary
+TextModel.get_vocab_base_pre = pre_tokenizer
 runpy.run_path(f"{folder}/convert_hf_to_gguf.py", run_name="__main__")
 """
 Q4_K_M = 15  # its number in llama.cpp
-HARD_TO_CUT = """ Why?  Two  blanks,   three\t\ttabs\t and\n\n\nlines\r\n  indented: \u00a0\u200bzero
+HARD_TO_TOKENIZE = """ Why?  Two  blanks,   three\t\ttabs\t and\n\n\nlines\r\n  indented: \u00a0\u200bzero
 def f(x):\n    if x:\n        return {'a': [1, 22, 333, 4444, 55555]}  # ok, [INST] <0x0A> {{ braces }} {question}
 I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) "quoted" ... !!! ### über naïve Ærø ľščťžý İstanbul ß ﬁ Ⅷ ½
 Что это? 这是什么？ これは何ですか 이것은 무엇인가 מה זה ما هذا यह क्या है กขค 🚀👩\u200d👩\u200d👧 ✅ 🇸🇰 \U0001f9d1\U0001f3fd trailing """
 
 
-def export_gguf(cfg: Config, final: Path) -> Path:
+def export_gguf(cfg: Config, run: Run, final: Path) -> Path:
     """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp; others stay beside it."""
-    llama_cpp()
-    run = exported_before("merged", cfg, final, "config.json")
-    name, kind = gguf_name(cfg), cfg.QUANTIZE
+    if is_below(installed_version("cyllama"), LLAMA_FLOOR):  # llama.cpp, ready-made
+        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
+    tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)
+    if getattr(getattr(tokenizer, "model", None), "byte_fallback", True):  # or no such model at all
+        raise UserError(
+            f"{run.cfg.MODEL_NAME} has a SentencePiece or similar tokenizer, which is not converted here.\n"
+            "Use --to merged, with transformers or vLLM."
+        )
+    run, name = source_export("merged", cfg, run, final, "config.json"), gguf_name(cfg)
     weights = sum(path.stat().st_size for path in run.folder.glob("*.safetensors"))
-    with export_folder("gguf", run, final, weights * SHARE_OF_MERGED[kind], name) as folder:
-        if record_of(final).get("adapter") == adapter_of(run):
+    size = weights * SHARE_OF_MERGED[cfg.QUANTIZE]
+    with export_folder("gguf", run, final, size, name) as folder:
+        if record_of(final).get("adapter") == run.record.get("adapter"):
             for other in final.glob("*.gguf"):
                 if other.name != name:
                     link_or_copy(other, folder / other.name)
-        begin_with_blank(run.tokenizer)
-        save_tokenizer(run.tokenizer, folder)
-        say("Converting", f"{short_path(run.folder)} to {kind}")
-        if kind == "q4_k_m":
-            convert(run, whole := folder / "f16.partial", "f16")
-            how = llama_cpp().LlamaModelQuantizeParams()
-            how.ftype, how.nthread = Q4_K_M, os.cpu_count() or 1
-            llama_cpp().model_quantize(str(whole), str(folder / name), how)
-            whole.unlink()
-        else:
-            convert(run, folder / name, kind)
-        run.record["gguf"] = {kind: tested_gguf(folder / name, run, kind)}
-        (folder / "Modelfile").write_text(modelfile(run, name), encoding="utf-8")
+        run.tokenizer.save_pretrained(folder)
+        (folder / "Modelfile").write_text(modelfile(run, name), "utf-8")
+        say("Converting", f"{short_path(run.folder)} to {cfg.QUANTIZE}")
+        convert(run.folder, folder / name, cfg.QUANTIZE)
+        refuse_bad_gguf(folder / name, run, cfg.QUANTIZE)
     return final
 
 
-def blank_after_signs(tokenizer: Any) -> bool:
-    """Whether a text after a sign gets a blank before it; llama.cpp gives one to all texts or to none."""
-    return str(tokenizer.tokenize(f"{tokenizer.eos_token}a")[1]).startswith("▁")
+def convert(folder: Path, file: Path, kind: str) -> None:
+    """By llama.cpp's converter, in a process of its own, and for q4_k_m by its quantizer."""
+    from cyllama.llama import llama_cpp
 
-
-def begin_with_blank(tokenizer: Any) -> None:
-    """Let the chat template say the blank that transformers puts before a text, and llama.cpp does not."""
-    asked = prompt_in_words(tokenizer)
-    alike = tokenizer.tokenize(asked) == tokenizer.tokenize(f" {asked}")
-    if alike and not blank_after_signs(tokenizer):
-        tokenizer.chat_template = "{{ ' ' }}" + tokenizer.get_chat_template()
-
-
-def convert(run: Run, file: Path, kind: str) -> None:
-    """By llama.cpp's converter, in a process of its own; the tokenizer lies beside the file."""
-    how = (converters(), blank_after_signs(run.tokenizer), file, run.folder, "--outtype", kind)
+    whole, dtype = (file.with_suffix(".partial"), "f16") if kind == "q4_k_m" else (file, kind)
+    how = (converters(), folder, "--outfile", whole, "--outtype", dtype)
     command = [sys.executable, "-c", CONVERT, *map(str, how)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     LOG.info("%s", done.stdout + done.stderr)
     if done.returncode:
-        last = (done.stderr.strip() or "it was killed, perhaps for want of memory").splitlines()[-1]
+        last = (done.stderr.strip() or "it was killed, perhaps for lack of memory").splitlines()[-1]
         raise UserError(f"The conversion failed: {preview(last, 200)}\nUse --to merged.")
+    if kind == "q4_k_m":
+        options = llama_cpp.LlamaModelQuantizeParams()
+        options.ftype, options.nthread = Q4_K_M, os.cpu_count() or 1
+        llama_cpp.disable_logging()
+        llama_cpp.model_quantize(str(whole), str(file), options)
+        whole.unlink()
 
 
 def converters() -> Path:
-    """The folder with llama.cpp's converters: fetched once, and the bytes that are known here."""
+    """The folder with llama.cpp's converters, downloaded once and checked."""
     import tarfile
 
     folder = cache_folder(f"converters-{CONVERTERS_SHA256[:12]}")
     if os.path.isdir(folder):
         return folder
     [archive] = fetch(CONVERTERS)
-    try:
-        if (found := checksum(archive)) != CONVERTERS_SHA256:
-            raise UserError(
-                f"The converters of llama.cpp did not arrive as they should: checksum {found}.\n"
-                "Run the same command again; if it stays so, the network changes what it carries."
-            )
-        with atomic_folder(folder) as staged, tarfile.open(archive) as packed:
-            for member in packed:
-                if part := CONVERTER_PARTS.fullmatch(member.name):
-                    packed.extract(member.replace(name=part[1]), staged, filter="data")
-    finally:
-        archive.unlink()
+    content = archive.read_bytes()
+    archive.unlink()
+    if (found := hashlib.sha256(content).hexdigest()) != CONVERTERS_SHA256:
+        raise UserError(f"{CONVERTERS} came with another checksum: {found}.\nTry it again.")
+    with atomic_folder(folder) as staged, tarfile.open(fileobj=io.BytesIO(content)) as packed:
+        for member in packed:
+            if part := CONVERTER_PARTS.fullmatch(member.name):
+                packed.extract(member.replace(name=part[1]), staged, filter="data")
     return folder
 
 
-def llama_cpp() -> Any:
-    """llama.cpp's own interface; cyllama brings it ready-made for Linux, macOS and Windows."""
-    if is_below(installed_version("cyllama"), LLAMA_FLOOR):
-        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
-    from cyllama.llama import llama_cpp as library
+def refuse_bad_gguf(file: Path, run: Run, kind: str) -> None:
+    """In llama.cpp it has to tokenize and to end as the training did, with hardly a higher loss."""
+    from cyllama.llama import llama_cpp
 
-    library.disable_logging()
-    return library
-
-
-def tested_gguf(file: Path, run: Run, kind: str) -> float:
-    """The loss of the file in llama.cpp, once it reads texts as the training did and ends as it did."""
-    library, settings = llama_cpp(), llama_cpp().LlamaModelParams()
+    llama_cpp.disable_logging()
+    settings = llama_cpp.LlamaModelParams()
     settings.n_gpu_layers = 0
     with explained(f"llama.cpp cannot open {file.name}.", "Use --to merged."):
-        # a class of our own takes n_vocab, for which cyllama looks there in vain
-        model = type("Model", (library.LlamaModel,), {})(str(file), settings, verbose=False)
-    vocabulary, end = model.get_vocab(), run.tokenizer.eos_token_id
+        # cyllama 0.2.18 looks for n_vocab on the model, where only a subclass can have it
+        model = type("Model", (llama_cpp.LlamaModel,), {})(str(file), settings, verbose=False)
+    vocabulary = model.get_vocab()
     model.n_vocab = vocabulary.n_vocab
     prompt = prompt_in_words(run.tokenizer)
-    signs = bool(special_tokens(run.tokenizer).search(prompt))
-    for question in (HARD_TO_CUT, "\n", " ", "a"):
-        here = encode(run.tokenizer, [asked_by_user(question)])["input_ids"]
-        if here != vocabulary.tokenize(prompt.replace("{question}", question), True, signs):
+    has_special_tokens = bool(special_tokens(run.tokenizer).search(prompt))
+    for question in (HARD_TO_TOKENIZE, "\n", " ", "a"):
+        expected = encode(run.tokenizer, [user_message(question)])["input_ids"]
+        text = prompt.replace("{question}", question)
+        if vocabulary.tokenize(text, True, has_special_tokens) != expected:
             raise UserError(
-                f"llama.cpp cuts the question {preview(question)!r} into other tokens than the training did, "
-                "so the file would answer badly; it was not written.\nUse --to merged, with transformers or vLLM."
+                f"llama.cpp tokenizes the question {preview(question)!r} otherwise than the training did, "
+                "so it would answer badly.\nUse --to merged, with transformers or vLLM."
             )
-    if vocabulary.token_eos() != end:
-        raise UserError(f"llama.cpp does not end at token {end}, so the model would never stop.")
-    loss, merged = loss_in_llama_cpp(model, examples_to_measure(run)), run.record["merged"]
-    refuse_loss(kind, loss, merged[merged["way"]])
-    return loss
+    if vocabulary.token_eos() != run.tokenizer.eos_token_id:
+        raise UserError("llama.cpp would not stop at the end of an answer.\nUse --to merged.")
+    merged = run.record["merged"]
+    refuse_loss(kind, loss_in_llama_cpp(model, sample_examples(run)), merged[merged["way"]])
 
 
 def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
     """The mean loss of a token to predict, over all examples together."""
     import numpy as np
+    from cyllama.llama import llama_cpp
 
-    library, losses = llama_cpp(), []
-    settings = library.LlamaContextParams()
-    settings.n_batch = READ_AT_ONCE
+    losses, settings = [], llama_cpp.LlamaContextParams()
+    settings.n_batch = TOKENS_PER_DECODE
     settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
     for example in examples:
         ids, labels = example["input_ids"][:-1], example["labels"][1:]
         settings.n_ctx = len(ids)
-        context = library.LlamaContext(model, settings, verbose=False)
-        for start in range(0, len(ids), READ_AT_ONCE):
-            part = ids[start : start + READ_AT_ONCE]
-            batch = library.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
+        context = llama_cpp.LlamaContext(model, settings, verbose=False)
+        for start in range(0, len(ids), TOKENS_PER_DECODE):
+            part = ids[start : start + TOKENS_PER_DECODE]
+            batch = llama_cpp.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
             batch.set_batch(part, start, True)
             context.decode(batch)
             for i, label in enumerate(labels[start : start + len(part)]):
@@ -5699,16 +4725,18 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
 
 
 def modelfile(run: Run, file: str) -> str:
-    """How Ollama asks: whole talks as they were taught, instructions before the first question."""
-    talk = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
-    first, _, later, asking = re.split(BLANK.format("."), talk)
+    """For Ollama: the prompt of the training; where questions were taught alone, the last one only."""
+    chat = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
+    before, _, between, after = re.split(BLANK.format("."), chat)
+    turns = '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}' + after
+    turns += '{{ else if eq .Role "assistant" }}{{ .Content }}' + between
+    if not uses_history(run, run.cfg):
+        last = "{{ range $i, $_ := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}"
+        turns = last + "{{ .Content }}" + after
+    template = before + "{{ if .System }}{{ .System }}\n\n{{ end }}" + turns + "{{ end }}{{ end }}"
     return (
-        f"FROM ./{file}\n"
-        f'TEMPLATE """{first}{{{{ if .System }}}}{{{{ .System }}}}\n\n{{{{ end }}}}'
-        f'{{{{ range .Messages }}}}{{{{ if eq .Role "user" }}}}{{{{ .Content }}}}{asking}'
-        f'{{{{ else if eq .Role "assistant" }}}}{{{{ .Content }}}}{later}{{{{ end }}}}{{{{ end }}}}"""\n'
-        f"PARAMETER temperature {run.cfg.TEMPERATURE:g}\n"
-        f"PARAMETER top_p {run.cfg.TOP_P:g}\n"
+        f'FROM ./{file}\nTEMPLATE """{template}"""\n'
+        f"PARAMETER temperature {run.cfg.TEMPERATURE:g}\nPARAMETER top_p {run.cfg.TOP_P:g}\n"
         f"PARAMETER repeat_penalty {run.cfg.REPETITION_PENALTY:g}\n"
         f"PARAMETER num_predict {run.cfg.MAX_TOKENS}\n"
         f"PARAMETER stop {json.dumps(run.tokenizer.eos_token)}\n"
@@ -5718,34 +4746,30 @@ def modelfile(run: Run, file: str) -> str:
 # -- A Space, and the Hub
 
 
-def export_space(cfg: Config, final: Path) -> Path:
+def export_space(cfg: Config, run: Run, final: Path) -> Path:
     """A folder for Hugging Face Spaces: a page to ask the GGUF, which llama.cpp runs on a processor."""
     name = gguf_name(cfg)
-    run = exported_before("gguf", cfg, final, name)
-    how = {"temperature": run.cfg.TEMPERATURE, "top_p": run.cfg.TOP_P}
-    how |= {"repeat_penalty": run.cfg.REPETITION_PENALTY, "max_tokens": run.cfg.MAX_TOKENS}
+    run = source_export("gguf", cfg, run, final, name)
     with export_folder("space", run, final, (run.folder / name).stat().st_size) as folder:
         link_or_copy(run.folder / name, folder / name)
-        for file, text in SPACE_FILES.items():
-            (folder / file).write_text(text.replace("HOW_TO_ANSWER", repr(how)), encoding="utf-8")
+        (folder / "app.py").write_text(SPACE_APP, "utf-8")
+        (folder / "requirements.txt").write_text(f"gradio>={PAGE_FLOOR}\nxllamacpp\n", "utf-8")
     return final
 
 
-def export_hub(cfg: Config, _: Path) -> str:
+def export_hub(cfg: Config, run: Run, _: Path) -> str:
     """Put OUTPUT_DIR on the Hub, whatever it holds: an adapter, merged weights, GGUF, a Space."""
     from huggingface_hub import HfApi, get_token
 
-    run, token = open_run(local_path(cfg.OUTPUT_DIR)), get_token()
     if not cfg.HUB_REPO:
         raise UserError("Where to? Name the repository: --hub-repo YOUR-NAME/my-model")
-    if not token:
+    if not (token := get_token()):
         raise UserError(
             "No token of the Hugging Face Hub was found.\nMake one with the right to write at "
             "https://huggingface.co/settings/tokens and put it into HF_TOKEN (on Colab: the key at the left)."
         )
-    files = files_to_upload(cfg, run.folder)
-    is_space, api = run.record.get("export") == "space", HfApi(token=token)
-    kind, sdk = ("space", "gradio") if is_space else ("model", None)
+    files, api = files_to_upload(cfg, run.folder), HfApi(token=token)
+    kind, sdk = ("space", "gradio") if run.record.get("export") == "space" else ("model", None)
     what: dict[str, Any] = {"repo_type": kind, "folder_path": run.folder, "allow_patterns": files}
     try:
         made = api.create_repo(
@@ -5763,18 +4787,16 @@ def export_hub(cfg: Config, _: Path) -> str:
         raise
     except Exception as error:  # of the Hub's client, the network or the disk
         found = f"{type(error).__name__}: {getattr(error, 'server_message', None) or error}"
-        for shape in (token, repr(token)[1:-1]):  # a sign that no header may hold is shown as \x0b
-            found = found.replace(shape, "…")
+        found = found.replace(token, "…").replace(repr(token)[1:-1], "…")
         raise UserError(
-            f"The upload to {cfg.HUB_REPO} did not end well.\n{preview(found, 300)}\nCheck the name, the token's "
-            "right to write, and the connection; then run the same command again: files that have arrived "
-            "are not sent again."
+            f"The upload to {cfg.HUB_REPO} failed.\n{preview(found, 300)}\nCheck the name, the token's right "
+            "to write, and the connection; the same command sends only what has not arrived."
         ) from None
     return str(made)
 
 
 def files_to_upload(cfg: Config, folder: Path) -> list[str]:
-    """What may leave this computer, as patterns: no rows of the data, nothing hidden or half; once agreed."""
+    """What may leave this computer: no rows of the data, nothing hidden or half-written; once agreed."""
     files = [
         path
         for path in files_for_others(folder)
@@ -5790,17 +4812,16 @@ def files_to_upload(cfg: Config, folder: Path) -> list[str]:
             agreed = input("Upload them? [y/N] ").strip().casefold() in ("y", "yes")
     if not agreed:
         raise UserError("Nothing was uploaded.\nTo upload without a question, add --yes")
-    return [glob.escape(path.relative_to(folder).as_posix()) for path in files]
+    return [glob.escape(path.relative_to(folder).as_posix()) for path in files]  # as patterns
 
 
-EXPORTERS: dict[str, Callable[[Config, Path], Path | str]] = {
+EXPORTERS: dict[str, Callable[[Config, Run, Path], Path | str]] = {
     **{"merged": export_merged, "gguf": export_gguf, "space": export_space, "hub": export_hub}
 }
-NEXT = {  # {0} is what was made, {1} the GGUF
+NEXT = {  # what was made is {0}, the GGUF {1}
     "merged": "ask it: python finetune_colab.py chat --output-dir {0}",
-    "gguf": "ask it: llama-cli -m {0}/{1} --jinja; README.md there tells how Ollama and LM Studio open it",
-    "space": "try it: python app.py in {0}. To put it online: python finetune_colab.py export --to hub "
-    "--output-dir {0} --hub-repo NAME",
+    "gguf": "ask it: llama-cli -m {0}/{1} --jinja; for Ollama and LM Studio see {0}/README.md",
+    "space": "try it: python app.py in {0}; put it online: export --to hub --output-dir {0} --hub-repo NAME",
     "hub": "open {0} in your browser",
 }
 
@@ -5809,20 +4830,21 @@ NEXT = {  # {0} is what was made, {1} the GGUF
 
 def write_card(folder: Path, run: Run, kind: str, file: str) -> None:
     """What others read first: what it is, how to ask it, and the results of the run."""
-    base, (front, how), readme = run.cfg.MODEL_NAME, CARDS[kind], run.folder / "README.md"
+    base, (front, how) = run.cfg.MODEL_NAME, CARDS[kind]
+    licence = "license: mit\n" if base == "microsoft/phi-2" else ""
     name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
-    if base in LICENCES:
-        front += f"license: {LICENCES[base]}\n"
-    if kind != "space" and not base.startswith("./"):
-        front += f"base_model: {base}\nbase_model_relation: finetune\n"
-    quoted = functools.partial(json.dumps, ensure_ascii=False)  # as YAML and Python have it
+    quoted = functools.partial(json.dumps, ensure_ascii=False)  # for YAML and for Python
     question = quoted((run.record["examples"] or ["Why?"])[0])
-    told = readme.read_text(encoding="utf-8") if readme.is_file() else ""
+    of_base = "" if base.startswith("./") else f"base_model: {base}\n{licence}"
+    results = run.record.get("results") or {}
+    losses = [results.get(name) for name in ("eval_loss", "base_eval_loss")]
+    shown = [f"{loss:.3f}" if isinstance(loss, float) else "not measured" for loss in losses]
     text = EXPORT_CARD.format(
-        front=front.format(title=quoted(f"Ask {name}, fine-tuned")),
+        front=front.format(title=quoted(f"Ask {name}, fine-tuned"), base=of_base),
         name=name,
         how=how.format(file=file, question=question),
-        results="".join(told.partition("## The run")[1:]),
+        loss=shown[0],
+        base_loss=shown[1],
     )
     (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -5836,32 +4858,28 @@ EXPORT_CARD = """\
 Fine-tuned by `finetune_colab.py` on pairs of questions and answers.
 {how}
 
-{results}"""
-FOR_TEXT = "pipeline_tag: text-generation\ntags: [question-answering]\n"
+Validation loss: {loss} (base model: {base_loss}). Every setting and result is in `run.json`.
+"""
+FOR_TEXT = "{base}pipeline_tag: text-generation\ntags: [question-answering]\n"
 CARDS = {  # the front matter, and how to ask
     "merged": (
         f"library_name: transformers\n{FOR_TEXT}",
         """\
-The adapter is in the weights; the tokenizer's chat template is the form of the training.
+The adapter is in the weights; the tokenizer's chat template is the prompt of the training.
 
 ```python
 from transformers import pipeline
 
 ask = pipeline("text-generation", ".")
-talk = [{{"role": "user", "content": {question}}}]
-print(ask(talk, return_full_text=False)[0]["generated_text"].strip())
+messages = [{{"role": "user", "content": {question}}}]
+print(ask(messages, return_full_text=False)[0]["generated_text"].strip())
 ```""",
     ),
     "gguf": (
         f"library_name: gguf\n{FOR_TEXT}",
-        """\
-The form of a question is in the file, for programs that use templates, and in `Modelfile`.
-
-| program | how |
-| --- | --- |
-| Ollama | `ollama create mine -f Modelfile`, then `ollama run mine` |
-| llama.cpp | `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja` |
-| LM Studio | `lms import {file}`, or copy the file into its folder of models |""",
+        "- Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`\n"
+        "- llama.cpp: `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja`\n"
+        "- LM Studio: `lms import {file}`, or copy the file into its folder of models",
     ),
     "space": (
         "title: {title}\nemoji: 💬\ncolorFrom: blue\ncolorTo: indigo\nsdk: gradio\nsdk_version: 6.31.0\n"
@@ -5870,27 +4888,30 @@ The form of a question is in the file, for programs that use templates, and in `
         "`pip install -r requirements.txt`, then `python app.py`.",
     ),
 }
-SPACE_FILES = {
-    "app.py": '''\
+SPACE_APP = '''\
 """A page that asks the fine-tuned model, which llama.cpp runs on the processor."""
 import html, json, pathlib, urllib.request
 import gradio, xllamacpp
 
+folder = pathlib.Path(__file__).parent
+run = json.loads((folder / "run.json").read_text("utf-8"))
+names = {"temperature": "TEMPERATURE", "top_p": "TOP_P", "repeat_penalty": "REPETITION_PENALTY", "max_tokens": "MAX_TOKENS"}
+sampling = {name: run["settings"][setting] for name, setting in names.items()}
+alone = run.get("dataset", {}).get("shape") == "question and answer"  # each question was taught alone
 options = xllamacpp.CommonParams()
-options.model.path = str(next(pathlib.Path(__file__).parent.glob("*.gguf")))
+options.model.path = str(next(folder.glob("*.gguf")))
 options.n_ctx, options.n_parallel = 4096, 1
 server = xllamacpp.Server(options)
-how = HOW_TO_ANSWER
 
 
 def reply(question, history):
     """The answer while it grows; as plain text, so that no answer can change the page."""
-    said = [(turn["role"], html.unescape(turn["content"][0]["text"])) for turn in history]
-    talk = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
-    asked = json.dumps({"messages": talk, "stream": True, **how}).encode()
-    place, kind = f"{server.listening_address}/v1/chat/completions", "application/json"
+    said = [] if alone else [(turn["role"], html.unescape(turn["content"][0]["text"])) for turn in history]
+    messages = [{"role": role, "content": text} for role, text in [*said, ("user", question)]]
+    body = json.dumps({"messages": messages, "stream": True, **sampling}).encode()
+    url, headers = f"{server.listening_address}/v1/chat/completions", {"Content-Type": "application/json"}
     answer = ""
-    with urllib.request.urlopen(urllib.request.Request(place, asked, {"Content-Type": kind})) as lines:
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers)) as lines:
         for line in lines:
             if line.startswith(b"data: {"):
                 answer += json.loads(line[6:])["choices"][0]["delta"].get("content") or ""
@@ -5899,10 +4920,7 @@ def reply(question, history):
 
 page = gradio.ChatInterface(reply, chatbot=gradio.Chatbot(render_markdown=False), title="Ask the tuned model")
 page.launch()
-''',
-    "requirements.txt": f"gradio>={PAGE_FLOOR}\nxllamacpp\n",
-    ".gitattributes": "*.gguf filter=lfs diff=lfs merge=lfs -text\n",
-}
+'''
 
 
 # ==================================================================================================
@@ -5910,25 +4928,23 @@ page.launch()
 # ==================================================================================================
 
 INSTALL = "pip install -r requirements-finetune.txt"
+NEEDED_GB = 2  # by phi-2 with the usual adapter: four checkpoints, the model and its zip
 
 # -- The log
-
-SECRET_NAMES = re.compile(  # of environment variables
-    r"(?i)(?<![a-z])(api)?(token|key|secret)s?(?![a-z])|passw(or)?d|credential"
-)
 
 
 def redacted(text: str) -> str:
     """A text without secrets of the environment, and without what follows the path in links."""
-    values = [value.strip() for name, value in os.environ.items() if SECRET_NAMES.search(name)]
-    for secret in sorted(values, key=len, reverse=True):
-        if len(secret) > 5:  # a shorter one would cut up words
-            text = text.replace(secret, "[secret]")
+    secret = r"(?i)(?<![a-z])(api)?(token|key|secret)s?(?![a-z])|passw(or)?d|credential"
+    values = [value.strip() for name, value in os.environ.items() if re.search(secret, name)]
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) > 5:  # a shorter one would cut up words
+            text = text.replace(value, "[secret]")
     return re.sub(r"(?i)\b(https?://|s3://)(?:[^\s/]*@)?([^\s?#]*)(?:[?#]\S*)?", r"\1\2", text)
 
 
 class LogFile(logging.Handler):
-    """Keeps what is said until there is a file for it; without one it is forgotten."""
+    """Keeps the messages of a command until it is given a path to write them to."""
 
     lines: list[str] = []
     path: Path | None = None
@@ -5937,30 +4953,13 @@ class LogFile(logging.Handler):
         stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created))
         text = redacted(self.format(record))
         self.lines += [f"{stamp}  {printable(line)}\n" for line in text.splitlines()]
-        if self.path:
-            self.write_to(self.path)
-
-    def write_to(self, path: Path) -> None:
-        """Append what was said so far to this file, and then all that is said."""
-        is_new = path != self.path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(self.lines)
-            self.path, self.lines = path, []
-        except OSError as error:  # a full disk must not cost anybody the training
-            self.path = None
-            say("Warning", f"the log {path} cannot be written to any more: {error}")
-        if is_new and self.path:
-            say("Log", f"{path} keeps all that is said here")
-
-    @contextmanager
-    def of_one_command(self) -> Iterator[None]:
-        self.lines, self.path = [], None
-        try:
-            yield
-        finally:
-            self.lines, self.path = [], None
+        if path := self.path:
+            self.path = None  # for the warning, which comes here, too
+            with warned(f"the log {path} cannot be written"):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                    file.writelines(self.lines)
+                self.path, self.lines = path, []
 
 
 LOG_FILE = LogFile()
@@ -5972,129 +4971,105 @@ LOG.propagate = False
 # -- What would stop a training, found before it begins
 
 
-def quick_problems(cfg: Config) -> Iterator[str]:
-    """What shows without the data and the model, in less than a second."""
+def refuse_old_packages() -> None:
     below = [
         f"{package} {version or 'is missing'} ({FLOORS[package]} or newer)"
         for package, version in installed_versions().items()
-        if package != "matplotlib" and is_below(version, FLOORS[package])  # it is for pictures only
+        if package != "matplotlib" and is_below(version, FLOORS[package])  # only for pictures
     ]
     if below:
-        yield f"Packages are missing or too old: {', '.join(below)}.\n{INSTALL}"
+        raise UserError(f"Packages are missing or too old: {', '.join(below)}.\n{INSTALL}")
+
+
+def quick_problems(cfg: Config) -> Iterator[str]:
+    """What shows at once, without the data and the model."""
+    final, states = output_folder(cfg), local_path(cfg.CHECKPOINT_DIR).resolve()
     if cfg.REPORT_TO != "none" and not importlib.util.find_spec(cfg.REPORT_TO):
         yield f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}"
-    try:
-        yield from output_problems(cfg)
-    except OSError as error:
-        yield f"OUTPUT_DIR {cfg.OUTPUT_DIR} cannot be looked into: {error.strerror}."
-    for setting in ("OUTPUT_DIR", "CHECKPOINT_DIR"):
-        folder = local_path(getattr(cfg, setting)).resolve()
-        place = folder.parent if setting == "OUTPUT_DIR" else folder
-        try:
-            with tempfile.TemporaryDirectory(
-                prefix=".finetune", dir=nearest_existing(place)
-            ) as probe:
-                write_json(Path(probe, "written"), "can this folder be written to?")
-        except OSError as error:
-            why = f"{place} cannot be written to: {error.strerror}"
-            yield f"The folder {why}.\nChoose another with {flag(setting)}"
     mirror = cfg.CHECKPOINT_MIRROR
     if mirror and not local_path(mirror).resolve().parent.is_dir():
-        yield f"CHECKPOINT_MIRROR {mirror} has no folder to lie in.\nMount the drive, or make it."
+        yield f"CHECKPOINT_MIRROR {mirror} has no parent folder.\nMount the drive, or make it."
+    for setting, folder in {"OUTPUT_DIR": final.parent, "CHECKPOINT_DIR": states}.items():
+        try:
+            place = nearest_existing(folder)
+            with tempfile.TemporaryDirectory(prefix=".finetune", dir=place) as probe:
+                write_json(Path(probe, "test"), "can files be written and renamed here?")
+            free = shutil.disk_usage(place).free / 1e9
+            if 0 < free < NEEDED_GB:  # some mounted drives do not know
+                say("Warning", f"a run may take {NEEDED_GB} GB; {free:.1f} GB are free in {folder}")
+        except OSError as error:
+            what = f"{setting} cannot be written to {folder}: {error.strerror}"
+            yield f"{what}.\nChoose another folder with {flag(setting)}"
+    yield from output_problems(cfg, final)
 
 
-def output_problems(cfg: Config) -> Iterator[str]:
-    """OUTPUT_DIR takes the place of what an earlier run left there, and of nothing else."""
-    final, toy = output_folder(cfg), cfg.MODEL_NAME == DEMO_MODEL
-    is_folder = not final.is_mount() and (final.is_dir() or not final.exists())
-    is_text = str(final) == str(final).encode("utf-8", "replace").decode()  # as libraries need it
-    if Path.cwd().is_relative_to(final) or not (is_folder and is_text):
-        why = "it is no folder of its own, or the current folder lies in it"
-        yield f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} cannot be replaced: {why}.\nUse one such as ./model"
+def output_problems(cfg: Config, final: Path) -> Iterator[str]:
+    """OUTPUT_DIR replaces what an earlier run left there, and nothing else."""
+    is_file = os.path.ismount(final) or (os.path.exists(final) and not os.path.isdir(final))
+    if is_file or Path.cwd().is_relative_to(final) or not str(final).isprintable():
+        what = f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} has to be a folder of its own, with a plain name"
+        yield f"{what}, and not one that you are in.\nUse one such as ./model"
         return
-    places = {name: getattr(cfg, name) for name in PLACES if name != "OUTPUT_DIR"}
-    if not toy and os.path.isdir(local_path(cfg.MODEL_NAME)):
-        places["MODEL_NAME"] = cfg.MODEL_NAME
-    for name, place in places.items():
+    for name, place in ((name, getattr(cfg, name)) for name in PLACES if name != "OUTPUT_DIR"):
         if place and local_path(place).resolve().is_relative_to(final):
-            where = f"{name} {place} lies in OUTPUT_DIR {final}, which a new model replaces"
-            yield f"{where}.\nMove it, or take another {flag(name)} or --output-dir"
-    base, theirs = str(record_of(final).get("base_model", "model")), ""
-    if not (final / "run.json").is_file():
-        strange = final.is_dir() and any(final.iterdir())
-        theirs = "files that are not from this script" if strange else ""
-    elif toy and base.removeprefix("./") != DEMO_MODEL:
+            what = f"{name} {place} lies in OUTPUT_DIR {final}, which a new model replaces"
+            yield f"{what}.\nMove it, or choose another {flag(name)} or --output-dir"
+    base, theirs = str(record_of(final).get("base_model", "")), ""
+    if not base and any(final.glob("*")):
+        theirs = "files that are not from this script"
+    elif base.removeprefix("./") not in ("", DEMO_MODEL) and cfg.MODEL_NAME == DEMO_MODEL:
         theirs = f"your fine-tuned {base}"
     if theirs:
-        new = f"Choose a new folder: --output-dir {final / 'model'}"
-        yield f"OUTPUT_DIR {final} holds {theirs}, so it is left alone.\n{new}"
+        other = f"Choose a new folder: --output-dir {final / 'model'}"
+        yield f"OUTPUT_DIR {final} holds {theirs}, so it is left alone.\n{other}"
 
 
-def model_problems(cfg: Config, model: Outline) -> Iterator[str]:
-    """What the outline of the model tells before its weights are here: layers, memory and disk."""
-    device = device_here(cfg)
-    checks: tuple[tuple[Any, ...], ...] = (
-        (adapted_outline, cfg, model),
-        (optimizer_name, cfg, device),
-        (refuse_small_memory, cfg, device, model.parameters),
-        (refuse_full_disk, cfg, model),
-    )
-    for refuse, *given in checks:
+def examine(
+    cfg: Config, offline: bool = False
+) -> tuple[list[str], PreparedData | None, Outline | None]:
+    """All that would stop a training; the data in tokens, and the shape of the model."""
+    problems = [*quick_problems(cfg)] if is_main_process() else []
+
+    def attempt(act: Callable[..., Result], *given: Any) -> Result | None:
         try:
-            refuse(*given)
+            return act(*given)
         except UserError as error:
-            yield str(error)
+            problems.append(str(error))
+        return None
+
+    if cfg.MODEL_NAME == DEMO_MODEL:
+        say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
+    if preset := PRESETS.get(cfg.PRESET):
+        say("Preset", ", ".join(f"{name} {as_text(getattr(cfg, name))}" for name in preset))
+    pairs = attempt(find_pairs, cfg)  # before anything that waits for torch
+    outline = known_outline(cfg)
+    if outline and (device := attempt(device_here, cfg)):
+        attempt(adapted_outline, cfg, outline)
+        attempt(optimizer_name, cfg, device)
+        attempt(refuse_small_memory, cfg, device, outline.parameters)
+    data = attempt(prepare_data, cfg, pairs, offline) if pairs else None
+    if data:
+        say_pairs(data.pairs)
+        say_quality(data.quality, cfg.MIN_QUALITY)
+        attempt(refuse_unfit, cfg, data)
+    return problems, data, outline
 
 
-def refuse_full_disk(cfg: Config, model: Outline) -> None:
-    """At the worst moment four checkpoints lie there: the newest, before the oldest is deleted."""
-    trainable, states = 0, local_path(cfg.CHECKPOINT_DIR)
-    with suppress(UserError):  # of the layers, which is said already
-        trainable = cfg.LORA_R * sum(map(sum, adapted_outline(cfg, model).adapted))
-    present = Counter(path.parents[1] for path in states.glob("*/checkpoint-*/" + COMMIT))
-    to_come = max(1, 4 - max(present.values(), default=0)) * (1 + cfg.ARCHIVE_CHECKPOINTS)
-    sizes = output_bytes(trainable), to_come * BYTES_PER_WEIGHT * trainable
-    with suppress(OSError):  # what cannot be measured is not judged
-        folders = nearest_existing(output_folder(cfg).parent), nearest_existing(states)
-        if folders[0].stat().st_dev == folders[1].stat().st_dev:
-            sizes = sum(sizes), 0
-        for folder, size, name in zip(
-            folders, sizes, ("OUTPUT_DIR", "CHECKPOINT_DIR"), strict=True
-        ):
-            usage = shutil.disk_usage(folder)
-            if usage.total and usage.free < size:  # some mounted drives do not know their size
-                free = f"{usage.free / 1e9:.1f} GB are free in {folder.absolute()}"
-                raise UserError(
-                    f"The run needs up to {size / 1e9:.1f} GB, {free}.\nDelete something, such as "
-                    f"checkpoints of earlier runs, or take another disk with {flag(name)}"
-                )
-
-
-@contextmanager
-def only_run_in(folder: Path, setting: str) -> Iterator[None]:
-    """Keep a second run out of a folder while this one lasts.
-
-    The lock is the system's, and goes with the process however that ends. It lies among the caches
-    of this computer: a mounted drive may know no locks, or keep those of other machines.
-    """
+def lock_folder(held: ExitStack, folder: Path, setting: str) -> None:
+    """Keep a second run out. The lock ends with the process, however that ends."""
     import filelock
 
+    # in the cache of this computer: a mounted drive may know no locks
     place = cache_folder("locks", hashlib.sha256(os.fsencode(folder)).hexdigest()[:16])
-    holder = place.with_suffix(".txt")  # not the lock, which some systems let nobody else read
-    with ExitStack() as held:
-        try:
-            place.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(filelock.FileLock(place.with_suffix(".lock")).acquire(timeout=0))
-            holder.write_text(f"process {os.getpid()}, since {time.ctime()}")
-        except filelock.Timeout:
-            who = f": {holder.read_text()}" if holder.is_file() else ""
-            raise UserError(
-                f"Another run is at work in {setting} {folder}{who}.\n"
-                f"Wait until it has ended, or stop it, or take another folder with {flag(setting)}"
-            ) from None
-        except (OSError, NotImplementedError) as error:  # the latter of older filelocks
-            say("Note", f"a second run in {setting} would not be noticed: no locks here ({error})")
-        yield
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        held.enter_context(filelock.FileLock(place, timeout=0))
+    except filelock.Timeout:
+        what = f"Another run is using {setting} {folder}"
+        advice = f"Wait for it, stop it, or choose another folder with {flag(setting)}"
+        raise UserError(f"{what}.\n{advice}") from None
+    except (OSError, NotImplementedError) as error:  # the latter of older filelocks
+        say("Note", f"no locks here ({error}), so a second run in {setting} would go unnoticed")
 
 
 # -- Training, and looking before it
@@ -6102,111 +5077,70 @@ def only_run_in(folder: Path, setting: str) -> Iterator[None]:
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
-    with ExitStack() as locks:
+    with ExitStack() as held:
         with main_process_first():
-            data, outline = prepare_run(cfg, locks)
+            if is_main_process():
+                lock_folder(held, local_path(cfg.CHECKPOINT_DIR).resolve(), "CHECKPOINT_DIR")
+                lock_folder(held, output_folder(cfg), "OUTPUT_DIR")
+                for name, value in (public_settings(cfg) | installed_versions()).items():
+                    LOG.info("%-28s%s", name, as_text(value))
+            problems, data, outline = examine(cfg)
+            if problems or not data:
+                raise UserError("\n\n".join(problems))
             device, plan = plan_here(cfg, data, outline)
             checkpoints = open_checkpoints(cfg, data, device, plan)
-        model = fine_tune(cfg, data, device, plan, checkpoints)
+        model, last = None, checkpoints.last
+        if not last or not last.stats.finished:
+            from transformers import set_seed
+
+            base = load_base(cfg, device)
+            set_seed(cfg.SEED)
+            model = add_lora(cfg, base)
+            train_adapter(model, data, device, plan, checkpoints)
         if is_main_process():
             save_and_report(cfg, data, device, checkpoints, model)
     return 0
 
 
-def prepare_run(cfg: Config, locks: ExitStack) -> tuple[PreparedData, Outline | None]:
-    """Refuse, all at once, what would fail later; hold the folders of the run; read the data."""
-    problems = [*quick_problems(cfg)] if is_main_process() else []
-    if not problems and is_main_process():
-        folders = {local_path(cfg.CHECKPOINT_DIR).resolve(): "CHECKPOINT_DIR"}
-        for folder, setting in (folders | {output_folder(cfg): "OUTPUT_DIR"}).items():
-            locks.enter_context(only_run_in(folder, setting))
-        for name, value in (public_settings(cfg) | installed_versions()).items():
-            LOG.info("%-28s%s", name, as_text(value))
-    data, outline = (None, None) if problems else load_data(cfg, problems)
-    if problems or not data:
-        raise UserError("\n\n".join(problems))
-    return data, outline
-
-
-def load_data(
-    cfg: Config, problems: list[str], offline: bool = False
-) -> tuple[PreparedData | None, Outline | None]:
-    """Pairs in tokens, and what the model is made of; what stands in the way joins the problems."""
-    data = outline = None
-    if cfg.MODEL_NAME == DEMO_MODEL:
-        say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
-    if cfg.PRESET:
-        used = (f"{name} {as_text(getattr(cfg, name))}" for name in PRESETS[cfg.PRESET])
-        say("Preset", f"{cfg.PRESET}: {', '.join(used) or 'the defaults'}")
-    try:
-        pairs = find_pairs(cfg)  # before what has to wait for torch
-        if outline := known_outline(cfg):
-            problems += model_problems(cfg, outline)
-        data = prepare_data(cfg, pairs, offline)
-        refuse_unfit(cfg, data)
-    except UserError as error:
-        problems.append(str(error))
-    except ModuleNotFoundError:
-        if not problems:  # otherwise what is missing is among them
-            raise
-    return data, outline
-
-
 def plan_here(cfg: Config, data: PreparedData, outline: Outline | None) -> tuple[Device, Plan]:
-    """How the training goes on this machine, and what it will cost."""
+    """How the training runs on this machine, and what it will cost."""
     device = device_here(cfg)
     plan = plan_run(cfg, data.train, device, outline and adapted_outline(cfg, outline))
-    held_out = f"{len(data.validation)} held out to measure" if data.validation else "none held out"
-    epochs = f"{plan.steps / plan.steps_per_epoch:.3g} times over {plan.tokens_per_epoch:,} tokens"
-    cost = cost_in_words(plan.seconds and plan.seconds + plan.asking_seconds, plan.memory_gb)
     say("Device", device.reason)
-    say("Pairs", f"{len(data.train)} to learn, {held_out}")
+    held_out = f"{len(data.validation) or 'none'} held out for validation"
+    say("Pairs", f"{len(data.train)} for training, {held_out}")
     if world_size() > 1:
         say("Processes", f"{world_size()}, which share the pairs of every step")
-    say("Plan", f"{plan.steps} steps of {plan.pairs} pairs, {epochs}")
+    epochs = plural(round(plan.steps / plan.steps_per_epoch, 2), "epoch")
+    size = f"{plural(plan.pairs, 'pair')} per step, {plan.tokens_per_epoch:,} tokens per epoch"
+    say("Plan", f"{plural(plan.steps, 'step')} ({epochs}, {size})")
     say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
-    say("Estimate", f"{cost}; measuring and saving come on top")
+    cost = cost_in_words(plan.seconds, plan.memory_gb, plan.asking_seconds)
+    say("Estimate", f"{cost}; validation and saving come on top")
     return device, plan
 
 
-def cost_in_words(seconds: float | None, memory_gb: float | None) -> str:
+def cost_in_words(seconds: float | None, memory_gb: float | None, more: float = 0) -> str:
     memory = f", at most {memory_gb:.1f} GB of memory" if memory_gb else ""
-    return f"{in_time(seconds)}{memory}" if seconds else "not known"
+    return f"{in_time(seconds + more)}{memory}" if seconds else "unknown"
 
 
 def open_checkpoints(cfg: Config, data: PreparedData, device: Device, plan: Plan) -> Checkpoints:
     """The checkpoints of this run, and where its training begins."""
     checkpoints = Checkpoints(cfg, identity_of(cfg, data, device))
     start = checkpoints.starting_point()
-    if start and LOG_NAME.fullmatch(str(start.record["stats"]["log"])):
-        checkpoints.log = checkpoints.log.with_name(
-            start.record["stats"]["log"]
-        )  # one for the whole run
     if is_main_process():
-        LOG_FILE.write_to(checkpoints.log)
+        LOG_FILE.path = log_path(cfg, checkpoints.folder.name)
+        say("Log", f"{LOG_FILE.path} keeps all messages")
     if not start:
         often = f"every {cfg.SAVE_STEPS} steps and at least every {cfg.SAVE_MINUTES:g} minutes"
-        say("Safe", f"saved in {short_path(checkpoints.folder)} {often}; {resume_hint(cfg)}")
-    elif start.record["stats"]["finished"]:
-        say("Resume", "this run is finished: nothing is trained, its files are written anew")
+        place = short_path(checkpoints.folder)
+        say("Saving", f"a checkpoint {often}, in {place}; {resume_hint(cfg)}")
+    elif start.stats.finished:
+        say("Resume", "this run is finished: nothing is trained, its files are written again")
     else:
         say("Resume", f"from step {start.step} of {plan.steps}, in {short_path(start.folder)}")
     return checkpoints
-
-
-def fine_tune(
-    cfg: Config, data: PreparedData, device: Device, plan: Plan, checkpoints: Checkpoints
-) -> PeftModel | None:
-    """The model after all steps; not even loaded where an earlier run has done them."""
-    if checkpoints.last and checkpoints.last.record["stats"]["finished"]:
-        return None
-    from transformers import set_seed
-
-    base = load_base(cfg, device)
-    set_seed(cfg.SEED)
-    model = add_lora(cfg, base)
-    train_adapter(cfg, model, data, device, plan, checkpoints)
-    return model
 
 
 def save_and_report(
@@ -6217,56 +5151,56 @@ def save_and_report(
     model: PeftModel | None,
 ) -> None:
     """Everything after the last step: OUTPUT_DIR, the questions, and what came of it all."""
-    last, result = checkpoints.last, None
+    import pandas
+    from safetensors.torch import load_file
+
+    last, table = checkpoints.last, None
     assert last, "the Trainer saves its last step"
     trained = training_result(cfg, last)
     which, pairs = pairs_to_ask(cfg, data)
     pairs = pairs[: cfg.EVAL_ANSWERS]
-    kept = checkpoints.folder / f"answers-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError):  # asked in an earlier sitting
-        record = json.loads(kept.read_text(encoding="utf-8"))
-        result = Comparison([Asked(*one) for one in record["asked"]], *record["effort"])
-    folder, archive = save_run(cfg, device, data, last, result)
-    if pairs and not result:
+    kept = checkpoints.folder / f"asked-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
+    with suppress(OSError, ValueError):  # asked in an earlier sitting
+        table = pandas.DataFrame(json.loads(kept.read_text(encoding="utf-8")), columns=COMPARED)
+    folder, archive = save_run(cfg, device, data, last, table)
+    if pairs and table is None:
         with warned("there will be no answers.xlsx; the adapter is saved"):
             model = model or add_lora(cfg, load_base(cfg, device))
-            say("Asking", f"{len(pairs)} {which}, before and after; the adapter is saved already")
-            result = before_and_after(cfg, data, model, trained.adapter, pairs)
-            if len(result.asked) == len(pairs):
-                effort = result.tokens, result.seconds
-                write_json(kept, {"asked": result.asked, "effort": effort})
-            archive = add_answers(folder, which, result)
+            put_adapter(model, load_file(trained.adapter))
+            say("Asking", f"{counted(len(pairs), which)}, each twice; the adapter is already saved")
+            run = Run(cfg, data.tokenizer, model)
+            table = ask_both(run, pairs, Config(MAX_TOKENS=cfg.MAX_TOKENS))
+            if len(table) == len(pairs):
+                write_json(kept, table.to_dict("records"))
+            write_answers(folder, which, table)
+            archive = write_zip(folder)
     say_result(trained, folder, archive)
-    if result:
-        say_answers(result)
-    say("Next", "ask it with the command chat, or with compare beside what it said before")
+    if table is not None and len(table):
+        say_answers(table)
+    is_usual = cfg.OUTPUT_DIR == Config.OUTPUT_DIR
+    place = "" if is_usual else f" --output-dir {shlex.quote(cfg.OUTPUT_DIR)}"
+    say("Next", f"chat with it: python finetune_colab.py chat{place}")
 
 
-def before_and_after(
-    cfg: Config, data: PreparedData, model: PeftModel, adapter: Path, pairs: Sequence[Pair]
-) -> Comparison:
-    from safetensors.torch import load_file
-
-    put_adapter(model, load_file(adapter))
-    talks = [Talk(pair.place[4:], pair.messages[:-1], pair.answer) for pair in pairs]
-    return ask_both(Run(cfg, data.tokenizer, model), talks, Config(MAX_TOKENS=cfg.MAX_TOKENS))
-
-
-def say_answers(result: Comparison) -> None:
-    """The first three, and how good all are together."""
-    for one in result.asked[:EXAMPLES_SHOWN]:
-        wanted = {"  wanted": one.reference} if one.reference else {}
-        told = {"Question": one.question, **wanted, "  before": one.before, "  after": one.after}
-        for label, text in told.items():
-            say(label, preview(text, 130))
-    for figure, what in FIGURES_OF_ANSWERS.items():
-        before, after = result.mean(f"{figure}_before"), result.mean(f"{figure}_after")
-        if before is not None and after is not None:
-            say(figure.capitalize(), f"{before:.2f} before, {after:.2f} after: {what}")
-    count = len(result.asked)
-    say("Speed", f"{result.pace}; {count} questions asked twice")
-    if exact := sum(one.after == one.reference for one in result.asked):
-        say("Result", f"{exact} of the {count} answers come back word for word as they were wanted")
+def say_answers(table: pandas.DataFrame) -> None:
+    """The first few, and the figures of all."""
+    for row in table.head(EXAMPLES_SHOWN).to_dict("records"):
+        for name in ("question", "expected", "before", "after"):
+            if row[name] or name != "expected":
+                say("Question" if name == "question" else f"  {name}", preview(row[name], 130))
+    total = table[["tokens", "seconds", "cut off"]].sum()
+    say(
+        "Speed",
+        speed(int(total["tokens"]), total["seconds"], int(total["cut off"]), 2 * len(table)),
+    )
+    means = table.mean(numeric_only=True)
+    for figure, meaning in reversed(FIGURES_OF_ANSWERS.items()):
+        before, after = (means.get(f"{figure} {when}", math.nan) for when in ("before", "after"))
+        if not math.isnan(before):
+            say(figure.capitalize(), f"{before:.2f} before, {after:.2f} after: {meaning}")
+    if exact := sum(table["after"] == table["expected"]):
+        count = f"{exact} of {len(table)} answers"
+        say("Result", f"{count} match the expected answer word for word")
 
 
 def say_result(trained: TrainingResult, folder: Path, archive: Path) -> None:
@@ -6276,51 +5210,42 @@ def say_result(trained: TrainingResult, folder: Path, archive: Path) -> None:
         say("After", f"validation loss {after:.3f}, was {before:.3f}: {change}")
     took = cost_in_words(stats.seconds, stats.peak_memory_gb)
     estimated = cost_in_words(stats.estimated_seconds, stats.estimated_memory_gb)
-    speed = trained.tokens / stats.seconds
-    say("Time", f"of the training {took}; estimated: {estimated}; {speed:,.0f} tokens a second")
-    pictures = short_path(folder / "training_visuals")
-    say("Saved", f"the adapter in {short_path(folder)}, pictures in {pictures}")
+    speed = f"{trained.tokens / stats.seconds:,.0f} tokens per second"
+    say("Time", f"{took} (estimated: {estimated}); {speed}")
+    say("Saved", f"the adapter in {short_path(folder)}, with pictures in training_visuals")
     if (earlier := folder.with_name(f"{folder.name}.previous")).exists():
-        say("", f"the model that was there before is kept in {short_path(earlier)}")
+        say("", f"the model that was there before is in {short_path(earlier)}")
     say("Download", f"{short_path(archive)} (on Colab: the folder icon at the left, then ⋮)")
 
 
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
+    report = None
     with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
-        problems, report = [*quick_problems(cfg)], None
-        data, outline = load_data(cfg, problems, offline=True)
+        problems, data, outline = examine(cfg, offline=True)
         for problem in problems:
             say("Problem", problem)
         if data and data.tokenizer and not problems:
             plan_here(cfg, data, outline)
             if outline and cfg.MODEL_NAME != DEMO_MODEL:
-                say_cost_on_colab(cfg, data.train, adapted_outline(cfg, outline))
+                say("On Colab", f"estimated, not timed: {cost_on_colab(cfg, data, outline)}")
         if data:
             report = say_report(cfg, data)
-        if not problems and data:
-            ready = "training would go ahead: the same command without the word check"
-            if not data.tokenizer:
-                ready = f"so far; the tokenizer of {cfg.MODEL_NAME} is missing: check with internet"
-            say("Ready", f"{ready}.")
     if cfg.JSON:
         show(json.dumps(check_record(cfg, data, problems, report)))
     return 1 if problems else 0
 
 
-def say_cost_on_colab(cfg: Config, examples: Sequence[Example], model: Outline) -> None:
-    """What the same would cost on the GPUs that Colab has."""
-    costs = []
+def cost_on_colab(cfg: Config, data: PreparedData, outline: Outline) -> str:
+    costs, model = [], adapted_outline(cfg, outline)
     for name, (capability, figures) in GPUS.items():
-        device = choose_device(cfg, "cuda", capability, *figures)
-        plan = plan_run(cfg, examples, device, model)
-        seconds = (plan.seconds or 0) + plan.asking_seconds
-        costs.append(f"{name} {cost_in_words(seconds, plan.memory_gb)}")
-    say("On Colab", f"by arithmetic, not timed: {'; '.join(costs)}")
+        plan = plan_run(cfg, data.train, choose_device(cfg, "cuda", capability, *figures), model)
+        costs.append(f"{name} {cost_in_words(plan.seconds, plan.memory_gb, plan.asking_seconds)}")
+    return "; ".join(costs)
 
 
 def say_report(cfg: Config, data: PreparedData) -> Path | None:
-    """Where the report lies, what the lengths are, and one pair as it is taught."""
+    """The lengths, one pair as the model sees it, and where the report is."""
     if data.tokens:
         figures = token_figures(data)
         say("Tokens", "{min} to {max} in a pair, median {median}".format(**figures))
@@ -6329,6 +5254,8 @@ def say_report(cfg: Config, data: PreparedData) -> Path | None:
         say("Example", "what the model reads, with what it learns between [[ and ]]:")
         for line in marked(data.tokenizer, middle).split("\n")[:LONGEST_EXAMPLE]:
             say("", preview(line, 300))
+    if not data.tokenizer:
+        say("Note", f"the tokenizer of {cfg.MODEL_NAME} is missing: check again with internet")
     if path := write_report(cfg, data):
         picture = short_path(path.with_suffix(".png"))
         say("Report", f"every row in {short_path(path)}, the lengths in {picture}")
@@ -6338,10 +5265,9 @@ def say_report(cfg: Config, data: PreparedData) -> Path | None:
 def check_record(
     cfg: Config, data: PreparedData | None, problems: list[str], report: Path | None
 ) -> dict[str, Any]:
-    """What `check --json` prints; every name is there, whatever was found."""
-    pairs = data.pairs if data else None
-    quality = data.quality if data else quality_of([], [])
-    record, kept = quality_record(quality), len(pairs.kept) if pairs else 0
+    """What `check --json` prints; every key is there, whatever was found."""
+    pairs, quality = (data.pairs, data.quality) if data else (None, quality_of([], []))
+    record = quality_record(quality)
     return {
         "ready": not problems,
         "file": pairs.name if pairs else local_path(redacted(cfg.DATASET_PATH)).name,
@@ -6349,8 +5275,7 @@ def check_record(
         "sheet": (pairs.table.sheet or None) if pairs else None,
         **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
         "rows_read": pairs.rows_read if pairs else 0,
-        "pairs_kept": kept,
-        "pairs_unique": kept,  # exact copies are never kept
+        **dict.fromkeys(("pairs_kept", "pairs_unique"), len(pairs.kept) if pairs else 0),
         "pairs_held_out": len(data.validation_pairs) if data else 0,
         "other_tables": pairs.other_tables if pairs else [],
         "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
@@ -6366,57 +5291,54 @@ def check_record(
 
 
 def chat(cfg: Config) -> int:
-    """Talk with the tuned model, in the terminal or with --web in the browser."""
+    """Ask the tuned model, in the terminal or with --web in the browser."""
     if cfg.WEB:
         return serve(cfg)
     if not cfg.QUESTION and can_be_asked():
         return converse(model_to_ask(cfg), cfg)
-    questions, failed = questions_given(cfg), False
+    questions, code = questions_given(cfg), 0
     with redirect_stdout(sys.stderr):  # a program may read the answers
         tuned = model_to_ask(cfg)
     for question in questions:
         try:
-            told = tell(tuned, [asked_by_user(question)], cfg)
-            show(told.speed, sys.stderr)
-            if told.interrupted:
-                raise KeyboardInterrupt
+            print_answer(tuned, [user_message(question)], cfg, notes=sys.stderr)
         except UserError as error:
-            failed = True
+            code = 2
             show(str(error), sys.stderr)
-    return 2 if failed else 0
+    return code
 
 
 def compare(cfg: Config) -> int:
-    """Put the same questions to the base and the tuned model, side by side."""
+    """Put the same questions to the base and the tuned model."""
     if cfg.QUESTIONS:
-        return compare_all(cfg, listed_questions(cfg))
-    talking = not cfg.QUESTION and can_be_asked()
-    questions = questions_typed() if talking else questions_given(cfg)
-    with nullcontext() if talking else redirect_stdout(sys.stderr):
+        return compare_all(cfg)
+    typing = not cfg.QUESTION and can_be_asked()
+    questions = typed("Question") if typing else questions_given(cfg)
+    with nullcontext() if typing else redirect_stdout(sys.stderr):
         tuned = model_to_ask(cfg)
-    for question in questions:
-        result = ask_both(tuned, [Talk("", [asked_by_user(question)])], cfg)
-        for asked in result.asked:
-            coloured = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
-            show(side_by_side(asked, shutil.get_terminal_size().columns, coloured))
-            show(f"({result.pace})", sys.stderr)
+    for question in itertools.takewhile(bool, questions):
+        table = ask_both(tuned, [unanswered(question)], cfg)
+        for row in table.to_dict("records"):
+            show(side_by_side(row))
+            show(f"({speed(row['tokens'], row['seconds'], row['cut off'], 2)})", sys.stderr)
     return 0
 
 
-def compare_all(cfg: Config, listed: list[Talk]) -> int:
-    tuned = model_to_ask(cfg)
-    say("Asking", f"{len(listed)} questions, each of both models; Ctrl+C ends with what is done")
-    result = ask_both(tuned, listed, cfg)
-    if not result.asked:
+def compare_all(cfg: Config) -> int:
+    """A file of questions, with the answers in a workbook."""
+    pairs, tuned = listed_questions(cfg), model_to_ask(cfg)
+    say("Asking", f"{counted(len(pairs), 'question')}, each twice; Ctrl+C keeps what is answered")
+    table = ask_both(tuned, pairs, cfg)
+    if table.empty:
         return 2
-    say_answers(result)
+    say_answers(table)
     try:
-        path = free_path("compare", (".xlsx", ".json", ".md"), lambda path: not path.exists())
-        write_comparison(path, result)
+        path = free_path("compare", [".xlsx"], lambda path: not path.exists())
+        write_book(path, answer_tables(table))
     except OSError as error:
         why = error.strerror or error
         raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room there.") from None
-    say("Saved", f"{short_path(path)}, and the same as {path.stem}.json and {path.stem}.md")
+    say("Saved", short_path(path))
     return 0
 
 
@@ -6426,9 +5348,9 @@ def export(cfg: Config) -> int:
         raise UserError("Export to what? --to merged, gguf, space or hub; see finetune.md.")
     if not os.path.exists(local_path(cfg.OUTPUT_DIR)):
         raise UserError(f"There is no model in {cfg.OUTPUT_DIR} yet.\nRun the command train first")
-    LOG_FILE.write_to(log_path(cfg))
-    final = export_place(cfg, cfg.TO)
-    with only_run_in(final, "EXPORT_DIR"):
+    LOG_FILE.path, final = log_path(cfg), export_place(cfg, cfg.TO)
+    with ExitStack() as held:
+        lock_folder(held, final, "EXPORT_DIR")
         place = export_to(cfg.TO, cfg, final)
     name = short_path(place) if isinstance(place, Path) else str(place)
     say("Saved", name)
@@ -6451,13 +5373,12 @@ ONLY_WITH = {  # settings that would do nothing with any other command
 }
 SMALL_ADAPTER = {"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
 LARGE_ADAPTER = {"LORA_R": 32, "LORA_ALPHA": 64, "LEARNING_RATE": 1e-4}
-PRESETS: dict[str, dict[str, Any]] = {
-    **{"": {}, "balanced": {}},  # the defaults
+PRESETS: dict[str, dict[str, Any]] = {  # of others than the defaults
     "quick": {"NUM_EPOCHS": 1, **SMALL_ADAPTER, "EVAL_ANSWERS": 5},
     "quality": {"NUM_EPOCHS": 8, **LARGE_ADAPTER, "EARLY_STOPPING_PATIENCE": 3},
     "low-memory": {**SMALL_ADAPTER, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True},
 }
-TOY = {  # what the demo model needs to learn by heart, from which held-out answers suffer
+DEMO = {  # what the demo model needs to memorize its data, which costs it the held-out questions
     **{"MODEL_NAME": DEMO_MODEL, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10, "KEEP_BEST": False},
     **{"GRADIENT_ACCUMULATION_STEPS": 1, "MAX_STEPS": 400, "EVAL_STEPS": 100, "SAVE_STEPS": 400},
 }
@@ -6466,55 +5387,39 @@ USUAL = (  # the settings that --help shows
 )
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[:1].upper()}{message[1:]}.\n--help lists what there is.")
-
-
-def build_parser(argv: Sequence[str]) -> Parser:
-    """The command line, derived from Config; to explain each setting takes a fifth of a second."""
-    parser = Parser(
+def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The command line, derived from Config."""
+    parser = argparse.ArgumentParser(
         prog="finetune_colab.py",
-        usage="%(prog)s [COMMAND] [--SETTING VALUE ...]",
+        usage="%(prog)s [COMMAND] [QUESTION] [--SETTING VALUE ...]",
         description=(__doc__ or "").partition("\n\nMap")[0],
         epilog="Exit codes: 0 done, 1 check found a problem, 2 something to fix;\n"
         "130, 143 or 129 after Ctrl+C, SIGTERM or SIGHUP.",
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 28, 79),
         argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        exit_on_error=False,
     )
-    versions = installed_versions().items() if "--version" in argv else ()
-    told = "\n".join(f"{name} {version}" for name, version in versions)
-    parser.add_argument("command", nargs="?", choices=[*COMMANDS], default="train", help="[train]")
-    parser.add_argument("question", nargs="*", help="of chat and compare, asked at once")
+    parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
     parser.add_argument("--help-all", action="help", help="show every setting")
-    parser.add_argument("--version", action="version", version=told, help="of the packages")
+    versions = "\n".join(f"{name} {version}" for name, version in installed_versions().items())
+    parser.add_argument("--version", action="version", version=versions, help="of the packages")
     notes: dict[str, str] = {}
-    if {"-h", "--help", "--help-all"} & {*argv}:
-        with suppress(OSError, TypeError):  # pasted into a cell: the flags have no help texts then
-            pattern, source = r"(?m)^    ([A-Z0-9_]+): .*?  # (.+)$", inspect.getsource(Config)
-            notes = dict(re.findall(pattern, source))
+    if {"-h", "--help", "--help-all"} & {*argv}:  # it takes a fifth of a second
+        with suppress(OSError, TypeError):  # pasted into a cell, the flags have no help texts
+            source = inspect.getsource(Config)
+            notes = dict(re.findall(r"(?m)^    ([A-Z0-9_]+): .*?  # (.+)$", source))
     shown = USUAL if [*argv] in (["-h"], ["--help"]) else TYPES
     for name, kind in TYPES.items():
         choices = ", ".join(filter(None, CHOICES.get(name, ())))
         default = as_text(getattr(Config, name)) or "empty"
         about = filter(None, (notes.get(name), choices and f"one of {choices}", f"[{default}]"))
-        options: dict[str, Any] = {"metavar": name.rpartition("_")[2]}
-        if kind in (bool, bool | None):
-            options = {"action": argparse.BooleanOptionalAction}
-        text = "; ".join(about).replace("%", "%%")
-        options["help"] = text if name in shown else argparse.SUPPRESS
-        parser.add_argument(flag(name), dest=name, **options)
+        text = "; ".join(about).replace("%", "%%") if name in shown else argparse.SUPPRESS
+        is_switch = kind in (bool, bool | None)
+        how: Any = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "VALUE"}
+        parser.add_argument(flag(name), dest=name, help=text, **how)
     return parser
-
-
-def refuse_unknown_flags(argv: Sequence[str]) -> None:
-    known = [*map(flag, TYPES), "--config", "--help", "--help-all", "--version"]
-    for part in argv:
-        word = part.partition("=")[0].replace("--no-", "--", 1)
-        if word.startswith("--") and word not in known:
-            meant = did_you_mean({"--lr": "--learning-rate"}.get(word, word), known)
-            raise UserError(f"There is no flag {word}.{meant}\n--help-all lists all.")
 
 
 def read_settings_file(path: Path) -> dict[str, Any]:
@@ -6522,69 +5427,91 @@ def read_settings_file(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        content = yaml.BaseLoader(path.read_text(encoding="utf-8-sig")).get_single_data() or {}
-        if not isinstance(content, dict):
-            raise ValueError("it holds something else than settings")
+        content = dict(yaml.BaseLoader(path.read_text("utf-8-sig")).get_single_data() or {})
     except (OSError, ValueError, yaml.YAMLError) as error:
-        advice = "Write one setting a line, such as LEARNING_RATE: 1e-4"
+        advice = "Write one setting per line, such as LEARNING_RATE: 1e-4"
         raise UserError(f"The file {path} cannot be read as YAML: {error}\n{advice}") from None
     written = {str(name).upper().replace("-", "_"): value for name, value in content.items()}
     return {name: None if value == "null" else value for name, value in written.items()}
 
 
 def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
-    """The command and its settings: of Config, a preset, the toy, the file, the flags."""
-    refuse_unknown_flags(argv)
-    flags = vars(build_parser(argv).parse_intermixed_args([*argv]))  # a question may come last
-    command, file = flags.pop("command"), flags.pop("config", None)
-    if words := flags.pop("question", []):
+    """The command and its settings: of Config, a preset, the demo, the file, the flags."""
+    try:
+        found, unknown = build_parser(argv).parse_known_intermixed_args([*argv])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}.\n--help lists what there is.") from None
+    if unknown:
+        word = unknown[0].partition("=")[0]
+        meant = did_you_mean({"--lr": "--learning-rate"}.get(word, word), map(flag, TYPES))
+        raise UserError(f"There is no flag {word}.{meant}\n--help-all lists all.")
+    flags = vars(found)
+    command, *words = flags.pop("words", []) or ["train"]
+    if command not in COMMANDS:
+        meant = did_you_mean(command, COMMANDS)
+        raise UserError(f"There is no command {command!r}.{meant}\n--help lists what there is.")
+    if words:
         flags["QUESTION"] = " ".join(words)
+    file = flags.pop("config", None)
     own = (read_settings_file(Path(file)) if file else {}) | flags
     values = PRESETS.get(str(own.get("PRESET", Config.PRESET)), {})
     if command == "demo" or own.get("MODEL_NAME") == DEMO_MODEL:
-        values = values | TOY | ({"DATASET_PATH": EXAMPLE_DATASET} if command == "demo" else {})
+        values = values | DEMO | ({"DATASET_PATH": EXAMPLE_DATASET} if command == "demo" else {})
     cfg = checked(values | own)
     for names, commands in ONLY_WITH.items():
         for name in names.split():
             if command not in commands and getattr(cfg, name) != getattr(Config, name):
                 raise UserError(f"{name} ({flag(name)}) goes with {commands}, not with {command}.")
-    if cfg.SHARE and not cfg.WEB:
-        raise UserError("SHARE (--share) is of the page in the browser: add --web.")
+    cfg.WEB |= cfg.SHARE  # what is shared is the page
     return command, cfg
 
 
 @only_main_process_prints()
-@LOG_FILE.of_one_command()
 def main(argv: Sequence[str] | None = None) -> int:
-    command, cfg = "", Config()
+    """Run one command; the result is its exit code."""
+    cfg = Config()
     if argv is None:  # in a notebook kernel the arguments are the kernel's own
         argv = [] if Path(sys.argv[0]).name.endswith("kernel_launcher.py") else sys.argv[1:]
-    # read when torch is first imported: what Apple's GPU cannot do, the processor does instead
-    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
+    # read when torch is first imported
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # by the processor
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in memory
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # or a busy processor takes ten times as long
     for library in NOISY:  # before anything imports them
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
         command, cfg = read_command_line(argv)
+        refuse_old_packages()
         works = is_main_process() or command in ("train", "demo")
-        return COMMANDS[command](cfg) if works else 0
+        code = COMMANDS[command](cfg) if works else 0
+        if command == "check" and code == 0:
+            words = shlex.join(word for word in argv if word not in ("check", "--json"))
+            again = f"python finetune_colab.py {printable(words)}".strip()
+            if redacted(words) != words:
+                again = "the same command, without the word check"
+            stream = sys.stderr if cfg.JSON else sys.stdout
+            show(f"{'Ready':<11}train with  {again}", stream)  # in one line, to be copied
+        return code
     except SystemExit as done:  # argparse leaves this way after --help
         return int(done.code or 0)
     except (Exception, KeyboardInterrupt) as error:
-        code, why = ending(error, command, cfg)
+        code, why = ending(error, cfg)
         if not why:
-            if is_main_process() and not LOG_FILE.path:
-                LOG_FILE.write_to(log_path(cfg))
-            LOG.exception("Stopped    by an error that nobody foresaw:")
+            LOG_FILE.path = LOG_FILE.path or log_path(cfg)
+            LOG.exception("Stopped    by an unexpected error:")
             raise
-    if is_main_process() or (code == 2 and why != ENDED):  # of several processes, one speaks
-        errors = sys.stderr if is_main_process() else sys.__stderr__
-        show("", errors)
-        say("Stopped", why, errors)
-    return code
+        if is_main_process() or (code == 2 and why != ENDED):  # of several processes, one speaks
+            errors = sys.stderr if is_main_process() else sys.__stderr__
+            show("", errors)
+            say("Stopped", why, errors)
+        return code
+    finally:
+        LOG_FILE.lines, LOG_FILE.path = [], None
 
 
-def ending(error: BaseException, command: str, cfg: Config) -> tuple[int, str]:
-    """Exit code and explanation of what ends a command; nothing to say of an unforeseen error."""
+def ending(error: BaseException, cfg: Config) -> tuple[int, str]:
+    """The exit code, and what to tell the person; nothing about an unexpected error."""
     if isinstance(error, KeyboardInterrupt):
         done = str(error) or f"What was finished or saved is untouched; {resume_hint(cfg)}."
         return 128 + getattr(error, "number", signal.SIGINT), f"Interrupted. {done}"
@@ -6594,11 +5521,9 @@ def ending(error: BaseException, command: str, cfg: Config) -> tuple[int, str]:
         return 2, f"The package {error.name} is missing.\n{INSTALL}"
     if "by peer" in str(error) and world_size() > 1:
         return 2, ENDED
-    if not memory_fault(error):
-        return 1, ""
-    asking = command in ("chat", "compare")
-    levers = "Add --load-in-4bit, or lower --max-tokens." if asking else LEVERS
-    return 2, f"Memory ran out: {preview(str(error), 100)}\n{levers}"
+    if memory_fault(error):
+        return 2, f"Memory ran out: {preview(str(error), 100)}\n{LEVERS}"
+    return 1, ""
 
 
 if __name__ == "__main__":

@@ -41,12 +41,12 @@ MUTATIONS = [Mutation(*one) for one in (
     ("a report of check is taken for data", r"(-\d+)?\.(xlsx|png)", r"(-\d+)?\.(png)", "sources check files"),
     # rows to pairs
     ("the worst reply of a tree is taught", 'or "None").rjust(9))', 'or "None").rjust(9), reverse=True)', "pairs"),
-    ("a dropped row is not reported", 'for number, reason in rows if isinstance(reason, str)]', "for number, reason in []]", "files pairs"),
+    ("a dropped row is not reported", 'for number, reason in found if isinstance(reason, str)]', "for number, reason in []]", "files pairs"),
     ("a small lead is clear enough", "CLEAR_LEAD = 0.25", "CLEAR_LEAD = -1.0", "pairs"),
     ("one of two contradicting rows goes unnoticed", "zip(same, [*same[1:], same[0]], strict=True)", "zip(same[1:], same, strict=False)", "quality"),
     # prompts and tokens
     ("the model never learns to stop", "found.append((turn if end else turn + tokenizer.eos_token, True))", "found.append((turn[: -len(end[0])] if end else turn, True))", "prompts"),
-    ("one question too many is held out", "set(different[: max(1, round(", "set(different[: 1 + max(1, round(", "prompts training"),
+    ("one question too many is held out", "set(distinct[: max(1, round(", "set(distinct[: 1 + max(1, round(", "prompts training"),
     # device and plan
     ("bfloat16 on a T4", "native = capability >= (8, 0)", "native = capability >= (7, 5)", "plan"),
     ("the last step of an epoch is lost", "epoch = math.ceil(len(lengths) / pairs)", "epoch = max(1, len(lengths) // pairs)", "plan training"),
@@ -55,18 +55,18 @@ MUTATIONS = [Mutation(*one) for one in (
     ("the adapter's gradient is too small", "(dy.T @ inner).mul_(ctx.scale)", "(dy.T @ inner)", "steps"),
     ("a pickle is loaded", "folder.iterdir() if path.suffix.lower() in PICKLES]", "folder.iterdir() if path.suffix.lower() in ()]", "safety"),
     # training
-    ("loss per row instead of per token", "summed_loss(outputs.logits, labels) / num_items_in_batch", "summed_loss(outputs.logits, labels) / (labels != IGNORE).sum()", "steps training"),
+    ("loss per row instead of per token", "return total / num_items_in_batch", "return total / len(targets)", "steps training"),
     ("one checkpoint is kept instead of two", "NEWEST_KEPT = 2", "NEWEST_KEPT = 1", "checkpoints"),
     ("a flipped bit is not seen", "(thorough and checksum(path) != digest)", "(thorough and not digest)", "checkpoints"),
-    ("the first signal ends at once", "        if self.asked:\n", "        if not self.asked:\n", "checkpoints"),
+    ("the first signal ends at once", "        if not noted:\n", "        if noted:\n", "checkpoints"),
     ("an adapter with NaN is saved", "if not all(torch.isfinite(p).all()", "if not any(torch.isfinite(p).all()", "memory training"),
-    ("the last adapter instead of the best", '(BEST_ADAPTER if BEST_ADAPTER in self.record["files"] else ADAPTER)', "ADAPTER", "checkpoints training"),
+    ("the last adapter instead of the best", '(BEST_ADAPTER if BEST_ADAPTER in self.files else ADAPTER)', "ADAPTER", "checkpoints training"),
     # answers, report
-    ("the overlap is halved", "return 2 * (said & wanted).total()", "return (said & wanted).total()", "answers"),
-    ("links are followed into the zip", "        if path.is_file() and not path.is_symlink()\n        if path.name", "        if path.is_file()\n        if path.name", "safety hub"),
+    ("the overlap is halved", "return 2 * (found & target).total()", "return (found & target).total()", "answers"),
+    ("links are followed into the zip", "if path.is_file() and not path.is_symlink()]", "if path.is_file()]", "safety hub"),
     ("formulas reach the workbook", """text = f"'{text}\"""", 'text = f"{text}"', "check answers safety"),
     # asking
-    ("a chat forgets what was said", 'talk += [asked, {"role": "assistant", "content": told.text}]', "talk.clear()", "chat"),
+    ("a chat forgets what was said", 'messages += [question, {"role": "assistant", "content": answer}] if answer else []', "messages.clear()", "chat"),
     # export
     ("an export may lose what was learnt", "    if not loss <= allowed:", "    if not loss <= 100 * allowed:", "export"),
     ("rows of the data are uploaded", "if path.name not in (ANSWERS, SAMPLE) and", "if path.name not in (SAMPLE,) and", "hub"),

@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 import finetune_colab as ft
 
@@ -35,9 +35,11 @@ def build(folder: Path, millions: float) -> tuple[Trainer, ft.Checkpoints]:
     checkpoints = ft.Checkpoints(cfg, ft.identity_of(cfg, data, device))
     checkpoints.starting_point()
     plan = ft.plan_run(cfg, data.train, device)
-    fit = ft.Fit(cfg, model, data, device, plan, checkpoints, ft.RunStats(trainable=1))
-    fit.run(None)  # so that the optimizer has something to save
-    return fit.trainer, checkpoints
+    trainer_class: Any = type("AnswerTrainer", (ft.AnswerTrainer, Trainer, TrainerCallback), {})
+    stats = ft.RunStats(trainable=1, parameters=1)
+    trainer = trainer_class(cfg, model, data, device, plan, checkpoints, stats, [])
+    trainer.run(None)  # so that the optimizer has something to save
+    return trainer, checkpoints
 
 
 def seconds(trainer: Trainer, checkpoints: ft.Checkpoints, step: int, bare: bool) -> float:
@@ -59,7 +61,7 @@ def main() -> None:
         times: dict[bool, list[float]] = {True: [], False: []}
         for step in range(2, 2 + 2 * rounds):
             times[step % 2 == 0].append(seconds(trainer, checkpoints, step, bare=step % 2 == 0))
-        size = sum(path.stat().st_size for path in checkpoints.latest().folder.iterdir())
+        size = sum(path.stat().st_size for path in checkpoints.last.folder.iterdir())
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     print(f"{trainable / 1e6:.1f} million weights, {size / 1e6:.0f} MB a checkpoint")
     bare, kept = (statistics.median(times[one]) for one in (True, False))

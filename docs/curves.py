@@ -1,6 +1,6 @@
 """The four pictures of curves in finetune.md: four trainings of the built-in model, good and not so good.
 
-python docs/curves.py       takes some minutes; writes docs/curves.png
+python docs/curves.py       takes a few minutes; writes docs/curves.png
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ HELP = {
 }
 RUNS = {  # what is taught, and the flags
     "good": ("help", "--learning-rate 5e-3 --num-epochs 6 --eval-steps 5"),
-    "learns by heart": (
+    "overfits": (
         "chance",
         "--learning-rate 5e-3 --lora-r 64 --num-epochs 120 --eval-steps 10",
     ),
     "learns too little": ("help", "--learning-rate 2e-5 --num-epochs 6 --eval-steps 5"),
-    "jumps": ("help", "--learning-rate 0.3 --max-grad-norm 0 --num-epochs 4 --eval-steps 5"),
+    "diverges": ("help", "--learning-rate 0.3 --max-grad-norm 0 --num-epochs 4 --eval-steps 5"),
 }
+# what a real model has by default; the built-in one would bring its own
+USUAL = "--max-steps 0 --batch-size 4 --gradient-accumulation-steps 4 --keep-best --eval-answers 0 --yes"
 
 
 def pairs(kind: str) -> list[tuple[str, str]]:
-    """Answers that follow from the questions, or answers of chance, which nobody can foresee."""
+    """Answers that follow from the questions, or random answers, which nobody can predict."""
     if kind == "help":
         return [(q.format(t), a.format(t)) for t in THINGS for q, a in HELP.items()]
     chance = random.Random(1)
@@ -58,9 +60,10 @@ def main() -> None:
             with table.open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("question", "answer"), *pairs(kind)])
             command = [sys.executable, SCRIPT, "--model-name", "demo", "--dataset-path", table.name]
-            more = ["--output-dir", name.replace(" ", "-"), "--eval-answers", "0", "--yes"]
-            subprocess.run([*command, *flags.split(), *more], cwd=folder, check=True)
-            curves = Path(folder, more[1], "training_visuals", "training_curves.png")
+            output = name.replace(" ", "-")
+            more = [*flags.split(), *USUAL.split(), "--output-dir", output]
+            subprocess.run([*command, *more], cwd=folder, check=True)
+            curves = Path(folder, output, "training_visuals", "training_curves.png")
             place.imshow(plt.imread(curves))
             place.set_title(f"{name}: {flags}", fontsize=11)
             place.axis("off")

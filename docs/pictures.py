@@ -1,4 +1,4 @@
-"""The pictures of the page in this folder: run it where `python finetune_colab.py demo` has run.
+"""The picture of the page in this folder: run it where `python finetune_colab.py demo` has run.
 
 python docs/pictures.py       needs gradio, playwright and Debian's Chromium
 """
@@ -26,13 +26,11 @@ def main() -> None:
         browser = driver.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
         sight = browser.new_page(viewport={"width": 900, "height": 800})
         sight.goto(address)
-        for tab in ("Chat", "Compare"):
-            sight.get_by_role("tab", name=tab).click()
-            sight.locator("textarea:visible:enabled").first.fill(QUESTION)
-            sight.keyboard.press("Enter")
-            sight.wait_for_timeout(6000)
-            sight.mouse.move(0, 0)
-            sight.screenshot(path=HERE / f"{tab.lower()}.png")
+        sight.locator("textarea:visible:enabled").first.fill(QUESTION)
+        sight.keyboard.press("Enter")
+        sight.wait_for_timeout(20_000)
+        sight.mouse.move(0, 0)
+        sight.screenshot(path=HERE / "chat.png")
         browser.close()
     page.close(verbose=False)
 

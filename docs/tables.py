@@ -34,7 +34,7 @@ PAIRS = 500
 def main() -> None:
     from transformers import AutoConfig
 
-    model = ft.usual_outline(AutoConfig.for_model("phi", **PHI_2))
+    model = ft.outline_of(AutoConfig.for_model("phi", **PHI_2))
     print("| pairs of | preset |", *(f"{name} |" for name in ft.GPUS))
     print("|" + " --- |" * (2 + len(ft.GPUS)))
     for length, preset in ROWS:

@@ -8,7 +8,6 @@ import copy
 import functools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import finetune_colab as ft
@@ -70,8 +69,10 @@ def load_base(folder: Path | str, **settings: Any) -> Any:
 
 
 def outlines(config: Any) -> tuple[Any, Any]:
-    """What a model is made of: from its configuration alone, and as its layers are."""
-    return ft.usual_outline(config), ft.outline_of(ft.without_weights(config))
+    """What a Phi is made of: from its configuration alone, and as its layers are."""
+    built = copy.copy(config)
+    built.model_type = "any"
+    return ft.outline_of(config), ft.outline_of(built)
 
 
 def add_lora(base: Any, **settings: Any) -> Any:
@@ -92,13 +93,6 @@ def summed_loss(model: Any, examples: Sequence[Example]) -> Any:
     with ft.padding_free(model):
         logits = model(**row).logits[0].float()
     return torch.nn.functional.cross_entropy(logits, labels[labels != IGNORE], reduction="sum")
-
-
-def layout(examples: Sequence[Any], pairs: int, tokens_at_once: int) -> tuple[list[Any], Sequence[Example]]:
-    """The rows in which steps of so many pairs are computed, and the one that is tried before."""
-    plan: Any = SimpleNamespace(pairs=pairs, tokens_at_once=tokens_at_once)
-    steps = [examples[start : start + pairs] for start in range(0, len(examples), pairs)]
-    return [row for step in steps for row in ft.pack(step, tokens_at_once)], list(ft.largest_row(examples, plan))
 
 
 def ask(tuned: Any, *questions: str, **settings: Any) -> list[Any]:

@@ -140,10 +140,12 @@ def test_instructions_go_where_a_training_puts_them_and_of_a_long_chat_the_lates
     taught = encode(tuned.tokenizer, [{"role": "user", "content": "Be brief.\n\nWhy?"}, SO[1]])
     assert asked == taught["input_ids"][: len(asked)]
     assert taught["labels"][len(asked) - 1] == IGNORE != taught["labels"][len(asked)]
-    ids = prompt_of(tuned, [*SO * 200, {"role": "user", "content": "And then?"}], SYSTEM="Be brief.")
-    assert LIMIT - 40 < len(ids) <= LIMIT
-    assert tuned.tokenizer.decode(ids).startswith("Instruct: Be brief.\n\nWhy?\nOutput:")
-    assert tuned.tokenizer.decode(ids).endswith("Instruct: And then?\nOutput:")
+    for length, least in ((50, LIMIT - 200), (1, 0)):  # many short turns are not all read
+        turns = [{"role": "user", "content": "Why? " * length}, SO[1]] * 100
+        ids = prompt_of(tuned, [*turns, {"role": "user", "content": "And then?"}], SYSTEM="Be brief.")
+        assert least < len(ids) <= LIMIT
+        assert tuned.tokenizer.decode(ids).startswith("Instruct: Be brief.\n\nWhy?")
+        assert tuned.tokenizer.decode(ids).endswith("Instruct: And then?\nOutput:")
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
@@ -188,11 +190,16 @@ def test_characters_of_several_tokens_come_whole(tuned: Any) -> None:
     assert parts[-1].text == "雪が好き 🙂"
 
 
+def sheet_of(path: str) -> list[list[object]]:
+    return [[cell.value for cell in row] for row in openpyxl.load_workbook(path)["Answers"]]
+
+
 def compared(run: Run, rows: list[tuple[str, ...]], *flags: object) -> tuple[list[dict[str, Any]], str]:
     Path("ask.csv").write_bytes(csv_file([HEADER, *rows]))
     code, printed = run("compare", "--questions", "ask.csv", *flags)
     assert code == 0, printed
-    return json.loads(Path("compare.json").read_text())["rows"], printed
+    header, *found = sheet_of("compare.xlsx")
+    return [dict(zip(map(str, header), row, strict=True)) for row in found], printed
 
 
 def test_before_is_the_base_and_after_the_tuned_model(finished: Path, phi_folder: Path, run: Run) -> None:
@@ -209,9 +216,9 @@ def test_before_is_the_base_and_after_the_tuned_model(finished: Path, phi_folder
         example = encode(tuned.tokenizer, [*asked, {"role": "assistant", "content": answer}])
         with torch.no_grad():
             row = {key: torch.tensor([example[key]]) for key in ("input_ids", "labels")}
-            assert one[f"loss_{when}"] == pytest.approx(float(models[when](**row).loss), rel=1e-4)
-        assert one[f"overlap_{when}"] == pytest.approx(overlap(tuned.tokenizer, one[when], answer))
-    assert found[0]["loss_after"] < found[0]["loss_before"]
+            assert one[f"loss {when}"] == pytest.approx(float(models[when](**row).loss), abs=1e-3)
+        assert one[f"overlap {when}"] == pytest.approx(overlap(tuned.tokenizer, one[when], answer), abs=1e-3)
+    assert found[0]["loss after"] < found[0]["loss before"]
     nothing = {name: found[3][name] for name in found[3] if name[:4] in ("loss", "over")}
     assert set(nothing.values()) == {None}  # no answer is expected, so nothing is measured
 
@@ -224,16 +231,15 @@ def test_ctrl_c_keeps_the_answers_that_are_there(finished: Path, run: Run, patch
         patched.undo()
         end = int(share * len(calls))
         at_attention(patched, lambda number, _, end=end: number == end and signal.raise_signal(signal.SIGINT))
-        for path in Path().glob("compare.*"):
-            path.unlink()
+        Path("compare.xlsx").unlink()
         assert run("compare", "--questions", "ask.csv")[0] == code
-        assert code or least <= len(json.loads(Path("compare.json").read_text())["rows"]) < 20
+        assert code or least <= len(sheet_of("compare.xlsx")) - 1 < 20
 
 
 def test_a_loss_that_is_no_number_is_not_shown(finished: Path, run: Run, patched: Patch) -> None:
     real = torch.nn.functional.cross_entropy
     patched.setattr(torch.nn.functional, "cross_entropy", lambda *a, **k: real(*a, **k) * float("nan"))
-    assert compared(run, PAIRS[:1])[0][0]["loss_after"] is None
+    assert compared(run, PAIRS[:1])[0][0]["loss after"] is None
 
 
 TEXTS = st.text("abc éß雪🙂\n", max_size=20)
@@ -247,10 +253,6 @@ def test_overlap_is_a_share_of_common_tokens(tokenizer: Any, one: str, other: st
     assert not one or share(other, one) == share(one, other)
     assert 0.5 < share("2 plus 3", "2 plus 3 is 5.") < 1
     assert (share("zzz", "2 plus 3 is 5."), share("anything", "")) == (0, None)
-
-
-def sheet_of(path: str) -> list[list[object]]:
-    return [[cell.value for cell in row] for row in openpyxl.load_workbook(path)["Answers"]]
 
 
 def test_questions_that_fail_never_cost_the_adapter(small_phi: Path, workbook: Path, run: Run, patched: Patch) -> None:
@@ -274,6 +276,16 @@ def test_questions_that_fail_never_cost_the_adapter(small_phi: Path, workbook: P
     assert sheet_of("model/answers.xlsx") == first
 
 
+def test_questions_that_leave_no_room_for_an_answer_cost_only_the_answers(
+    small_phi: Path, folder: Path, run: Run
+) -> None:
+    write_workbook(folder / "dataset.xlsx", [HEADER, *((f"{'Why? ' * 450}{i}?", "So.") for i in range(6))])
+    flags = "--max-steps 1 --max-length 2000 --max-tokens 1500 --yes".split()
+    for _ in range(2):
+        code, printed = run("--model-name", small_phi, *flags)
+        assert code == 0 and "Left out" in printed and "Next" in printed, printed
+
+
 def test_nothing_is_called_held_out_when_nothing_was(small_phi: Path, workbook: Path, run: Run) -> None:
     printed = run("--model-name", small_phi, "--max-steps", 1, "--validation-fraction", 0)[1]
     card = Path("model/README.md").read_text()
@@ -291,7 +303,7 @@ def test_the_toy_is_asked_what_it_was_taught_and_its_picture_says_so(workbook: P
     shown = [text for text in said if "overlap" in text and "before" in text]
     assert (code, len(shown)) == (0, 1), printed
     for told in (*shown, in_words(printed).partition("Asking")[2][:60]):
-        assert "2 questions that were taught" in told
+        assert "2 training questions" in told
 
 
 def test_a_row_is_named_with_its_sheet(small_phi: Path, folder: Path, run: Run) -> None:

@@ -27,7 +27,6 @@ Chat = Callable[..., list[str]]
 Printed = pytest.CaptureFixture[str]
 FILE = "compare --max-tokens 2 --questions a.txt"
 X, Y = "What is 2 plus 3?", "What is 2 plus 4?"
-output = pytest.mark.xfail(strict=True, reason="Output")  # faults that are not mended yet
 
 
 class Keyboard(io.StringIO):
@@ -113,7 +112,7 @@ def test_a_real_terminal_has_arrow_keys_and_ctrl_c_ends_only_the_answer(finished
 
 def test_an_answer_knows_what_was_said(conversations: Path, chat: Chat, folder: Path) -> None:
     first, second, *_ = chat(X, Y, "/save talk.json", "/quit", command=f"chat --output-dir {conversations}")
-    assert re.search(r"\(12 tokens, [\d.]+ a second.*--max-tokens", first)
+    assert re.search(r"\(12 tokens, [\d.]+ per second.*--max-tokens", first)
     [messages] = [pair.messages for pair in find_pairs(Config(DATASET_PATH="talk.json")).kept]
     assert [one["content"] for one in messages[::2]] == [X, Y]
     for place, shown in ((1, first), (3, second)):
@@ -136,7 +135,7 @@ LATER: dict[str, tuple[str, tuple[str, ...], Callable[[list[str]], bool]]] = {  
     "chat knows help": ("chat", ("/help", "/helq"), lambda shown: shown[0] != shown[1].replace("/helq", "/help")),
     "compare knows quit": ("compare", ("/quit", ""), lambda shown: "Before" not in "".join(shown)),
 }
-UNSAID = {"chat Why? --model-name other/model": "--model-name", "compare Why? --max-tokens 4": "--max-tokens|cut"}
+UNSAID = {"chat Why?": "fine-tuned from ./tiny-phi", "compare Why? --max-tokens 4": "--max-tokens|cut"}
 # fmt: on
 
 
@@ -152,14 +151,14 @@ def test_the_commands_of_a_chat(finished: Path, chat: Chat) -> None:
 @pytest.mark.parametrize("width, grey", [(40, ""), (80, ""), (80, "1"), (200, "")])
 def test_two_coloured_columns_lose_nothing(width: int, grey: str, finished: Path, chat: Chat, patched: Patch) -> None:
     always_says(finished / "model", ODD)
-    patched.setenv("COLUMNS", str(width))
-    patched.setenv("NO_COLOR", grey)
+    for name, value in {"COLUMNS": str(width), "NO_COLOR": grey, "TERM": "xterm"}.items():
+        patched.setenv(name, value)
     shown, end = chat(X, "", "never asked", command="compare")
     assert not end.strip()
     assert ("\x1b[33m" in shown) == (not grey)
     plain = re.sub(r"\x1b\[\d+m", "", shown)
     assert re.search(r"Before.* +\| *After", plain)
-    assert all(len(line) + len(re.findall("[雪🙂]", line)) <= width for line in plain.splitlines())
+    assert all(len(line) + len(re.findall("[雪🙂]", line)) <= min(width, 160) for line in plain.splitlines())
     for text, times in ((plain, 2), (chat("Why?")[0], 1)):
         assert not {"\x1b", "\x07"} & set(text)  # V9
         assert all(text.count(c) == ODD.count(c) * times for c in "雪🙂`")
@@ -171,7 +170,7 @@ def test_questions_without_a_terminal(finished: Path, capsys: Printed, patched: 
     out, err = capsys.readouterr()
     *_, answer = stream_answer(load_tuned(Path("model")), talk(X), MAX_TOKENS=5)
     assert out.strip() == answer.text.strip()  # and nothing else
-    assert re.search(r"\(5 tokens, [\d.]+ a second", err)
+    assert re.search(r"\(5 tokens, [\d.]+ per second", err)
     for piped, code in ((f"Why?\n\n  {X}  \n", 0), (f"{'Why? ' * 3000}\nAnd?\nWhy?", 2)):
         patched.setattr(sys, "stdin", io.StringIO(piped))  # one too long costs no other
         assert main(["chat", "--max-tokens", "4"]) == code
@@ -260,8 +259,7 @@ def test_a_comparison_of_many_loads_the_base_once(finished: Path, run: Run, patc
     assert {"question", "before", "after"} <= {cell.value for cell in sheet[1]}
     assert [sheet["A2"].value, sheet["B2"].value, sheet.freeze_panes] == ["2 of Sheet", PAIRS[0][0], "A2"]
     assert [cell.value for cell in sheet[6][:2]] == ["3 of More", "Open?"]
-    assert sheet["B2"].alignment.wrap_text and sheet.conditional_formatting
-    assert all(question in Path("compare.md").read_text() for question, _ in PAIRS[:3])
+    assert sheet["B2"].alignment.wrap_text
 
 
 def test_files_of_questions(finished: Path, run: Run) -> None:
@@ -272,8 +270,8 @@ def test_files_of_questions(finished: Path, run: Run) -> None:
         told = [file.refused] if file.refused else [note for _, note in file.dropped]
         assert all(re.search(one, in_words(printed)) for one in told), title
         if not file.refused:
-            rows = json.loads(Path("compare.json").read_text())["rows"]
-            found = [(int(row["place"]), (row["question"], row["reference"])) for row in rows]
+            rows = openpyxl.load_workbook("compare.xlsx")["Answers"].iter_rows(min_row=2, values_only=True)
+            found = [(int(row), (question, expected or "")) for row, question, expected, *_ in rows]
             assert found == [*zip(file.rows, file.expected, strict=True)], title
         for path in finished.glob("compare*"):
             path.unlink()
@@ -286,24 +284,13 @@ def test_no_comparison_is_replaced_and_a_full_disk_leaves_no_half(finished: Path
     assert code == 2 and "No space left" in in_words(printed)
     assert not [*finished.glob("*compare*")]
     patched.undo()
-    Path("compare.md").write_text("my notes")
+    Path("compare.xlsx").write_text("my notes")
     for _ in range(2):
         code, printed = run(*FILE.split())
         assert code == 0 and "row 1" in printed  # which is too long, and costs no other
-    assert Path("compare.md").read_text() == "my notes"
-    assert {path.stem for path in finished.glob("compare*.xlsx")} == {"compare-2", "compare-3"}
-    assert [row["place"] for row in json.loads(Path("compare-2.json").read_text())["rows"]] == ["2"]
-
-
-@pytest.mark.parametrize("text", ["```\n# Head\n````text\n## a", "````` `\n```text\n# a", "Zoe"])
-def test_an_answer_stays_in_its_place_in_the_text_file(text: str, finished: Path, run: Run) -> None:
-    always_says(finished / "model", text)
-    Path("a.txt").write_text("Why?\n")
-    assert run(*FILE.split())[0] == 0
-    whole = Path("compare.md").read_text()
-    outside = re.sub(r"(?ms)^(`{3,})text\n.*?\n\1$", "", whole)
-    assert re.findall("^#+ ", outside, re.MULTILINE) == ["# ", "## "]
-    assert not re.search("`|Why|Head", outside) and whole.count(text) == 2
+    assert Path("compare.xlsx").read_text() == "my notes"
+    assert {path.stem for path in finished.glob("compare*.xlsx")} == {"compare", "compare-2", "compare-3"}
+    assert openpyxl.load_workbook("compare-2.xlsx")["Answers"]["A2"].value == "2"
 
 
 @pytest.mark.parametrize("command", UNSAID)

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -171,13 +170,9 @@ def edit(folder: Path, name: str, **more: Any) -> None:
     reseal(folder)
 
 
-def change_tally(folder: Path, **more: Any) -> None:
-    reseal(folder, stats=record_of(folder)["stats"] | more)
-
-
 def other_versions(folder: Path) -> None:
     edit(folder, STATE, of_the_future=1)
-    change_tally(folder, versions=record_of(folder)["stats"]["versions"] | {"transformers": "6.7.8"})
+    reseal(folder, stats=record_of(folder)["stats"] | {"versions": "transformers 6.7.8"})
 
 
 def give_zip(home: Path, _: Faults, __: ExitStack, kind: str = "") -> None:
@@ -273,11 +268,6 @@ def at_commit(faults: Faults, act: Callable[[Path], object]) -> None:
     faults.setattr(os, "replace", replace)
 
 
-def out_of_memory() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)
-    raise torch.OutOfMemoryError("CUDA out of memory.")
-
-
 def on(how: Spoil) -> Act:
     """Done to a file or folder with the checkpoints, or to the folder of all of them."""
     return lambda home, _, __, name="": spoil(place(home) / name, how)
@@ -295,9 +285,9 @@ HOSTILE: dict[str, tuple[Spoil, Spoil]] = {  # what is odd in a named checkpoint
     "huge": (odd_commit({"more": {"optimizer.pt": [10**15, ""]}}), NOTHING), "no-zip": (NOTHING, lambda path: path.write_bytes(b"PK\x03\x04 rubbish")),
 }
 COMMITS = (
-    b"", b"\xff\xfe", b"null", b"5", b'["record"]', b'{"record": 1}', b"[" * 100_000, {"files": 5}, {"files": {}}, {"step": "x"}, {"step": None},
-    {"best_step": "x"}, {"identity": [1]}, {"stats": None}, {"stats": {}}, {"stats": {"foo": 1}}, {"more": {"../../../dataset.xlsx": [1, "0"]}},
-    {"more": {ADAPTER: None}}, {"more": {ADAPTER: ["1", "0"]}}, {"more": {ADAPTER: [1]}},
+    b"", b"\xff\xfe", b"null", b"5", b'["record"]', b'{"record": 1}', b"[" * 100_000, {"files": 5}, {"step": "x"}, {"step": None},
+    {"identity": [1]}, {"stats": None}, {"stats": {}}, {"stats": {"foo": 1}}, {"more": {"../../../dataset.xlsx": [1, "0"]}},
+    {"more": {ADAPTER: None}}, {"more": {ADAPTER: [1]}},
 )
 ACTS: dict[str, Act] = {  # with the words that follow in scenes.txt
     **{how: on(how) for how in ("cut", "blank", "lose", "flip")}, "mkdir": on(Path.mkdir), "give-zip": give_zip,
@@ -312,7 +302,7 @@ ACTS: dict[str, Act] = {  # with the words that follow in scenes.txt
     "notes": on(lambda path: [(path / ".ipynb_checkpoints").mkdir(), (path / "desktop.ini").touch()]),
     "dates": on(lambda run: [os.utime(run / f"checkpoint-{n}", (t, t)) for n, t in ((2, 4e9), (3, 1))]),
     "foreign-settings": on(lambda path: edit(path, "adapter_config.json", auto_mapping={"parent_library": "os", "base_model_class": "abort"})),
-    "other-versions": on(other_versions), "foreign-log": on(lambda path: [Path("mine.txt").write_text("mine"), change_tally(path, log="mine.txt")]),
+    "other-versions": on(other_versions),
     "no-logs": on(lambda logs: [shutil.rmtree(logs), logs.touch()]), "no-model": lambda home, *_: shutil.rmtree(home / "model"),
     "to-folder": lambda home, *_: shutil.move(place(home), home / "checkpoints/moved" / place(home).name),
     "to-drive": lambda home, *_: (home / "checkpoints").rename(home / "drive"),  # a new machine, with the mirror alone
@@ -321,8 +311,8 @@ ACTS: dict[str, Act] = {  # with the words that follow in scenes.txt
     "give-run": lambda home, *_: [shutil.rmtree(place(home, 3)), place(home).rename(home / "given")],
     "torn-at-4": lambda home, faults, _: at_step(faults, 4, lambda: spoil(place(home, 3) / "optimizer.pt", "lose")),
     "signal": lambda _, faults, __, step, name="SIGINT": signal_at(faults, int(step), getattr(signal, name)),
+    "later-at-2": lambda _, faults, __: at_step(faults, 2, lambda: faults.setattr(time, "monotonic", lambda real=time.monotonic: real() + 3)),
     "no-hup": lambda _, __, mends: mends.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN)),
-    "out-of-memory-at-2": lambda _, faults, __: at_step(faults, 2, out_of_memory),
     "end-while-saving": lambda _, faults, __: at_commit(faults, lambda _: os.kill(os.getpid(), signal.SIGTERM)),
     "old-dates": lambda _, faults, __: at_commit(faults, lambda path: [os.utime(file, (1, 1)) for file in path.iterdir()]),
 }
@@ -360,7 +350,7 @@ def test_whatever_goes_wrong_the_same_command_ends_the_same(scene: str, begin: B
         went = go(*more)
         assert handlers == {name: signal.getsignal(name) for name in handlers}
     assert (went.code, went.steps) == (code, steps), went.text
-    said = said.replace("TRANSFORMERS", re.escape(version("transformers"))).replace("ROOM", ROOM)
+    said = said.replace("ROOM", ROOM)
     assert re.search("" if said == "-" else said, went.text), went.text
     assert "Traceback" not in went.text
     assert names(place(home)) == set(re.sub(r"(?<!\S)(?=\d)", "checkpoint-", left.strip("-")).split())
@@ -383,8 +373,8 @@ def test_log_and_clock_go_on_also_off_the_main_thread(begin: Begin, go: Go) -> N
     assert went.code == 0
     assert "Ctrl+C" in went.text
     assert_as_undisturbed(home)
-    (log,) = (home / "logs").iterdir()
-    assert re.findall(r"\bstep\W+(\d+)\W+loss\b", log.read_text(encoding="utf-8")) == ["1", "2", "3", "4", "5"]
+    logs = "".join(path.read_text(encoding="utf-8") for path in sorted((home / "logs").iterdir()))
+    assert re.findall(r"\bstep\W+(\d+)\W+loss\b", logs) == ["1", "2", "3", "4", "5"]
     assert metrics(home)["train_seconds"] > record_of(place(home, 5))["stats"]["seconds"] / 2
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -29,7 +30,7 @@ import torch
 from conftest import PAIRS, Patch, Run, at_attention, at_step, in_words, signal_at, write_workbook
 from seams import ROOT, SCRIPT, main
 from tables import HEADER, cases, csv_file
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM
 
 Problems = Callable[..., tuple[list[str], str]]
 
@@ -96,12 +97,12 @@ def installed(patch: Patch, *packages: str) -> None:
     patch.setattr(importlib.metadata, "version", version)
 
 
-def full_logs(_: Patch) -> None:
-    """Whatever the log of the next minute will be called, its disk is full."""
-    Path("full").mkdir()
-    for second in range(60):
-        stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(time.time() + second))
-        Path(f"full/finetune-{stamp}.log").symlink_to("/dev/full")
+def full_logs(patch: Patch) -> None:
+    """The disk with the logs is full."""
+    real = Path.open
+    patch.setattr(
+        Path, "open", lambda path, *a, **k: real(Path("/dev/full") if path.suffix == ".log" else path, *a, **k)
+    )
 
 
 FAULTS: dict[str, Callable[..., object]] = {
@@ -169,7 +170,8 @@ def test_what_is_said_and_left_behind(case: Any, folder: Path, run: Run, small_p
     assert re.search(pattern, text if r"\n" in pattern else in_words(text))
     assert (folder / "fine_tuned_model.zip").is_file() is argv.startswith("MODEL")
     if not argv.startswith("MODEL"):
-        assert all(len(line.replace(str(folder), "")) <= 80 for line in text.splitlines())
+        lines = [line for line in text.splitlines() if not line.startswith("Ready")]  # to be copied
+        assert all(len(line.replace(str(folder), "")) <= 80 for line in lines)
         assert code != "2" or (contents(folder), text.count("Stopped")) == (before, 1)
         assert not (folder / "logs").exists()
 
@@ -198,21 +200,24 @@ def test_a_process_says_it_on_the_right_stream_with_the_right_code(case: Any, fo
     assert re.search(output, in_words(done.stdout)) and re.search(errors, in_words(done.stderr))
 
 
-def test_packages_are_named_with_the_versions_they_need(problems: Problems, monkeypatch: Patch, patched: Patch) -> None:
+def test_packages_are_named_with_the_versions_they_need(run: Run, monkeypatch: Patch, patched: Patch) -> None:
     head = re.search(r"# /// script\n(.*?)# ///", SCRIPT.read_text(encoding="utf-8"), re.DOTALL)
     stated = tomllib.loads(re.sub(r"^# ?", "", head[1] if head else "", flags=re.MULTILINE))
     monkeypatch.setattr(sys, "version", "3.10.4 (main)")
     for version in ("0.0.1", ""):
         installed(patched, f"all={version}")
-        (packages,) = problems()[0]
+        code, packages = run("check")
+        packages = in_words(packages)
         patched.undo()
+        assert code == 2
         assert re.search(rf"python 3\.10\.4 [^,]*\b{stated['requires-python'][2:]}", packages)
         for name, floor in (package.split(">=") for package in stated["dependencies"]):
             told = rf"\b{name} [^,]*({version or 'missing'})[^,]*\b{floor}\b"
             assert bool(re.search(told, packages)) is (name != "matplotlib")  # not needed
 
 
-def test_a_folder_that_only_others_may_use_is_refused(problems: Problems) -> None:
+def test_a_folder_that_only_others_may_use_is_refused(problems: Problems, patched: Patch) -> None:
+    patched.setattr(importlib.metadata, "version", functools.cache(importlib.metadata.version))
     problems()  # has all libraries loaded, which somebody else may not read
     with tempfile.TemporaryDirectory() as place, contextlib.ExitStack() as stack:
         Path(place, "model").mkdir(mode=0o000)
@@ -221,28 +226,8 @@ def test_a_folder_that_only_others_may_use_is_refused(problems: Problems) -> Non
         stack.callback(os.seteuid, os.getuid())
         flags = f"--output-dir {place}/model --checkpoint-dir {place}/new/deep --model-name a/b"
         found = problems(*flags.split())[0]  # and maybe libraries that nobody may read
-    denied = f"OUTPUT_DIR {place}/model.*Permission", f"{place} .*Permission.*--output-dir"
-    for pattern in (*denied, f"{place}/new/deep .*--checkpoint-dir"):
+    for pattern in (f"{place}: Permission.*--output-dir", f"{place}/new/deep: .*--checkpoint-dir"):
         assert any(re.search(pattern, one) for one in found), pattern
-
-
-def test_a_disk_needs_room_for_outputs_checkpoints_and_zips(problems: Problems, monkeypatch: Patch) -> None:
-    def need(flags: str) -> float:
-        (found,) = problems("--model-name", "./phi-2", *flags.split())[0]
-        return float(re.findall(r"([\d.,]+) GB", found)[0].replace(",", ""))
-
-    suffer(monkeypatch, "disk 1 + memory 1e13")
-    sizes = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
-    PhiConfig(architectures=["PhiForCausalLM"], **sizes).save_pretrained("phi-2")
-    assert 1.5 < need("") < 2  # with rank 16; the largest makes the figures exact
-    alone, zipped = need("--lora-r 1024"), need("--lora-r 1024 --archive-checkpoints")
-    elsewhere = need("--lora-r 1024 --checkpoint-dir /dev/shm/none")  # another disk
-    for name in ("a/checkpoint-1", "a/checkpoint-2", "b/checkpoint-1"):  # of one run two at most
-        Path("checkpoints", name).mkdir(parents=True)
-        Path("checkpoints", name, "COMMIT.json").touch()
-    one = (alone - need("--lora-r 1024")) / 2
-    assert zipped - alone == pytest.approx(4 * one, abs=0.5) != 0
-    assert elsewhere == pytest.approx(alone - 4 * one, abs=0.5)
 
 
 @pytest.fixture
@@ -264,29 +249,20 @@ def held(train: Run) -> Iterator[int]:
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(held: int, train: Run, folder: Path) -> None:
     for flags, told in (  # S8
-        ("--output-dir out", rf"OUTPUT_DIR {folder}/out.*\b{held}\b"),
-        ("--checkpoint-dir states", rf"CHECKPOINT_DIR {folder}/states.*\b{held}\b"),
-        ("--dataset-path none.csv", rf"^(?!.*\b{held}\b).*none\.csv"),  # in other folders
+        ("--output-dir out", f"Another run .*OUTPUT_DIR {folder}/out"),
+        ("--checkpoint-dir states", f"Another run .*CHECKPOINT_DIR {folder}/states"),
+        ("--dataset-path none.csv", r"^(?!.*Another run).*none\.csv"),  # in other folders
     ):
         assert re.search(told, in_words(train(*flags.split())[1])), told
     assert train("check", "--output-dir", "out")[0] == 0
     os.kill(held, signal.SIGKILL)  # it has no time to clear up
     os.waitpid(held, 0)
-    assert train("--output-dir", "out", "--checkpoint-dir", "states")[0] == 0
+    code, text = train("--output-dir", "out", "--checkpoint-dir", "states")
+    assert (code, "finetune_colab.py chat --output-dir out\n" in text) == (0, True)
 
 
 def test_the_other_run_is_named_once(held: int, train: Run) -> None:
-    assert len(re.findall(rf"\b{held}\b", train("--output-dir", "out", "--checkpoint-dir", "states")[1])) == 1
-
-
-def test_a_run_takes_no_more_room_than_was_foreseen(train: Run, problems: Problems, monkeypatch: Patch) -> None:
-    assert train("--lora-r", 1024, "--save-steps", 1)[0] == 0
-    places = [Path("model"), *[next(Path().glob("checkpoints/*/checkpoint-*"))] * 4]
-    taken = sum(path.stat().st_size for place in places for path in place.rglob("*") if path.is_file())
-    shutil.rmtree("checkpoints")
-    for free in (taken, 4 * taken):
-        disk(monkeypatch, free)
-        assert (problems("--lora-r", 1024)[0] == []) is (free > taken)
+    assert train("--output-dir", "out", "--checkpoint-dir", "states")[1].count("Another run") == 1
 
 
 @pytest.mark.xfail(strict=True, reason="Output")
@@ -322,7 +298,6 @@ def test_what_ends_a_run_is_in_its_log_and_the_next_has_its_own(name: str, train
     text = path.read_text()
     assert re.search(pattern, re.sub(r"(?m)^.{21}", "", text), re.MULTILINE)
     assert ("Traceback" in text, "Plan " in text) == (code < 0, True)
-    goes_on = name == "Ctrl+C"  # then it is the log of the whole run
-    assert train("--log-dir", *(["first"] if goes_on else ["second", "--no-resume"]))[0] == 0
-    assert [path] == [*Path("first").iterdir()] and path.read_text().startswith(text)
-    assert (" step 3," in path.read_text()[len(text) :]) is goes_on
+    assert train("--log-dir", "second")[0] == 0
+    assert [path] == [*Path("first").iterdir()] and path.read_text() == text
+    assert (" step 3," in next(Path("second").iterdir()).read_text()) is (name != "saving")

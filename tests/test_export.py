@@ -26,7 +26,9 @@ from tables import cases
 from test_chat import X, talk
 
 TALK = (X, "5", "And 3 plus 3?", "6")
-OLLAMA = '{{ if .System }}{{ .System }}\n\n{{ end }}{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}…{{ else if eq .Role "assistant" }}{{ .Content }}…{{ end }}{{ end }}'
+SYSTEM = "{{ if .System }}{{ .System }}\n\n{{ end }}"
+ALONE = "{{ range $i, $_ := .Messages }}{{ if eq (len (slice $.Messages $i)) 1 }}{{ .Content }}…{{ end }}{{ end }}"
+CHAT = '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}…{{ else if eq .Role "assistant" }}{{ .Content }}…{{ end }}{{ end }}'
 FORM = "Instruct: {}\nOutput:"
 PHI = './my "phi": \\ 2 #1'  # a name that a card has to quote
 KINDS = {"q8_0": 2e-3, "f16": 1e-5, "q4_k_m": 0.1}  # in this order; divergence allowed, of a token
@@ -43,27 +45,16 @@ def read_tokenizer(folder: Path) -> Any:
 def save_base(folder: Path, kind: str, signs: list[str], template: str) -> None:
     import torch
     import transformers as tf
-    from sentencepiece import SentencePieceTrainer
-    from tokenizers import AddedToken, normalizers
+    from tokenizers import normalizers
 
     shape = {"vocab_size": 448, "hidden_size": 320, "intermediate_size": 640, "num_hidden_layers": 2}
-    shape |= {"num_attention_heads": 4, "max_position_embeddings": 2048}
-    shape |= {"pad_token_id": 0} if kind == "Phi3" else {"num_key_value_heads": 2}
+    shape |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048}
     torch.manual_seed(0)
     getattr(tf, f"{kind}ForCausalLM")(getattr(tf, f"{kind}Config")(**shape)).save_pretrained(folder)
+    tokenizer = train_tokenizer([f"{q}\n{a}" for q, a in PAIRS], 380)
     if kind == "Qwen2":
-        tokenizer = train_tokenizer([f"{q}\n{a}" for q, a in PAIRS], 380)
         tokenizer.backend_tokenizer.normalizer = normalizers.NFC()
-        tokenizer.add_special_tokens({"additional_special_tokens": signs, "eos_token": signs[1]})
-    else:  # the kind that Phi-3 and TinyLlama have, with the file that llama.cpp's converter asks for
-        lines = iter([f"Instruct: {q}\nOutput: {a}" for q, a in PAIRS] * 9)
-        how = {"vocab_size": 380, "model_type": "bpe", "byte_fallback": True, "minloglevel": 2}
-        how |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
-        with (folder / "tokenizer.model").open("wb") as file:
-            SentencePieceTrainer.train(sentence_iterator=lines, model_writer=file, **how)
-        tokenizer = tf.LlamaTokenizer.from_pretrained(folder, model_max_length=2048)
-        added = [AddedToken(sign, rstrip=True, normalized=False) for sign in signs]  # as in Phi-3
-        tokenizer.add_special_tokens({"additional_special_tokens": added})
+    tokenizer.add_special_tokens({"additional_special_tokens": signs, "eos_token": signs[1]})
     tokenizer.chat_template = template or None
     tokenizer.save_pretrained(folder)
 
@@ -173,8 +164,6 @@ def test_llama_cpp_answers_as_transformers_does(family: Family) -> None:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(question=st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=60))
 def test_llama_cpp_cuts_every_question_as_the_training_did(family: Family, question: str) -> None:
-    blanks = question[: len(question) - len(question.lstrip())]
-    assume(family.name != "phi-3" or blanks.isascii())  # its signs swallow all kinds of blanks
     assume(not any(sign in question for sign in family.tokenizer.all_special_tokens))
     form = read_tokenizer(family.home / "model-gguf")
     text = form.apply_chat_template(talk(question), tokenize=False, add_generation_prompt=True)
@@ -191,24 +180,37 @@ def test_the_templates_give_whole_talks_as_they_were_taught(family: Family) -> N
             assert theirs[: len(ours)] == ours
             assert not tokenizer.decode(theirs[len(ours) :], skip_special_tokens=True).strip()
         else:
-            assert whole.lstrip() == (f"{FORM} {{}}{tokenizer.eos_token}" * 2).format(*TALK)
+            assert whole == (f"{FORM} {{}}{tokenizer.eos_token}" * 2).format(*TALK)
             system = [{"role": "system", "content": "Be brief."}, *talk(X)]
             asked = tokenizer.apply_chat_template(system, tokenize=False, add_generation_prompt=True)
-            assert asked.lstrip() == FORM.format(f"Be brief.\n\n{X}")
+            assert asked == FORM.format(f"Be brief.\n\n{X}")
     text = (family.home / "model-gguf" / "Modelfile").read_text(encoding="utf-8")  # Ollama's
     assert text.startswith("FROM ./model-q4_k_m.gguf\n")  # the newest
     assert "PARAMETER temperature 0\n" in text
-    form = re.search('(?s)TEMPLATE """(.*?)' + "(.*?)".join(map(re.escape, OLLAMA.split("…"))) + '"""', text)
-    lead = " " if whole.partition(TALK[1])[0].endswith(" ") else ""
-    said = "".join(lead * (i % 2) + one + form[2 + i % 2] for i, one in enumerate(TALK[:3]))
+    before, after = in_ollama(family.home, ALONE)  # each question was taught alone
     for system in ("", "Be brief.\n\n"):
-        assert family.in_llama_cpp(form[1] + system + said) == family.trained(system + X, *TALK[1:3])
+        assert family.in_llama_cpp(before + system + X + after) == family.trained(system + X)
+
+
+def in_ollama(home: Path, turns: str) -> tuple[str, ...]:
+    """What stands around the texts in a template of this kind."""
+    text = (home / "model-gguf" / "Modelfile").read_text(encoding="utf-8")
+    between = "(.*?)".join(map(re.escape, (SYSTEM + turns).split("…")))
+    found = re.search(f'(?s)TEMPLATE """(.*?){between}"""', text)
+    assert found, text
+    return found.groups()
+
+
+def test_conversations_are_asked_whole_in_ollama(phi: Family, beside: Path) -> None:
+    before, *after = in_ollama(beside, CHAT)
+    said = "".join(" " * (i % 2) + one + after[i % 2] for i, one in enumerate(TALK[:3]))
+    assert phi.in_llama_cpp(before + said) == phi.trained(*TALK[:3])
 
 
 @pytest.mark.parametrize("command", ["chat", "compare", "chat --base"])
 def test_a_folder_with_a_gguf_alone_is_refused_with_what_opens_it(command: str, phi: Family, run: Run) -> None:
     code, printed = run(*command.split(), X, "--output-dir", phi.home / "model-gguf")
-    assert code == 2 and re.search("LM Studio, Ollama.*README.md.*--output-dir ./model", in_words(printed))
+    assert code == 2 and re.search("LM Studio, Ollama.*--output-dir ./model", in_words(printed))
 
 
 def test_a_space_answers_as_the_tuned_model_does(phi: Family) -> None:
@@ -218,11 +220,12 @@ def test_a_space_answers_as_the_tuned_model_does(phi: Family) -> None:
     with subprocess.Popen(command, cwd=place, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         try:
             link = next(found[0] for line in process.stdout or () if (found := re.search(r"http://[\d.:]+", line)))
-            told = client(link, verbose=False).predict(X, api_name="/reply")
+            page = client(link, verbose=False)
+            told, again = (page.predict(X, api_name="/reply") for _ in range(2))  # each question alone
         finally:
             process.terminate()
     [wanted] = ask(load_tuned(phi.home / "model"), X, MAX_TOKENS=16)
-    assert re.sub(r"\W", "", told).startswith(re.sub(r"\W", "", wanted.text))
+    assert told == again and re.sub(r"\W", "", told).startswith(re.sub(r"\W", "", wanted.text))
 
 
 def test_the_merged_model_is_the_adapted_one(phi: Family, patched: Patch) -> None:
@@ -308,6 +311,8 @@ def beside(phi: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(phi.home / name, home / name)
     record = json.loads((path := home / "model-gguf" / "run.json").read_text())
     path.write_text(json.dumps(record | {"adapter": "another"}))
+    record = json.loads((path := home / "model-merged" / "run.json").read_text())
+    path.write_text(json.dumps(record | {"dataset": {"shape": "conversations"}}))
     assert call(home, "export", "--to", "gguf", "--quantize", "f16", "--output-dir", "model-merged") == 0
     return home
 
@@ -319,12 +324,6 @@ def test_exports_of_an_earlier_training_are_put_aside(beside: Path) -> None:
 
 def front_matter(folder: Path) -> dict[str, Any]:
     return dict(yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]))
-
-
-def test_a_card_describes_what_is_there(beside: Path) -> None:
-    told = (beside / "model-gguf" / "README.md").read_text()
-    assert not (beside / "model-gguf" / "adapter-f16.gguf").exists() and "model-f16.gguf" in told
-    assert "adapter-f16.gguf" not in told
 
 
 def test_a_card_without_a_base_on_the_hub_says_nothing_of_it(phi: Family) -> None:
@@ -370,3 +369,11 @@ def test_a_merge_that_loses_what_was_learnt_is_refused(finished: Path, run: Run,
     patched.setattr(Linear, "get_delta_weight", lambda *args: 0 * real(*args))
     code, printed = run("export", "--to", "merged")
     assert (code, "adapter as it is" in printed, Path("model-merged").exists()) == (2, True, False)
+
+
+def test_a_sentencepiece_model_is_refused_before_it_is_merged(finished: Path, run: Run) -> None:
+    path = finished / "model" / "tokenizer.json"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"byte_fallback": false', '"byte_fallback": true'), encoding="utf-8")
+    code, printed = run("export", "--to", "gguf")
+    assert (code, "--to merged" in printed, (finished / "model-merged").exists()) == (2, True, False)

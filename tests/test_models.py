@@ -78,7 +78,7 @@ def test_no_whole_model_and_layers_that_are_not_there_are_refused(
     pytest.param("0.10.0", True, None, marks=pytest.mark.xfail(reason="Training")),  # peft 0.18 takes any torchao
 ])  # fmt: skip
 def test_a_torchao_too_old_for_peft_does_no_harm(
-    phi_folder: Path, folder: Path, patched: Any, capsys: Any, version: str, imported: bool, hidden: bool | None
+    phi_folder: Path, folder: Path, patched: Any, version: str, imported: bool, hidden: bool | None
 ) -> None:
     """As Colab's is; and once a cell has imported it, it may also be refused by name."""
     needed = "class A: pass\nTorchAOBaseTensor = AffineQuantizedTensor = LinearActivationQuantizedTensor = A"
@@ -102,7 +102,6 @@ def test_a_torchao_too_old_for_peft_does_no_harm(
     finally:
         is_torchao_available.cache_clear()
     assert hidden in (None, importlib.util.find_spec("torchao") is None)
-    assert hidden in (None, "torchao" in capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("family, targets, blocks, count, kinds", [
@@ -196,11 +195,10 @@ def make_chat_model(family: str, template: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["Phi", "Llama", "Mistral", "Qwen2", "Qwen3"])
-def test_a_configuration_alone_tells_what_the_layers_are(family: str, tied: bool) -> None:
+def test_a_configuration_alone_tells_what_the_layers_are(tied: bool) -> None:
     sizes = {"vocab_size": 640, "hidden_size": 320, "intermediate_size": 960, "num_hidden_layers": 3}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": tied}
-    told, built = seams.outlines(getattr(transformers, f"{family}Config")(**sizes, **heads))
+    told, built = seams.outlines(transformers.PhiConfig(**sizes, **heads))
     assert told == built._replace(parameters=pytest.approx(built.parameters, rel=0.01))  # but for biases and norms
 
 

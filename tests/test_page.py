@@ -100,7 +100,7 @@ def comes_to(shown: Locator, wanted: str) -> None:
 
 def speed(page: Page, tokens: int) -> None:
     """Wait for the line that says how fast an answer of so many tokens came."""
-    expect(page.get_by_text(re.compile(rf"\({tokens} tokens, [\d.]+ a second")).first).to_be_visible()
+    expect(page.get_by_text(re.compile(rf"\({tokens} tokens, [\d.]+ per second")).first).to_be_visible()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ def test_an_answer_streams_and_can_be_stopped(visit: Visit, patched: Patch) -> N
             page.wait_for_timeout(700)
         return count
 
-    page.get_by_text("How to answer").click()
+    page.get_by_text("Answer settings").click()
     ask(page, X, most=1000)
     expect(said(page)).to_have_text(re.compile(r"\w"))
     expect(said(page)).not_to_have_text(said(page).inner_text())  # it grows
@@ -197,7 +197,7 @@ def test_what_the_page_cannot_do_is_told_and_locks_nothing(visit: Visit) -> None
     ask(page, "Why? " * 1500)
     expect(page.get_by_text(re.compile(r"\d,\d{3} tokens")).first).to_be_visible()
     expect(box(page)).to_be_enabled()
-    ask(page, "Why?")  # of the talk so far, only what was answered counts
+    ask(page, "Why?")  # of the chat so far, only what was answered counts
     speed(page, 60)
     head = {"Content-Type": "multipart/form-data; boundary=x"}  # nothing can be uploaded
     body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a"\r\n\r\n%b\r\n--x--\r\n'

@@ -46,7 +46,7 @@ def test_the_layout_follows_lengths_memory_and_what_is_set(case: str) -> None:
 
 def test_a_run_says_and_records_its_device_and_its_plan(tuned_run: Path) -> None:
     told = next((tuned_run / "logs").iterdir()).read_text()
-    assert re.search(r"Device .*float32(.*\n)+.*Plan .*\b12 steps of 16 pairs", told)
+    assert re.search(r"Device .*float32(.*\n)+.*Plan .*\b12 steps \(.* 16 pairs per step", told)
     device = json.loads((tuned_run / "model/training_visuals/training_config.json").read_text())["device"]
     assert (device["kind"], device["dtype"], device["four_bit"]) == ("cpu", "float32", False)
 

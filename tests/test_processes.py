@@ -130,7 +130,7 @@ def test_two_processes_go_on_from_what_one_has_saved(home: Path, launch: Launch,
         shutil.rmtree(*(home / "1-to-2").glob(left))
     printed = launch("1-to-2", 2, wrong="memory 1 1", well=False)
     assert re.findall(RESUMED, printed) == ["6"]
-    (less,) = re.findall(r"ran out of memory.*--tokens-at-once (\d+)", in_words(printed))
+    (less,) = re.findall(r"Memory ran out.*--tokens-at-once (\d+)", in_words(printed))
     launch("1-to-2", 2, "--tokens-at-once", less)
     assert_same_training(home / "1-to-2", alone)
 

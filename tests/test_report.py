@@ -95,7 +95,7 @@ def test_the_figures_fit_each_other(tuned_run: Path) -> None:
     adapter = sum(size for name, size in sizes.items() if "lora_" in name)
     assert metrics["trainable_parameters"] == adapter
     assert metrics["trainable_percent"] == pytest.approx(100 * adapter / sum(sizes.values()), rel=0.1)
-    assert 0 < metrics["train_seconds"] < 60 and metrics["train_cpu_seconds"] > 0
+    assert 0 < metrics["train_seconds"] < 60
     speed = metrics["tokens_trained"] / metrics["train_seconds"]
     assert metrics["tokens_per_second"] == pytest.approx(speed, rel=0.02)
     losses = logged(model, "loss")
@@ -140,7 +140,7 @@ def test_without_held_out_pairs_nothing_is_invented(small_phi: Path, folder: Pat
     assert (code, "held out" in printed) == (0, True)
     metrics = read("other/training_visuals/training_metrics.json")
     assert metrics["eval_loss"] is metrics["base_eval_loss"] is None
-    assert "not measured" in Path("other/README.md").read_text()
+    assert "| `eval_loss` | none |" in Path("other/README.md").read_text()
     assert Path("fine_tuned_other.zip").exists()  # each folder has a zip of its own
 
 
@@ -175,7 +175,7 @@ def test_joiners_of_width_zero_and_tabs_survive(finished: Path, run: Run) -> Non
     text = "می\u200cرود 👨\u200d👩\u200d👧 a\tb"  # Persian and emoji of several people need them
     write_workbook(finished / "ask.xlsx", [HEADER, (text, text), *PAIRS[:1]])
     assert run("compare", "--questions", "ask.xlsx", "--max-tokens", 2)[0] == 0
-    assert text in Path("compare.md").read_text(encoding="utf-8")
+    assert openpyxl.load_workbook("compare.xlsx")["Answers"]["B2"].value == text
 
 
 def test_the_card_asks_a_question_of_the_data(tuned_run: Path) -> None:
@@ -188,7 +188,6 @@ def test_training_ends_with_the_next_command(again: Run) -> None:
     assert "chat" in " ".join(again()[1].strip().splitlines()[-3:])
 
 
-@FAULT
 def test_the_bars_of_the_libraries_stay_off_the_console(small_phi: Path, workbook: Path, run: Run) -> None:
     printed = run("--model-name", small_phi, "--max-steps", 1, "--eval-answers", 0)[1]
     assert "Loading weights" not in printed

@@ -202,7 +202,7 @@ def logged(small_phi: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[s
         at_attention(patch, measured)
         assert call(home, "--model-name", small_phi, *flags, "--log-dir", "logs\udcff") == 0
     (path,) = (home / "logs\udcff").iterdir()
-    assert re.fullmatch(r"finetune-\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d\.log", path.name)
+    assert re.fullmatch(r"finetune-[0-9a-f]{12}\.log", path.name)
     text = path.read_text(encoding="utf-8")
     assert all(letter.isprintable() or letter == "\n" for letter in text)
     found = [re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  (.*)", line) for line in text.splitlines()]
@@ -224,13 +224,12 @@ def test_a_training_logs_its_settings_its_packages_and_all_that_it_said(logged: 
     assert printed.count("Plan  ") == 1  # nothing is said twice
 
 
-def test_every_step_has_its_figures_and_a_speed_without_measuring_and_saving(logged: Any) -> None:
+def test_every_step_has_its_figures(logged: Any) -> None:
     measured = [line for line in logged[1] if re.search(r"\bstep \d", line)]
     for step in (1, 2, 3, 4):
         (line,) = (one for one in measured if f" step {step}," in one and ", loss" in one)
-        for figure in ("epoch", "loss", "learning_rate", "grad_norm", "tokens_per_second"):
+        for figure in ("epoch", "loss", "learning_rate", "grad_norm"):
             assert re.search(rf"\b{figure} \d", line), figure
-        assert float(re.findall(r"tokens_per_second ([\d.]+)", line)[0]) > 700  # or below 600
     assert sum("eval_loss" in line for line in measured) == 2
 
 

@@ -220,7 +220,7 @@ KEPT = itertools.product(("phi", "llama", "qwen2", "phi3"), ("all-linear", "atte
 
 
 @pytest.mark.parametrize("family, targets", [one if one in FIRST else sweep(*one) for one in KEPT])
-def test_a_step_keeps_what_was_foreseen(bases: Any, workbook: Path, run: Run, family: str, targets: str) -> None:
+def test_a_step_keeps_what_was_estimated(bases: Any, workbook: Path, run: Run, family: str, targets: str) -> None:
     """And less than the same with PEFT alone."""
     flags = (bases(family, blocks=4, size=128), "--lora-targets", targets)
     kept, estimated = bytes_of_a_token(run, *flags)
