@@ -3115,6 +3115,7 @@ class AnswerTrainer(Trainer):
             logging_nan_inf_filter=False,  # it would show a NaN as a loss of zero
             include_num_input_tokens_seen="all",  # every token counts: none is padding
             dataloader_pin_memory=on_gpu,
+            project="finetune_colab",  # for Trackio
             run_name=folder.name,
             ddp_find_unused_parameters=False,
         )
@@ -3591,6 +3592,7 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
         "tokens_at_once": stats.tokens_at_once,
         "tokens_per_second": round(trained.tokens / stats.seconds, 1),
         "train_seconds": round(stats.seconds, 3),
+        "skipped_steps": stats.skipped_steps,
         "estimated_seconds": stats.estimated_seconds,
         "peak_memory_gb": round(stats.peak_memory_gb, 3) or None,
         "estimated_memory_gb": stats.estimated_memory_gb,
