@@ -3609,7 +3609,9 @@ def quality_record(quality: Quality) -> dict[str, Any]:
     for kind, notes in by_kind(quality.notes).items():
         share, places = round(len(notes) / quality.counted, 4), [note[:2] for note in notes]
         parts[kind] = {"rows": len(notes), "share": share, "places": places}
-    return {"score": round(quality.score, 4) if quality.counted else None, "parts": parts}
+    score = round(quality.score, 4) if quality.counted else None
+    counts = {"rows_counted": quality.counted, "rows_good": quality.good}
+    return {"score": score, **counts, "parts": parts}
 
 
 def run_record(
@@ -3628,6 +3630,7 @@ def run_record(
             "shape": data.pairs.shape,
             **column_names(data.pairs),
             "quality": quality_record(data.quality),
+            "sha256_of_pairs": fingerprint([pair.messages for pair in data.pairs.kept]),
             "held_out_rows": [(pair.sheet, pair.row) for pair in data.validation_pairs],
         },
         "examples": [pair.messages[0]["content"] for pair in data.train_pairs[:EXAMPLES_SHOWN]],
