@@ -5047,12 +5047,14 @@ def examine(
     if preset := PRESETS.get(cfg.PRESET):
         say("Preset", ", ".join(f"{name} {as_text(getattr(cfg, name))}" for name in preset))
     pairs = attempt(find_pairs, cfg)  # before anything that waits for torch
+    if not pairs:
+        return problems, None, None
     outline = known_outline(cfg)
     if outline and (device := attempt(device_here, cfg)):
         attempt(adapted_outline, cfg, outline)
         attempt(optimizer_name, cfg, device)
         attempt(refuse_small_memory, cfg, device, outline.parameters)
-    data = attempt(prepare_data, cfg, pairs, offline) if pairs else None
+    data = attempt(prepare_data, cfg, pairs, offline)
     if data:
         say_pairs(data.pairs)
         say_quality(data.quality, cfg.MIN_QUALITY)
