@@ -235,8 +235,8 @@ def preview(text: str, width: int = 50) -> str:
     return plain if len(plain) <= width else plain[: width - 1] + "…"
 
 
-def counted(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+def plural(count: float, noun: str) -> str:
+    return f"{count:,.12g} {noun}{'s' * (count != 1)}"
 
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
@@ -283,10 +283,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(str, value))
     return "" if value is None else str(value)
-
-
-def plural(count: float, noun: str) -> str:
-    return f"{count:,.12g} {noun}{'s' * (count != 1)}"
 
 
 def did_you_mean(wrong: str, known: Iterable[str]) -> str:
@@ -394,7 +390,9 @@ def atomic_write(final: Path) -> Iterator[Path]:
 @contextmanager
 def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
     """A folder to fill, which gets its name when complete; what had it becomes `earlier`, or goes."""
-    staged = final.with_name(f".{final.name}.partial")
+    staged, replaced = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
+    if replaced.exists() and not final.exists():  # the program was killed between two renames
+        replaced.rename(final)
     remove(staged)
     staged.mkdir(parents=True)
     try:
@@ -405,7 +403,6 @@ def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
         raise
     for path in (*staged.rglob("*"), staged):
         fsync(path)
-    replaced = final.with_name(f".{final.name}.old")
     if final.exists():
         remove(earlier or replaced)
         final.rename(earlier or replaced)
@@ -1496,6 +1493,10 @@ class Example(TypedDict):
     labels: list[int]
 
 
+def tokens_in(example: Example) -> int:
+    return len(example["labels"])
+
+
 def set_template(cfg: Config, tokenizer: Any) -> None:
     """The prompt, saved with the adapter: PROMPT_TEMPLATE, the model's own chat template, or phi-2's."""
     if tokenizer.chat_template and not cfg.PROMPT_TEMPLATE:
@@ -1765,7 +1766,7 @@ def plan_run(
     cfg: Config, examples: Sequence[Example], device: Device, model: Outline | None = None
 ) -> Plan:
     """The steps, and how many tokens are computed at once, which does not change the result."""
-    lengths = sorted((len(example["labels"]) for example in examples), reverse=True)
+    lengths = sorted(map(tokens_in, examples), reverse=True)
     targets = [sum(label != IGNORE for label in example["labels"]) for example in examples]
     tokens, pairs = sum(lengths), cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
     epoch = math.ceil(len(lengths) / pairs)
@@ -2265,7 +2266,7 @@ class Run:
         """The numbers in which the base was published."""
         return str(self.shape.dtype or "float16").removeprefix("torch.")
 
-    @property
+    @functools.cached_property
     def parameters(self) -> int:
         return outline_of(self.shape).parameters
 
@@ -2369,7 +2370,7 @@ def flatten(examples: Sequence[Example], shared: bool = True) -> dict[str, Any]:
     """
     import torch
 
-    lengths = [len(example["input_ids"]) for example in examples]
+    lengths = list(map(tokens_in, examples))
     ids = torch.tensor([token for example in examples for token in example["input_ids"]])
     labels = torch.tensor([label for example in examples for label in example["labels"]])
     # the first label of each example is a prompt's, so nothing leaks across
@@ -2550,7 +2551,7 @@ def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedDa
     with suppress(UnreachableError) if offline else nullcontext():
         tokenizer = load_tokenizer(cfg)
     examples = [encode(tokenizer, pair.messages) for pair in pairs.kept if tokenizer]
-    lengths = [len(example["labels"]) for example in examples]
+    lengths = list(map(tokens_in, examples))
     longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
     limit = "MAX_LENGTH" if longest == cfg.MAX_LENGTH else "what the model can take"
     fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
@@ -2578,7 +2579,7 @@ def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedDa
 def refuse_unfit(cfg: Config, data: PreparedData) -> None:
     """Refuse too few pairs, and, without --yes, data of which most looks wrong."""
     count = len(data.pairs.kept)
-    pairs = counted(count, "pair")
+    pairs = plural(count, "pair")
     if count < FEWEST_PAIRS:
         fix = "Fill in more questions and answers."
         if data.overlong:
@@ -2605,10 +2606,6 @@ def pairs_to_ask(cfg: Config, data: PreparedData) -> tuple[str, list[Pair]]:
 
 
 # -- Rows and losses
-
-
-def tokens_in(example: Example) -> int:
-    return len(example["labels"])
 
 
 def memory_of(row: Sequence[Example]) -> int:
@@ -3784,7 +3781,7 @@ def draw_answers(path: Path, table: pandas.DataFrame, which: str) -> None:
         for row, question in zip(drawn["row"], drawn["question"], strict=True)
     ]
     title, height = "Answers before and after the training", 1.8 + 0.25 * len(drawn)
-    with picture(path, title, f"{counted(len(measured), which)}: overlap {means}", height) as axes:
+    with picture(path, title, f"{plural(len(measured), which)}: overlap {means}", height) as axes:
         rows = range(len(drawn))
         axes.hlines(rows, drawn[before], drawn[after], color=GREY, alpha=0.4)
         ring = {"markersize": 10, "markerfacecolor": "none", "label": "before training"}
@@ -3909,8 +3906,6 @@ def write_answers(folder: Path, which: str, table: pandas.DataFrame) -> None:
 
 
 # -- The report of check on the data
-
-LONGEST_EXAMPLE = 8  # lines
 
 
 def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
@@ -4046,6 +4041,12 @@ def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> 
         raise UserError(f"{what}\n{free_space(folder.parent, need)}{advice}") from error
 
 
+def own_files(folder: Path) -> list[str]:
+    """What a run.json that comes to this folder lists as its own, itself included."""
+    found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
+    return sorted([*found, "run.json"])
+
+
 def files_for_others(folder: Path) -> list[Path]:
     """What may be shared: no links, nothing that can run a program, no paths of this computer."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
@@ -4135,8 +4136,7 @@ def save_run(
         write_visuals(staged / "training_visuals", record, trained)
         if answers is not None:
             write_answers(staged, pairs_to_ask(cfg, data)[0], answers)
-        files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
-        own = {"run": run, "files": sorted([*files, "run.json"])}
+        own = {"run": run, "files": own_files(staged)}
         write_json(staged / "run.json", own | record)
     return final, write_zip(final)
 
@@ -4513,8 +4513,7 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
         with atomic_folder(final, earlier) as staged:
             yield staged
             write_card(staged, run, kind, file)
-            files = [p.relative_to(staged).as_posix() for p in staged.rglob("*") if p.is_file()]
-            own = {"export": kind, "files": sorted([*files, "run.json"])}
+            own = {"export": kind, "files": own_files(staged)}
             write_json(staged / "run.json", run.record | own)
 
 
@@ -5081,6 +5080,8 @@ def lock_folder(held: ExitStack, folder: Path, setting: str) -> None:
 
 # -- Training, and looking before it
 
+LONGEST_EXAMPLE = 8  # lines
+
 
 def train(cfg: Config) -> int:
     """Teach the model, and leave behind the adapter, the pictures and the zip."""
@@ -5174,7 +5175,7 @@ def save_and_report(
         with warned("there will be no answers.xlsx; the adapter is saved"):
             model = model or add_lora(cfg, load_base(cfg, device))
             put_adapter(model, load_file(trained.adapter))
-            say("Asking", f"{counted(len(pairs), which)}, each twice; the adapter is already saved")
+            say("Asking", f"{plural(len(pairs), which)}, each twice; the adapter is already saved")
             run = Run(cfg, data.tokenizer, model)
             table = ask_both(run, pairs, Config(MAX_TOKENS=cfg.MAX_TOKENS))
             if len(table) == len(pairs):
@@ -5195,11 +5196,8 @@ def say_answers(table: pandas.DataFrame) -> None:
         for name in ("question", "expected", "before", "after"):
             if row[name] or name != "expected":
                 say("Question" if name == "question" else f"  {name}", preview(row[name], 130))
-    total = table[["tokens", "seconds", "cut off"]].sum()
-    say(
-        "Speed",
-        speed(int(total["tokens"]), total["seconds"], int(total["cut off"]), 2 * len(table)),
-    )
+    tokens, seconds, cut_off = (table[name].sum() for name in ("tokens", "seconds", "cut off"))
+    say("Speed", speed(int(tokens), seconds, int(cut_off), 2 * len(table)))
     means = table.mean(numeric_only=True)
     for figure, meaning in reversed(FIGURES_OF_ANSWERS.items()):
         before, after = (means.get(f"{figure} {when}", math.nan) for when in ("before", "after"))
@@ -5257,7 +5255,7 @@ def say_report(cfg: Config, data: PreparedData) -> Path | None:
         figures = token_figures(data)
         say("Tokens", "{min} to {max} in a pair, median {median}".format(**figures))
     if data.train:
-        middle = sorted(data.train, key=lambda one: len(one["input_ids"]))[len(data.train) // 2]
+        middle = sorted(data.train, key=tokens_in)[len(data.train) // 2]
         say("Example", "what the model reads, with what it learns between [[ and ]]:")
         for line in marked(data.tokenizer, middle).split("\n")[:LONGEST_EXAMPLE]:
             say("", preview(line, 300))
@@ -5334,7 +5332,7 @@ def compare(cfg: Config) -> int:
 def compare_all(cfg: Config) -> int:
     """A file of questions, with the answers in a workbook."""
     pairs, tuned = listed_questions(cfg), model_to_ask(cfg)
-    say("Asking", f"{counted(len(pairs), 'question')}, each twice; Ctrl+C keeps what is answered")
+    say("Asking", f"{plural(len(pairs), 'question')}, each twice; Ctrl+C keeps what is answered")
     table = ask_both(tuned, pairs, cfg)
     if table.empty:
         return 2
@@ -5410,7 +5408,8 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("words", nargs="*", help=argparse.SUPPRESS)
     parser.add_argument("--config", metavar="FILE", help="a YAML file with settings: NAME: value")
     parser.add_argument("--help-all", action="help", help="show every setting")
-    versions = "\n".join(f"{name} {version}" for name, version in installed_versions().items())
+    found = installed_versions().items() if "--version" in argv else ()
+    versions = "\n".join(f"{name} {version}" for name, version in found)
     parser.add_argument("--version", action="version", version=versions, help="of the packages")
     notes: dict[str, str] = {}
     if {"-h", "--help", "--help-all"} & {*argv}:  # it takes a fifth of a second
@@ -5482,9 +5481,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # read when torch is first imported
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # by the processor
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in memory
-    os.environ.setdefault(
-        "OMP_WAIT_POLICY", "PASSIVE"
-    )  # or a busy processor takes ten times as long
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy processor
     for library in NOISY:  # before anything imports them
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
