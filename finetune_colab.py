@@ -3216,12 +3216,19 @@ class AnswerTrainer(Trainer):
                 say("Estimate", f"after three steps: {in_time(left)} more")
         state.epoch = state.global_step / self.plan.steps_per_epoch  # of the data, not of the run
         overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
-        save, number = self.highest(overdue, sum(self.stop))
+        control.should_save |= self.has_to_save(control, overdue)
+        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
+
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.has_to_save(control)  # a signal while it was measured or saved needs no further step
+
+    def has_to_save(self, control: Any, overdue: bool = False) -> bool:
+        """Whether it is time, or an end is asked for: in all processes after the same step."""
+        late, number = self.highest(overdue, sum(self.stop))
         if number:
             self.stop[:] = [int(number)]
-        control.should_save |= bool(save or number)
-        control.should_training_stop |= bool(number)
-        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
+            control.should_training_stop = True
+        return bool(late or number)
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """A mean over tokens, not batches; then a checkpoint, since it may be the best."""

@@ -435,3 +435,20 @@ def test_data_that_changes_meanwhile_is_read_once(
     assert len(reads) == 1
     sample = json.loads(Path("model/sample_rows.json").read_text())
     assert {row[0]["content"] for row in sample} <= {question for question, _ in PAIRS}
+
+
+def test_a_model_is_put_back_when_a_kill_between_two_renames_is_followed_by_a_full_disk(
+    again: Run, patched: Patch
+) -> None:
+    rename, before = Path.rename, Path("model/run.json").read_bytes()
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == ".model.partial":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    patched.setattr(Path, "rename", killed)
+    assert again()[0] == 130 and not Path("model").exists()
+    patched.undo()
+    patched.setattr(shutil, "copyfile", fails(FULL))
+    assert again()[0] == 2 and Path("model/run.json").read_bytes() == before
