@@ -5417,7 +5417,9 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--help-all", action="help", help="show every setting")
     found = installed_versions().items() if "--version" in argv else ()
     versions = "\n".join(f"{name} {version}" for name, version in found)
-    parser.add_argument("--version", action="version", version=versions, help="of the packages")
+    parser.add_argument(
+        "--version", action="version", version=versions, help="show the versions of the packages"
+    )
     notes: dict[str, str] = {}
     if {"-h", "--help", "--help-all"} & {*argv}:  # it takes a fifth of a second
         with suppress(OSError, TypeError):  # pasted into a cell, the flags have no help texts
