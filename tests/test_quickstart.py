@@ -4,6 +4,7 @@ Only what is Colab itself is made up: the file dialogs, the Drive, the public li
 model is the built-in one, and takes a few steps only, set as a person would set it, in `Config`.
 """
 
+import json
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ import sys
 import textwrap
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,9 @@ COLAB = """
         def mount(place):
             pathlib.Path("drive/MyDrive").mkdir(parents=True, exist_ok=True)
 """
+# `colab run script.py check` sets these two in a fresh kernel, and no __file__, then sends the text
+PRELUDE = "import sys; sys.argv, __name__ = ['script.py', *{}], '__main__'"
+PLAIN_KERNEL = "import json, sys\nfor cell in json.load(sys.stdin): exec(compile(cell, '<cell>', 'exec'))"
 LINK = "https://made-up.gradio.live"
 EDGE = f"""
     import sys
@@ -105,6 +109,48 @@ class Notebook:
                 if child.poll() is None:
                     os.killpg(child.pid, signal.SIGKILL)
         return printed.read_text()
+
+
+def in_plain_python(cells: list[str], place: Path) -> str:
+    """What a kernel does with cells, where none is installed."""
+    options: dict[str, Any] = {"cwd": place, "timeout": 100, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    command = [sys.executable, "-c", PLAIN_KERNEL]
+    done = subprocess.run(command, check=False, input=json.dumps(cells), text=True, **options)
+    assert done.returncode == 0, done.stdout
+    return str(done.stdout)
+
+
+def in_ipykernel(cells: list[str], place: Path) -> str:
+    pytest.importorskip("ipykernel")
+    printed: list[str] = []
+
+    def show(message: dict[str, Any]) -> None:
+        if message["msg_type"] in ("stream", "error"):
+            printed.append(message["content"].get("text") or str(message["content"]))
+
+    kernel, client = pytest.importorskip("jupyter_client.manager").start_new_kernel(cwd=str(place))
+    try:
+        for cell in cells:
+            client.execute_interactive(cell, allow_stdin=False, timeout=100, output_hook=show)
+    finally:
+        client.stop_channels()
+        kernel.shutdown_kernel(now=True)
+    return "".join(printed)
+
+
+@pytest.mark.parametrize("kernel", [in_plain_python, in_ipykernel])
+def test_colab_run_executes_the_text_alone(
+    kernel: Callable[[list[str], Path], str], small_phi: Path, workbook: Path
+) -> None:
+    """check and a short training, one after the other in one kernel, which neither of them ends."""
+    flags = ["--model-name", str(small_phi), "--max-steps", "2", "--eval-answers", "0"]
+    text = SCRIPT.read_text(encoding="utf-8")
+    check, train = PRELUDE.format(["check", *flags]), PRELUDE.format(flags)
+    printed = kernel([check, text, train, text, "print('alive', '__file__' in globals())"], workbook.parent)
+    assert printed.endswith("alive False\n")
+    assert not re.search("SystemExit|Traceback|Error", printed)
+    assert [len(re.findall(f"^{label} ", printed, re.MULTILINE)) for label in ("Ready", "Saved")] == [1, 1]
+    assert (workbook.parent / "fine_tuned_model.zip").is_file()
 
 
 def test_the_notebook_is_made_of_the_quickstart() -> None:
