@@ -4177,6 +4177,8 @@ def model_to_ask(cfg: Config) -> Run:
     run = load_tuned(local_path(cfg.OUTPUT_DIR), cfg.LOAD_IN_4BIT)
     base, place = run.cfg.MODEL_NAME, short_path(run.place)
     say("Model", f"{base}, the base of {place}" if cfg.BASE else f"{place}, fine-tuned from {base}")
+    if cfg.MODEL_NAME != Config.MODEL_NAME and base_name(cfg) != base:
+        say("Note", f"--model-name {cfg.MODEL_NAME} is for training and is ignored here")
     return run
 
 
@@ -4576,6 +4578,8 @@ def export_merged(_: Config, run: Run, final: Path) -> Path:
         model.save_pretrained(folder, max_shard_size=SHARD)
         run.shape.dtype = run.stored_dtype
         run.shape.save_pretrained(folder)  # the base's own config, with its dropout
+        for weights in folder.glob("*.safetensors"):  # safetensors lets nobody else read them
+            shutil.copymode(folder / "config.json", weights)
         run.tokenizer.save_pretrained(folder)
         settings = json.loads((place := folder / "tokenizer_config.json").read_text("utf-8"))
         # or else llama.cpp would begin each prompt with a token of its own
@@ -5491,6 +5495,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")  # by the processor
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")  # fewer gaps in memory
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads stall a busy processor
+    give_width(sys.stderr)
     for library in NOISY:  # before anything imports them
         logging.getLogger(library).setLevel(logging.ERROR)
     try:
@@ -5521,6 +5526,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return code
     finally:
         LOG_FILE.lines, LOG_FILE.path = [], None
+
+
+def give_width(terminal: TextIO) -> None:
+    """Colab's terminal says that it has 0 columns, which leaves a bar no room."""
+    with suppress(AttributeError, ImportError, OSError, ValueError):  # no terminal, or Windows
+        import termios
+
+        if not os.get_terminal_size(terminal.fileno()).columns:
+            termios.tcsetwinsize(terminal.fileno(), (24, 80))
 
 
 def ending(error: BaseException, cfg: Config) -> tuple[int, str]:

@@ -265,7 +265,6 @@ def test_the_other_run_is_named_once(held: int, train: Run) -> None:
     assert train("--output-dir", "out", "--checkpoint-dir", "states")[1].count("Another run") == 1
 
 
-@pytest.mark.xfail(strict=True, reason="Output")
 def test_a_terminal_that_states_no_width_gets_a_bar(train: Run, patched: Patch) -> None:
     reader, terminal = pty.openpty()  # as behind Colab's !
     with os.fdopen(terminal, "w") as stream:

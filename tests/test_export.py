@@ -235,6 +235,7 @@ def test_the_merged_model_is_the_adapted_one(phi: Family, patched: Patch) -> Non
     with torch.no_grad():
         assert torch.allclose(tuned.model(ids).logits, phi.model(ids).logits, atol=1e-4)
     patched.chdir(phi.home / "model-merged")
+    assert len({path.stat().st_mode for path in Path().iterdir()}) == 1, "all can be read by the same people"
     measured = json.loads(Path("run.json").read_text())["merged"]
     assert measured["16bit"] == pytest.approx(measured["adapter"], rel=1e-4)
     assert phi.model.generation_config.eos_token_id == tuned.tokenizer.eos_token_id
