@@ -4355,8 +4355,7 @@ def serve(cfg: Config) -> int:
     """The page in the browser, until Ctrl+C."""
     if is_below(installed_version("gradio"), PAGE_FLOOR):
         raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
-    on_colab = "google.colab" in sys.modules or "COLAB_RELEASE_TAG" in os.environ
-    if on_colab and not cfg.SHARE:
+    if "COLAB_RELEASE_TAG" in os.environ and not cfg.SHARE:
         raise UserError("No browser reaches a page on Colab: add --share for a public link.")
     page = page_of(model_to_ask(cfg), cfg)
     try:

@@ -124,18 +124,11 @@ def test_an_answer_knows_what_was_said(conversations: Path, chat: Chat, folder: 
 ODD = "ab 雪é🙂 | `b` " * 12 + "\x1b[2J\x1b]0;owned\x07" + "a" * 90 + "\n\n" + "雪" * 50
 # fmt: off
 COMMANDS = {  # what is typed, what must be shown
-    "": r"^\s*$", X: "Model: ", "^C": "/quit", "/reset": r"\w", "/reste": "/reste.*/reset",
+    "": r"^\s*$", X: "Model: ", "^C": "/quit", "/reset": r"\w", "/reste": r"no /reste\b.*/reset",
     "/system Be brief.": "instructions", "/save a.json": r"a\.json", "/save  a.json": "new",  # it is there by now
     "/save": "new", "/save /nowhere/talk.json": "/nowhere/talk.json", f"/save {'x' * 300}": "x{300}",
-    "/system": "instructions", "Why?": "Model: ",
+    "/system": "instructions", "/help": "^(?!There is no).*/reset", "Why?": "Model: ", "Tell me more.": "Model: ", f"{X} ": "Model: ",
 }
-LATER: dict[str, tuple[str, tuple[str, ...], Callable[[list[str]], bool]]] = {  # command, what is typed, what must hold
-    "saved as lines": ("chat", (X, "/save a.jsonl"), lambda _: '{"messages": [' in Path("a.jsonl").read_text().splitlines()[0]),
-    "asked alone": ("chat", (X, "Why?", "Tell me more.", X, "/reset", X), lambda shown: len({answer_of(shown[i]) for i in (0, 3, 5)}) == 1),
-    "chat knows help": ("chat", ("/help", "/helq"), lambda shown: shown[0] != shown[1].replace("/helq", "/help")),
-    "compare knows quit": ("compare", ("/quit", ""), lambda shown: "Before" not in "".join(shown)),
-}
-UNSAID = {"chat Why? --model-name a/b": "fine-tuned from ./tiny-phi.*--model-name a/b.*ignored", "compare Why? --max-tokens 4": "--max-tokens|cut"}
 # fmt: on
 
 
@@ -144,7 +137,8 @@ def test_the_commands_of_a_chat(finished: Path, chat: Chat) -> None:
     assert len(shown) == len(COMMANDS) + 1
     for (line, pattern), told in zip(COMMANDS.items(), shown, strict=False):
         assert re.search(pattern, told, re.DOTALL), line
-    saved = json.loads(Path("a.json").read_text())
+    assert answer_of(shown[1]) == answer_of(shown[-2])  # each question is asked alone
+    [saved] = map(json.loads, Path("a.json").read_text().splitlines())
     assert saved["messages"] == [{"role": "system", "content": "Be brief."}]
 
 
@@ -153,7 +147,7 @@ def test_two_coloured_columns_lose_nothing(width: int, grey: str, finished: Path
     always_says(finished / "model", ODD)
     for name, value in {"COLUMNS": str(width), "NO_COLOR": grey, "TERM": "xterm"}.items():
         patched.setenv(name, value)
-    shown, end = chat(X, "", "never asked", command="compare")
+    shown, end = chat(X, "/quit" if grey else "", "never asked", command="compare")
     assert not end.strip()
     assert ("\x1b[33m" in shown) == (not grey)
     plain = re.sub(r"\x1b\[\d+m", "", shown)
@@ -178,12 +172,15 @@ def test_questions_without_a_terminal(finished: Path, capsys: Printed, patched: 
 
 
 def test_the_base_the_zip_and_the_merged_model_can_be_asked(finished: Path, capsys: Printed, phi_folder: Path) -> None:
-    def ask(command: str = "chat", code: int = 0) -> str:
+    def ask(command: str = "chat", code: int = 0, told: str = "") -> str:
         capsys.readouterr()
         assert main([*command.split(), "Why?", "--max-tokens", "9"]) == code
-        return capsys.readouterr()[code // 2]
+        printed = capsys.readouterr()
+        assert re.search(told, in_words(printed.err))
+        return printed[code // 2]
 
-    tuned, base, both = ask(), ask("chat --base"), ask("compare")
+    tuned, base, both = ask(), ask("chat --base"), ask("compare", told="cut off by --max-tokens")
+    assert ask("chat --model-name a/b", told="fine-tuned from ./tiny-phi.*--model-name a/b.*ignored") == tuned
     assert tuned != base
     assert "After" in ask("compare --load-in-4bit")
     assert main(["export", "--to", "merged"]) == 0
@@ -291,17 +288,6 @@ def test_no_comparison_is_replaced_and_a_full_disk_leaves_no_half(finished: Path
     assert Path("compare.xlsx").read_text() == "my notes"
     assert {path.stem for path in finished.glob("compare*.xlsx")} == {"compare", "compare-2", "compare-3"}
     assert openpyxl.load_workbook("compare-2.xlsx")["Answers"]["A2"].value == "2"
-
-
-@pytest.mark.parametrize("command", UNSAID)
-def test_no_flag_is_ignored_and_a_cut_is_said(command: str, finished: Path, run: Run) -> None:
-    assert re.search(UNSAID[command], in_words(run(*command.split())[1]))
-
-
-@pytest.mark.parametrize("case", LATER)
-def test_what_chat_and_compare_are_to_do(case: str, finished: Path, chat: Chat) -> None:
-    command, lines, holds = LATER[case]
-    assert holds(chat(*lines, command=command))
 
 
 def test_a_long_chat_is_ready_at_once(conversations: Path) -> None:

@@ -254,15 +254,12 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(held: int, 
         ("--dataset-path none.csv", r"^(?!.*Another run).*none\.csv"),  # in other folders
     ):
         assert re.search(told, in_words(train(*flags.split())[1])), told
+    assert train("--output-dir", "out", "--checkpoint-dir", "states")[1].count("Another run") == 1
     assert train("check", "--output-dir", "out")[0] == 0
     os.kill(held, signal.SIGKILL)  # it has no time to clear up
     os.waitpid(held, 0)
     code, text = train("--output-dir", "out", "--checkpoint-dir", "states")
     assert (code, "finetune_colab.py chat --output-dir out\n" in text) == (0, True)
-
-
-def test_the_other_run_is_named_once(held: int, train: Run) -> None:
-    assert train("--output-dir", "out", "--checkpoint-dir", "states")[1].count("Another run") == 1
 
 
 def test_a_terminal_that_states_no_width_gets_a_bar(train: Run, patched: Patch) -> None:
