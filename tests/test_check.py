@@ -79,6 +79,7 @@ def test_all_there_is_to_know_is_told_and_in_the_report(flawed: None, run: Run, 
     assert {key: told[key] for key in TOLD} == TOLD
     assert (told["problems"][0], Path(told["report"])) == (HTML_ROWS, Path("dataset_report.xlsx").resolve())
     parts, tokens = told["quality_parts"], told["tokens"]
+    assert parts["an answer of one letter"]["places"] == [["Sheet", 32]]
     assert parts.pop("left-over HTML") == {"rows": 6, "share": 0.1765, "places": HTML}
     assert set(parts) == {"an answer of one letter", "no answer", "a copy of an earlier row"}
     assert list(tokens) == ["min", "median", "p95", "max", "sum"]
@@ -227,9 +228,3 @@ def test_the_picture_shows_what_is_too_long(longer: list[int], small_phi: Path, 
     assert sum(bar.get_height() for bar in bars) == len(rows)
     assert sum(bar.get_height() for bar in bars if bar.get_x() > 400) == len(longer)
     assert not any(bar.get_x() <= 400 < bar.get_x() + bar.get_width() - 1 for bar in bars)
-
-
-def test_the_quality_is_in_the_record_of_a_run(small_phi: Path, flawed: None, run: Run) -> None:
-    assert run("--model-name", small_phi, "--max-steps", 1, "--eval-answers", 0)[0] == 0
-    quality = json.loads(Path("model/run.json").read_text())["dataset"]["quality"]
-    assert (quality["score"], quality["parts"]["an answer of one letter"]["places"]) == (0.7353, [["Sheet", 32]])

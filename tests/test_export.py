@@ -202,10 +202,13 @@ def in_ollama(home: Path, turns: str) -> tuple[str, ...]:
     return found.groups()
 
 
-def test_conversations_are_asked_whole_in_ollama(phi: Family, beside: Path) -> None:
+def test_an_export_of_conversations_is_asked_whole_and_beside_no_other(phi: Family, beside: Path) -> None:
     before, *after = in_ollama(beside, CHAT)
     said = "".join(" " * (i % 2) + one + after[i % 2] for i, one in enumerate(TALK[:3]))
     assert phi.in_llama_cpp(before + said) == phi.trained(*TALK[:3])
+    # beside it, the exports of an earlier training were put aside
+    assert [p.name for p in (beside / "model-gguf").glob("model-*")] == ["model-f16.gguf"]
+    assert len([*(beside / "model-gguf.previous").glob("model-*")]) == 3
 
 
 @pytest.mark.parametrize("command", ["chat", "compare", "chat --base"])
@@ -317,11 +320,6 @@ def beside(phi: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(json.dumps(record | {"dataset": {"shape": "conversations"}}))
     assert call(home, "export", "--to", "gguf", "--quantize", "f16", "--output-dir", "model-merged") == 0
     return home
-
-
-def test_exports_of_an_earlier_training_are_put_aside(beside: Path) -> None:
-    assert [p.name for p in (beside / "model-gguf").glob("model-*")] == ["model-f16.gguf"]
-    assert len([*(beside / "model-gguf.previous").glob("model-*")]) == 3
 
 
 def front_matter(folder: Path) -> dict[str, Any]:

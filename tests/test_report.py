@@ -45,6 +45,7 @@ def test_all_that_was_promised_is_there_and_in_the_zip_and_on_record(tuned_run: 
     assert record["settings"]["MAX_STEPS"] == 12
     assert record["settings"].keys() == setting_defaults().keys()
     assert record["dataset"]["question_column"] == "question"
+    assert record["dataset"]["quality"] == {"score": 1, "rows_counted": 24, "rows_good": 24, "parts": {}}
     assert record["results"] == read(model / "training_visuals/training_metrics.json")
     assert read(model / "training_visuals/training_config.json")["LEARNING_RATE"] == 2e-2
 
@@ -162,18 +163,13 @@ def test_an_earlier_model_is_kept_and_a_linked_folder_stays_a_link(again: Run, f
     assert steps == [12, 1]
 
 
-def test_a_workbook_of_answers_is_wide_enough_and_has_no_formulas(finished: Path, run: Run) -> None:
-    rows = [("Why?", "word " * 60 + "雪" * 20), ("How?", "a\n" * 500), ("Sum?", "'=1+1")]
+def test_a_workbook_of_answers_is_wide_enough_keeps_every_sign_and_has_no_formulas(finished: Path, run: Run) -> None:
+    text = "می\u200cرود 👨\u200d👩\u200d👧 a\tb"  # Persian and emoji of several people need joiners of width zero
+    rows = [(text, "word " * 60 + "雪" * 20), ("How?", "a\n" * 500), ("Sum?", "'=1+1")]
     write_workbook(finished / "ask.xlsx", [HEADER, *rows])
     assert run("compare", "--questions", "ask.xlsx", "--max-tokens", 2)[0] == 0
     sheet = openpyxl.load_workbook("compare.xlsx")["Answers"]
     assert 6 <= sheet.column_dimensions["A"].width < 20 < sheet.column_dimensions["C"].width <= 60
     texts = [cell.value for row in sheet for cell in row if isinstance(cell.value, str)]  # V5
     assert not [text for text in texts if text[:1] in tuple("=+@")]
-
-
-def test_joiners_of_width_zero_and_tabs_survive(finished: Path, run: Run) -> None:
-    text = "می\u200cرود 👨\u200d👩\u200d👧 a\tb"  # Persian and emoji of several people need them
-    write_workbook(finished / "ask.xlsx", [HEADER, (text, text), *PAIRS[:1]])
-    assert run("compare", "--questions", "ask.xlsx", "--max-tokens", 2)[0] == 0
-    assert openpyxl.load_workbook("compare.xlsx")["Answers"]["B2"].value == text
+    assert sheet["B2"].value == text
