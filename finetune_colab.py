@@ -4773,7 +4773,7 @@ def export_space(cfg: Config, run: Run, final: Path) -> Path:
 
 def export_hub(cfg: Config, run: Run, _: Path) -> str:
     """Put OUTPUT_DIR on the Hub, whatever it holds: an adapter, merged weights, GGUF, a Space."""
-    from huggingface_hub import HfApi, get_token
+    from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if not cfg.HUB_REPO:
         raise UserError("Where to? Name the repository: --hub-repo YOUR-NAME/my-model")
@@ -4784,7 +4784,6 @@ def export_hub(cfg: Config, run: Run, _: Path) -> str:
         )
     files, api = files_to_upload(cfg, run.folder), HfApi(token=token)
     kind, sdk = ("space", "gradio") if run.record.get("export") == "space" else ("model", None)
-    what: dict[str, Any] = {"repo_type": kind, "folder_path": run.folder, "allow_patterns": files}
     try:
         made = api.create_repo(
             cfg.HUB_REPO, repo_type=kind, private=cfg.HUB_PRIVATE, exist_ok=True, space_sdk=sdk
@@ -4796,7 +4795,9 @@ def export_hub(cfg: Config, run: Run, _: Path) -> str:
                 "Choose another --hub-repo, or say that this is meant: --no-hub-private"
             )
         say("Upload", f"to {made.repo_id}, {'private' if private else 'public'}")
-        api.upload_folder(repo_id=made.repo_id, **what, commit_message="By finetune_colab.py")
+        added = [CommitOperationAdd(name, path) for name, path in files.items()]
+        message = "By finetune_colab.py"
+        api.create_commit(made.repo_id, added, commit_message=message, repo_type=kind)
     except UserError:
         raise
     except Exception as error:  # of the Hub's client, the network or the disk
@@ -4809,24 +4810,24 @@ def export_hub(cfg: Config, run: Run, _: Path) -> str:
     return str(made)
 
 
-def files_to_upload(cfg: Config, folder: Path) -> list[str]:
+def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
     """What may leave this computer: no rows of the data, nothing hidden or half-written; once agreed."""
-    files = [
-        path
-        for path in files_for_others(folder)
-        if path.name not in (ANSWERS, SAMPLE) and path.suffix != ".partial"
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
+    files = {}
+    for path in files_for_others(folder):
+        name = path.relative_to(folder).as_posix()
+        private = path.name in (ANSWERS, SAMPLE) or path.suffix == ".partial"
+        if not private and "/." not in f"/{name}":
+            files[name] = path
     say("Files", f"that go to {cfg.HUB_REPO}; the rows of your data stay here:")
-    for path in files:
-        say("", f"{path.stat().st_size / 1e6:10.2f} MB  {path.relative_to(folder)}")
+    for name, path in files.items():
+        say("", f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
     agreed = cfg.YES
     with suppress(EOFError):
         if not agreed and can_be_asked():
             agreed = input("Upload them? [y/N] ").strip().casefold() in ("y", "yes")
     if not agreed:
         raise UserError("Nothing was uploaded.\nTo upload without a question, add --yes")
-    return [glob.escape(path.relative_to(folder).as_posix()) for path in files]  # as patterns
+    return files
 
 
 EXPORTERS: dict[str, Callable[[Config, Run, Path], Path | str]] = {
