@@ -4479,7 +4479,7 @@ def export_place(cfg: Config, kind: str) -> Path:
     return (local_path(cfg.EXPORT_DIR) if cfg.EXPORT_DIR else beside).absolute()
 
 
-def export_to(kind: str, cfg: Config, final: Path) -> Path | str:
+def export_to(kind: str, cfg: Config, final: Path) -> None:
     """Replace an earlier export of this kind, and nothing else."""
     foreign = os.path.exists(final) and record_of(final).get("export") != kind
     if foreign or Path.cwd().is_relative_to(final.resolve()):
@@ -4490,7 +4490,7 @@ def export_to(kind: str, cfg: Config, final: Path) -> Path | str:
     run = open_run(local_path(cfg.OUTPUT_DIR))
     if run.adapter:
         run.record["adapter"] = checksum(run.folder / ADAPTER)  # the same for all exports of it
-    return EXPORTERS[kind](cfg, run, final)
+    EXPORTS[kind].write(cfg, run, final)
 
 
 def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> Run:
@@ -4553,7 +4553,7 @@ def refuse_loss(kind: str, loss: float, expected: float) -> None:
 # -- Merged weights
 
 
-def export_merged(_: Config, run: Run, final: Path) -> Path:
+def export_merged(_: Config, run: Run, final: Path) -> None:
     """The base with the adapter in its weights, as transformers, vLLM and llama.cpp read it.
 
     An adapter trained on 4-bit weights makes up for their rounding, so it is added to these, but
@@ -4590,7 +4590,6 @@ def export_merged(_: Config, run: Run, final: Path) -> Path:
         shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
         way = "4bit" if four_bit else "16bit"
         run.record["merged"] = {"way": way, "adapter": expected, way: loss, "rows": len(examples)}
-    return final
 
 
 # -- GGUF, for llama.cpp and all that is built on it
@@ -4621,7 +4620,7 @@ I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) "quoted" ... !!! ### 
 Что это? 这是什么？ これは何ですか 이것은 무엇인가 מה זה ما هذا यह क्या है กขค 🚀👩\u200d👩\u200d👧 ✅ 🇸🇰 \U0001f9d1\U0001f3fd trailing """
 
 
-def export_gguf(cfg: Config, run: Run, final: Path) -> Path:
+def export_gguf(cfg: Config, run: Run, final: Path) -> None:
     """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp; others stay beside it."""
     if is_below(installed_version("cyllama"), LLAMA_FLOOR):  # llama.cpp, ready-made
         raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
@@ -4644,7 +4643,6 @@ def export_gguf(cfg: Config, run: Run, final: Path) -> Path:
         say("Converting", f"{short_path(run.folder)} to {cfg.QUANTIZE}")
         convert(run.folder, folder / name, cfg.QUANTIZE)
         refuse_bad_gguf(folder / name, run, cfg.QUANTIZE)
-    return final
 
 
 def convert(folder: Path, file: Path, kind: str) -> None:
@@ -4760,7 +4758,7 @@ def modelfile(run: Run, file: str) -> str:
 # -- A Space, and the Hub
 
 
-def export_space(cfg: Config, run: Run, final: Path) -> Path:
+def export_space(cfg: Config, run: Run, final: Path) -> None:
     """A folder for Hugging Face Spaces: a page to ask the GGUF, which llama.cpp runs on a processor."""
     name = gguf_name(cfg)
     run = source_export("gguf", cfg, run, final, name)
@@ -4768,10 +4766,9 @@ def export_space(cfg: Config, run: Run, final: Path) -> Path:
         link_or_copy(run.folder / name, folder / name)
         (folder / "app.py").write_text(SPACE_APP, "utf-8")
         (folder / "requirements.txt").write_text(f"gradio>={PAGE_FLOOR}\nxllamacpp\n", "utf-8")
-    return final
 
 
-def export_hub(cfg: Config, run: Run, _: Path) -> str:
+def upload(cfg: Config) -> str:
     """Put OUTPUT_DIR on the Hub, whatever it holds: an adapter, merged weights, GGUF, a Space."""
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
@@ -4782,6 +4779,7 @@ def export_hub(cfg: Config, run: Run, _: Path) -> str:
             "No token of the Hugging Face Hub was found.\nMake one with the right to write at "
             "https://huggingface.co/settings/tokens and put it into HF_TOKEN (on Colab: the key at the left)."
         )
+    run = open_run(local_path(cfg.OUTPUT_DIR))
     files, api = files_to_upload(cfg, run.folder), HfApi(token=token)
     kind, sdk = ("space", "gradio") if run.record.get("export") == "space" else ("model", None)
     try:
@@ -4830,22 +4828,12 @@ def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
     return files
 
 
-EXPORTERS: dict[str, Callable[[Config, Run, Path], Path | str]] = {
-    **{"merged": export_merged, "gguf": export_gguf, "space": export_space, "hub": export_hub}
-}
-NEXT = {  # what was made is {0}, the GGUF {1}
-    "merged": "ask it: python finetune_colab.py chat --output-dir {0}",
-    "gguf": "ask it: llama-cli -m {0}/{1} --jinja; for Ollama and LM Studio see {0}/README.md",
-    "space": "try it: python app.py in {0}; put it online: export --to hub --output-dir {0} --hub-repo NAME",
-    "hub": "open {0} in your browser",
-}
-
-# -- Cards, and the files of a Space
+# -- What is written beside the weights
 
 
 def write_card(folder: Path, run: Run, kind: str, file: str) -> None:
     """What others read first: what it is, how to ask it, and the results of the run."""
-    base, (front, how) = run.cfg.MODEL_NAME, CARDS[kind]
+    base, export = run.cfg.MODEL_NAME, EXPORTS[kind]
     licence = "license: mit\n" if base == "microsoft/phi-2" else ""
     name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
     quoted = functools.partial(json.dumps, ensure_ascii=False)  # for YAML and for Python
@@ -4855,9 +4843,9 @@ def write_card(folder: Path, run: Run, kind: str, file: str) -> None:
     losses = [results.get(name) for name in ("eval_loss", "base_eval_loss")]
     shown = [f"{loss:.3f}" if isinstance(loss, float) else "not measured" for loss in losses]
     text = EXPORT_CARD.format(
-        front=front.format(title=quoted(f"Ask {name}, fine-tuned"), base=of_base),
+        front=export.front.format(title=quoted(f"Ask {name}, fine-tuned"), base=of_base),
         name=name,
-        how=how.format(file=file, question=question),
+        how=export.how.format(file=file, question=question),
         loss=shown[0],
         base_loss=shown[1],
     )
@@ -4876,8 +4864,18 @@ Fine-tuned by `finetune_colab.py` on pairs of questions and answers.
 Validation loss: {loss} (base model: {base_loss}). Every setting and result is in `run.json`.
 """
 FOR_TEXT = "{base}pipeline_tag: text-generation\ntags: [question-answering]\n"
-CARDS = {  # the front matter, and how to ask
-    "merged": (
+
+
+class Export(NamedTuple):
+    write: Callable[[Config, Run, Path], None]
+    front: str  # of its card, for the Hub
+    how: str  # it is asked, on the card
+    next: str  # command for {place}, and maybe the GGUF {file} in it
+
+
+EXPORTS = {
+    "merged": Export(
+        export_merged,
         f"library_name: transformers\n{FOR_TEXT}",
         """\
 The adapter is in the weights; the tokenizer's chat template is the prompt of the training.
@@ -4889,18 +4887,23 @@ ask = pipeline("text-generation", ".")
 messages = [{{"role": "user", "content": {question}}}]
 print(ask(messages, return_full_text=False)[0]["generated_text"].strip())
 ```""",
+        "ask it: python finetune_colab.py chat --output-dir {place}",
     ),
-    "gguf": (
+    "gguf": Export(
+        export_gguf,
         f"library_name: gguf\n{FOR_TEXT}",
         "- Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`\n"
         "- llama.cpp: `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja`\n"
         "- LM Studio: `lms import {file}`, or copy the file into its folder of models",
+        "ask it: llama-cli -m {place}/{file} --jinja; for Ollama and LM Studio see {place}/README.md",
     ),
-    "space": (
+    "space": Export(
+        export_space,
         "title: {title}\nemoji: 💬\ncolorFrom: blue\ncolorTo: indigo\nsdk: gradio\nsdk_version: 6.31.0\n"
         'python_version: "3.12"\napp_file: app.py\nsuggested_hardware: cpu-basic\n',
         "A page asks the model, which llama.cpp runs on a processor. On your own computer:\n"
         "`pip install -r requirements.txt`, then `python app.py`.",
+        "try it: python app.py in {place}; put it online: export --to hub --output-dir {place} --hub-repo NAME",
     ),
 }
 SPACE_APP = '''\
@@ -5365,12 +5368,15 @@ def export(cfg: Config) -> int:
     if not os.path.exists(local_path(cfg.OUTPUT_DIR)):
         raise UserError(f"There is no model in {cfg.OUTPUT_DIR} yet.\nRun the command train first")
     LOG_FILE.path, final = log_path(cfg), export_place(cfg, cfg.TO)
+    if cfg.TO == "hub":
+        say("Saved", f"{upload(cfg)}; open it in your browser")
+        return 0
     with ExitStack() as held:
         lock_folder(held, final, "EXPORT_DIR")
-        place = export_to(cfg.TO, cfg, final)
-    name = short_path(place) if isinstance(place, Path) else str(place)
-    say("Saved", name)
-    say("Next", NEXT[cfg.TO].format(name, gguf_name(cfg)))
+        export_to(cfg.TO, cfg, final)
+    place = short_path(final)
+    say("Saved", place)
+    say("Next", EXPORTS[cfg.TO].next.format(place=place, file=gguf_name(cfg)))
     return 0
 
 
