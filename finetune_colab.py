@@ -4163,8 +4163,8 @@ PAGE_SLIDERS = {  # lowest, highest, step
     **{"REPETITION_PENALTY": (0.5, 2, 0.05), "SEED": (0, 100, 1)},
 }
 CHAT_HELP = (
-    "/reset starts anew, /history on or off, /system TEXT gives instructions, /save FILE keeps "
-    "the conversation, /quit leaves. Ctrl+C ends an answer."
+    "/reset starts over, /history on or off, /system TEXT sets instructions, /save FILE saves "
+    "the conversation, /quit exits. Ctrl+C stops an answer."
 )
 ALONE = "Each question is asked alone, as in training; /history on adds the conversation so far."
 
@@ -4209,7 +4209,7 @@ def typed(prompt: str) -> Iterator[str]:
         try:
             line = input(f"\n{prompt}: ").strip()
         except KeyboardInterrupt:
-            show("\n/quit leaves.", end="")
+            show("\n/quit exits.", end="")
             continue
         except EOFError:
             line = "/quit"
@@ -4242,17 +4242,17 @@ def converse(tuned: Run, cfg: Config) -> int:
         try:
             if command == "/reset":
                 messages = []
-                show("The conversation starts anew.")
+                show("A new conversation begins.")
             elif command == "/history":
                 history = rest.strip() != "off"
-                show("Answers see the conversation so far." if history else ALONE)
+                show("Answers now build on the conversation so far." if history else ALONE)
             elif command == "/system":
                 cfg, messages = changed(cfg, SYSTEM=user_message(rest.strip())["content"]), []
                 show(f"A new conversation {'with these' if rest else 'without'} instructions.")
             elif command == "/save":
                 show(f"Saved as {short_path(save_chat(cfg, messages, rest.strip()))}")
             elif line.startswith("/"):
-                show(CHAT_HELP if command == "/help" else f"There is no {command}. {CHAT_HELP}")
+                show(CHAT_HELP if command == "/help" else f"Unknown command {command}. {CHAT_HELP}")
             elif line:
                 question = user_message(line)
                 show("\nModel: ", end="")
@@ -4309,7 +4309,7 @@ def listed_questions(cfg: Config) -> list[Pair]:
     else:
         found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path)))
     if not found:
-        raise UserError(f"{path} holds no questions. Write one a row.")
+        raise UserError(f"{path} has no questions. Write one per row.")
     return found
 
 
@@ -4356,13 +4356,13 @@ def serve(cfg: Config) -> int:
     if is_below(installed_version("gradio"), PAGE_FLOOR):
         raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
     if "COLAB_RELEASE_TAG" in os.environ and not cfg.SHARE:
-        raise UserError("No browser reaches a page on Colab: add --share for a public link.")
+        raise UserError("On Colab, no browser can reach the page: add --share for a public link.")
     page = page_of(model_to_ask(cfg), cfg)
     try:
         address = {"server_port": cfg.PORT or None, "share": cfg.SHARE}
         _, local, shared = page.launch(**address, **PAGE_OPTIONS)
     except OSError as error:
-        raise UserError(f"The page cannot be opened: {error}\nTake another --port") from None
+        raise UserError(f"The page could not be opened: {error}\nTry another --port") from None
     say("Page", f"{shared or local}  (Ctrl+C closes it)")
     page.block_thread()
     return 0
@@ -4502,7 +4502,7 @@ def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> R
         record_of(folder).get("adapter") != run.record.get("adapter")
         or not (folder / file).is_file()
     ):
-        say("First", f"{short_path(folder)}, which serves further exports and may be deleted")
+        say("First", f"{short_path(folder)}, which later exports reuse; you may delete it")
         export_to(kind, cfg, folder)
     return open_run(folder)
 
@@ -4514,7 +4514,7 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
     is_kept = not same or kind == "space"  # whose page people edit
     earlier = place_for_earlier(final, "" if is_kept else run.record.get("run", ""))
     need = size + SMALL_FILES
-    advice = "Nothing was left behind. Make room, or choose another --export-dir, and try again."
+    advice = "Nothing was left behind. Make room or choose another --export-dir, and try again."
     with explained_disk_errors(final, need, "", advice):
         if shutil.disk_usage(nearest_existing(final)).free < need:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -4533,7 +4533,7 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 def sample_examples(run: Run) -> list[Example]:
-    advice = "Run the training command once more: a finished run only writes its files anew."
+    advice = "Run the training command again: a finished run only writes its files again."
     with explained(f"{run.place} has no rows to measure with ({SAMPLE}).", advice):
         sample = json.loads((run.folder / SAMPLE).read_text(encoding="utf-8"))
         return [encode(run.tokenizer, messages) for messages in sample]
@@ -4546,7 +4546,7 @@ def refuse_loss(kind: str, loss: float, expected: float) -> None:
     if not loss <= allowed:
         raise UserError(
             f"Nothing was written: the loss would rise from {expected:.4f} to {loss:.4f}.\n"
-            "Use the adapter as it is, or of a GGUF --quantize q8_0 or f16"
+            "Use the adapter as it is; for a GGUF, try --quantize q8_0 or f16"
         )
 
 
@@ -4560,7 +4560,7 @@ def export_merged(_: Config, run: Run, final: Path) -> None:
     dequantized first: bitsandbytes would round the sum once more.
     """
     if not run.adapter:
-        raise UserError(f"{run.place} has no adapter to merge.\nName the folder of a training.")
+        raise UserError(f"{run.place} has no adapter to merge.\nName the folder of a training run.")
     examples, four_bit = sample_examples(run), bool(run.record["device"]["four_bit"])
     with export_folder("merged", run, final, run.parameters * bytes_of(run.stored_dtype)) as folder:
         kind = "cuda" if device_here(run.cfg).kind == "cuda" else "cpu"
@@ -4627,7 +4627,7 @@ def export_gguf(cfg: Config, run: Run, final: Path) -> None:
     tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)
     if getattr(getattr(tokenizer, "model", None), "byte_fallback", True):  # or no such model at all
         raise UserError(
-            f"{run.cfg.MODEL_NAME} has a SentencePiece or similar tokenizer, which is not converted here.\n"
+            f"{run.cfg.MODEL_NAME} has a SentencePiece or similar tokenizer, which this script cannot convert.\n"
             "Use --to merged, with transformers or vLLM."
         )
     run, name = source_export("merged", cfg, run, final, "config.json"), gguf_name(cfg)
@@ -4676,7 +4676,7 @@ def converters() -> Path:
     content = archive.read_bytes()
     archive.unlink()
     if (found := hashlib.sha256(content).hexdigest()) != CONVERTERS_SHA256:
-        raise UserError(f"{CONVERTERS} came with another checksum: {found}.\nTry it again.")
+        raise UserError(f"{CONVERTERS} has the wrong checksum, {found}.\nTry again.")
     with atomic_folder(folder) as staged, tarfile.open(fileobj=io.BytesIO(content)) as packed:
         for member in packed:
             if part := CONVERTER_PARTS.fullmatch(member.name):
@@ -4703,8 +4703,8 @@ def refuse_bad_gguf(file: Path, run: Run, kind: str) -> None:
         text = prompt.replace("{question}", question)
         if vocabulary.tokenize(text, True, has_special_tokens) != expected:
             raise UserError(
-                f"llama.cpp tokenizes the question {preview(question)!r} otherwise than the training did, "
-                "so it would answer badly.\nUse --to merged, with transformers or vLLM."
+                f"llama.cpp tokenizes the question {preview(question)!r} differently from the training, "
+                "so its answers would be bad.\nUse --to merged, with transformers or vLLM."
             )
     if vocabulary.token_eos() != run.tokenizer.eos_token_id:
         raise UserError("llama.cpp would not stop at the end of an answer.\nUse --to merged.")
@@ -4773,11 +4773,11 @@ def upload(cfg: Config) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi, get_token
 
     if not cfg.HUB_REPO:
-        raise UserError("Where to? Name the repository: --hub-repo YOUR-NAME/my-model")
+        raise UserError("Upload where? Name the repository: --hub-repo YOUR-NAME/my-model")
     if not (token := get_token()):
         raise UserError(
-            "No token of the Hugging Face Hub was found.\nMake one with the right to write at "
-            "https://huggingface.co/settings/tokens and put it into HF_TOKEN (on Colab: the key at the left)."
+            "No Hugging Face token was found.\nCreate one with write access at "
+            "https://huggingface.co/settings/tokens and put it into HF_TOKEN (on Colab: the key icon on the left)."
         )
     run = open_run(local_path(cfg.OUTPUT_DIR))
     files, api = files_to_upload(cfg, run.folder), HfApi(token=token)
@@ -4789,8 +4789,8 @@ def upload(cfg: Config) -> str:
         private = api.repo_info(made.repo_id, repo_type=kind).private
         if cfg.HUB_PRIVATE and not private:
             raise UserError(
-                f"{made.repo_id} is there already, and everybody can see it.\n"
-                "Choose another --hub-repo, or say that this is meant: --no-hub-private"
+                f"{made.repo_id} already exists and is public.\n"
+                "Choose another --hub-repo, or add --no-hub-private if that is what you want"
             )
         say("Upload", f"to {made.repo_id}, {'private' if private else 'public'}")
         added = [CommitOperationAdd(name, path) for name, path in files.items()]
@@ -4802,8 +4802,8 @@ def upload(cfg: Config) -> str:
         found = f"{type(error).__name__}: {getattr(error, 'server_message', None) or error}"
         found = found.replace(token, "…").replace(repr(token)[1:-1], "…")
         raise UserError(
-            f"The upload to {cfg.HUB_REPO} failed.\n{preview(found, 300)}\nCheck the name, the token's right "
-            "to write, and the connection; the same command sends only what has not arrived."
+            f"The upload to {cfg.HUB_REPO} failed.\n{preview(found, 300)}\nCheck the name, the token's "
+            "write access and the connection; the same command sends only what is still missing."
         ) from None
     return str(made)
 
@@ -4816,7 +4816,7 @@ def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
         private = path.name in (ANSWERS, SAMPLE) or path.suffix == ".partial"
         if not private and "/." not in f"/{name}":
             files[name] = path
-    say("Files", f"that go to {cfg.HUB_REPO}; the rows of your data stay here:")
+    say("Files", f"to upload to {cfg.HUB_REPO}; the rows of your data stay here:")
     for name, path in files.items():
         say("", f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
     agreed = cfg.YES
@@ -4824,7 +4824,7 @@ def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
         if not agreed and can_be_asked():
             agreed = input("Upload them? [y/N] ").strip().casefold() in ("y", "yes")
     if not agreed:
-        raise UserError("Nothing was uploaded.\nTo upload without a question, add --yes")
+        raise UserError("Nothing was uploaded.\nTo upload without being asked, add --yes")
     return files
 
 
@@ -4858,7 +4858,7 @@ EXPORT_CARD = """\
 
 # {name}, fine-tuned
 
-Fine-tuned by `finetune_colab.py` on pairs of questions and answers.
+Fine-tuned with `finetune_colab.py` on pairs of questions and answers.
 {how}
 
 Validation loss: {loss} (base model: {base_loss}). Every setting and result is in `run.json`.
@@ -4878,7 +4878,7 @@ EXPORTS = {
         export_merged,
         f"library_name: transformers\n{FOR_TEXT}",
         """\
-The adapter is in the weights; the tokenizer's chat template is the prompt of the training.
+The adapter is merged into the weights; the tokenizer's chat template is the prompt used in training.
 
 ```python
 from transformers import pipeline
@@ -4894,16 +4894,16 @@ print(ask(messages, return_full_text=False)[0]["generated_text"].strip())
         f"library_name: gguf\n{FOR_TEXT}",
         "- Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`\n"
         "- llama.cpp: `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja`\n"
-        "- LM Studio: `lms import {file}`, or copy the file into its folder of models",
+        "- LM Studio: `lms import {file}`, or copy the file into its models folder",
         "ask it: llama-cli -m {place}/{file} --jinja; for Ollama and LM Studio see {place}/README.md",
     ),
     "space": Export(
         export_space,
         "title: {title}\nemoji: 💬\ncolorFrom: blue\ncolorTo: indigo\nsdk: gradio\nsdk_version: 6.31.0\n"
         'python_version: "3.12"\napp_file: app.py\nsuggested_hardware: cpu-basic\n',
-        "A page asks the model, which llama.cpp runs on a processor. On your own computer:\n"
+        "A page to ask the model, which llama.cpp runs on a processor. To run it on your own computer:\n"
         "`pip install -r requirements.txt`, then `python app.py`.",
-        "try it: python app.py in {place}; put it online: export --to hub --output-dir {place} --hub-repo NAME",
+        "try it: python app.py in {place}; put it online: python finetune_colab.py export --to hub --output-dir {place} --hub-repo NAME",
     ),
 }
 SPACE_APP = '''\
@@ -5006,7 +5006,7 @@ def quick_problems(cfg: Config) -> Iterator[str]:
         yield f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}"
     mirror = cfg.CHECKPOINT_MIRROR
     if mirror and not local_path(mirror).resolve().parent.is_dir():
-        yield f"CHECKPOINT_MIRROR {mirror} has no parent folder.\nMount the drive, or make it."
+        yield f"CHECKPOINT_MIRROR {mirror} has no parent folder.\nMount the drive, or create it."
     for setting, folder in {"OUTPUT_DIR": final.parent, "CHECKPOINT_DIR": states}.items():
         try:
             place = nearest_existing(folder)
@@ -5014,7 +5014,7 @@ def quick_problems(cfg: Config) -> Iterator[str]:
                 write_json(Path(probe, "test"), "can files be written and renamed here?")
             free = shutil.disk_usage(place).free / 1e9
             if 0 < free < NEEDED_GB:  # some mounted drives do not know
-                say("Warning", f"a run may take {NEEDED_GB} GB; {free:.1f} GB are free in {folder}")
+                say("Warning", f"a run may need {NEEDED_GB} GB; {free:.1f} GB are free in {folder}")
         except OSError as error:
             what = f"{setting} cannot be written to {folder}: {error.strerror}"
             yield f"{what}.\nChoose another folder with {flag(setting)}"
@@ -5030,7 +5030,7 @@ def output_problems(cfg: Config, final: Path) -> Iterator[str]:
         return
     for name, place in ((name, getattr(cfg, name)) for name in PLACES if name != "OUTPUT_DIR"):
         if place and local_path(place).resolve().is_relative_to(final):
-            what = f"{name} {place} lies in OUTPUT_DIR {final}, which a new model replaces"
+            what = f"{name} {place} is inside OUTPUT_DIR {final}, which a new model replaces"
             yield f"{what}.\nMove it, or choose another {flag(name)} or --output-dir"
     base, theirs = str(record_of(final).get("base_model", "")), ""
     if not base and any(final.glob("*")):
@@ -5086,10 +5086,10 @@ def lock_folder(held: ExitStack, folder: Path, setting: str) -> None:
         held.enter_context(filelock.FileLock(place, timeout=0))
     except filelock.Timeout:
         what = f"Another run is using {setting} {folder}"
-        advice = f"Wait for it, stop it, or choose another folder with {flag(setting)}"
+        advice = f"Wait for it to end, stop it, or choose another folder with {flag(setting)}"
         raise UserError(f"{what}.\n{advice}") from None
     except (OSError, NotImplementedError) as error:  # the latter of older filelocks
-        say("Note", f"no locks here ({error}), so a second run in {setting} would go unnoticed")
+        say("Note", f"no locks here ({error}): a second run in {setting} would go unnoticed")
 
 
 # -- Training, and looking before it
@@ -5267,7 +5267,7 @@ def say_report(cfg: Config, data: PreparedData) -> Path | None:
     """The lengths, one pair as the model sees it, and where the report is."""
     if data.tokens:
         figures = token_figures(data)
-        say("Tokens", "{min} to {max} in a pair, median {median}".format(**figures))
+        say("Tokens", "{min} to {max} per pair, median {median}".format(**figures))
     if data.train:
         middle = sorted(data.train, key=tokens_in)[len(data.train) // 2]
         say("Example", "what the model reads, with what it learns between [[ and ]]:")
@@ -5346,7 +5346,7 @@ def compare(cfg: Config) -> int:
 def compare_all(cfg: Config) -> int:
     """A file of questions, with the answers in a workbook."""
     pairs, tuned = listed_questions(cfg), model_to_ask(cfg)
-    say("Asking", f"{plural(len(pairs), 'question')}, each twice; Ctrl+C keeps what is answered")
+    say("Asking", f"{plural(len(pairs), 'question')}, each twice; Ctrl+C keeps the answers so far")
     table = ask_both(tuned, pairs, cfg)
     if table.empty:
         return 2
@@ -5356,7 +5356,7 @@ def compare_all(cfg: Config) -> int:
         write_book(path, answer_tables(table))
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room there.") from None
+        raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room for it.") from None
     say("Saved", short_path(path))
     return 0
 
@@ -5364,9 +5364,9 @@ def compare_all(cfg: Config) -> int:
 def export(cfg: Config) -> int:
     """Take the model elsewhere: merged weights, GGUF, a Space, the Hub."""
     if not cfg.TO:
-        raise UserError("Export to what? --to merged, gguf, space or hub; see finetune.md.")
+        raise UserError("Export to what? Add --to merged, gguf, space or hub; see finetune.md.")
     if not os.path.exists(local_path(cfg.OUTPUT_DIR)):
-        raise UserError(f"There is no model in {cfg.OUTPUT_DIR} yet.\nRun the command train first")
+        raise UserError(f"There is no model in {cfg.OUTPUT_DIR} yet.\nFirst train one.")
     LOG_FILE.path, final = log_path(cfg), export_place(cfg, cfg.TO)
     if cfg.TO == "hub":
         say("Saved", f"{upload(cfg)}; open it in your browser")
@@ -5465,16 +5465,16 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     try:
         found, unknown = build_parser(argv).parse_known_intermixed_args([*argv])
     except argparse.ArgumentError as error:
-        raise UserError(f"{error}.\n--help lists what there is.") from None
+        raise UserError(f"{error}.\n--help-all lists every flag.") from None
     if unknown:
         word = unknown[0].partition("=")[0]
         meant = did_you_mean({"--lr": "--learning-rate"}.get(word, word), map(flag, TYPES))
-        raise UserError(f"There is no flag {word}.{meant}\n--help-all lists all.")
+        raise UserError(f"There is no flag {word}.{meant}\n--help-all lists every flag.")
     flags = vars(found)
     command, *words = flags.pop("words", []) or ["train"]
     if command not in COMMANDS:
         meant = did_you_mean(command, COMMANDS)
-        raise UserError(f"There is no command {command!r}.{meant}\n--help lists what there is.")
+        raise UserError(f"There is no command {command!r}.{meant}\n--help lists the commands.")
     if words:
         flags["QUESTION"] = " ".join(words)
     file = flags.pop("config", None)
@@ -5486,7 +5486,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     for names, commands in ONLY_WITH.items():
         for name in names.split():
             if command not in commands and getattr(cfg, name) != getattr(Config, name):
-                raise UserError(f"{name} ({flag(name)}) goes with {commands}, not with {command}.")
+                raise UserError(f"{name} ({flag(name)}) is for {commands}, not for {command}.")
     cfg.WEB |= cfg.SHARE  # what is shared is the page
     return command, cfg
 

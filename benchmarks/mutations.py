@@ -71,7 +71,7 @@ MUTATIONS = [Mutation(*one) for one in (
     ("an export may lose what was learnt", "    if not loss <= allowed:", "    if not loss <= 100 * allowed:", "export"),
     ("rows of the data are uploaded", "if path.name not in (ANSWERS, SAMPLE) and", "if path.name not in (SAMPLE,) and", "hub"),
     # commands
-    ("a message without its advice", "\\nMount the drive, or make it.", "", "commands checkpoints"),
+    ("a message without its advice", "\\nMount the drive, or create it.", "", "commands checkpoints"),
 )]
 # fmt: on
 

@@ -124,10 +124,10 @@ def test_an_answer_knows_what_was_said(conversations: Path, chat: Chat, folder: 
 ODD = "ab 雪é🙂 | `b` " * 12 + "\x1b[2J\x1b]0;owned\x07" + "a" * 90 + "\n\n" + "雪" * 50
 # fmt: off
 COMMANDS = {  # what is typed, what must be shown
-    "": r"^\s*$", X: "Model: ", "^C": "/quit", "/reset": r"\w", "/reste": r"no /reste\b.*/reset",
+    "": r"^\s*$", X: "Model: ", "^C": "/quit", "/reset": r"\w", "/reste": "Unknown command /reste. /reset",
     "/system Be brief.": "instructions", "/save a.json": r"a\.json", "/save  a.json": "new",  # it is there by now
     "/save": "new", "/save /nowhere/talk.json": "/nowhere/talk.json", f"/save {'x' * 300}": "x{300}",
-    "/system": "instructions", "/help": "^(?!There is no).*/reset", "Why?": "Model: ", "Tell me more.": "Model: ", f"{X} ": "Model: ",
+    "/system": "instructions", "/help": "^(?!Unknown).*/reset", "Why?": "Model: ", "Tell me more.": "Model: ", f"{X} ": "Model: ",
 }
 # fmt: on
 
