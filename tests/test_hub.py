@@ -221,6 +221,7 @@ def test_a_model_arrives_without_what_is_private(name: str, hub: Hub, upload: Up
         Path("model", hidden).parent.mkdir(exist_ok=True)
         Path("model", hidden).write_text("nobody else's business")
     Path("model/passwd").symlink_to("/etc/passwd")
+    Path("model-hub").mkdir()  # it has nothing to do with an upload
     code, printed = upload(f"--hub-repo {name}")
     assert code == 0, printed
     assert re.search(f"ada/mine, private.*{hub.address}/ada/mine", printed)
