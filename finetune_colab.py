@@ -6,7 +6,7 @@
     python finetune_colab.py chat     chat with the tuned model; --web: a page
     python finetune_colab.py compare  the base and the tuned model side by side
     python finetune_colab.py export   --to merged, gguf, space or hub
-    python finetune_colab.py --help   usual settings; --help-all: all of Config
+    python finetune_colab.py --help   usual settings; --help-all: every setting
 
 What a run leaves behind
     model/                   the LoRA adapter, its tokenizer, pictures, run.json
@@ -87,7 +87,7 @@ class Config:
     """Every setting, once. Edit a value here, or give its flag: LORA_R is also --lora-r."""
 
     # -- Preset
-    PRESET: str = ""  # a set of settings at once, in place of those below; flags still win
+    PRESET: str = ""  # a named set of settings, in place of those below; flags override it
     # -- Model
     MODEL_NAME: str = "microsoft/phi-2"  # a model on the Hub, a folder with one, or "demo"
     MODEL_REVISION: str = ""  # a commit of that model; empty = the pinned one, or else the newest
@@ -5438,12 +5438,14 @@ def build_parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     shown = USUAL if [*argv] in (["-h"], ["--help"]) else TYPES
     for name, kind in TYPES.items():
         choices = ", ".join(filter(None, CHOICES.get(name, ())))
-        default = as_text(getattr(Config, name)) or "empty"
-        about = filter(None, (notes.get(name), choices and f"one of {choices}", f"[{default}]"))
-        text = "; ".join(about).replace("%", "%%") if name in shown else argparse.SUPPRESS
+        value = getattr(Config, name)
+        default = "None" if value is None else as_text(value) or "empty"
+        about = "; ".join(filter(None, (notes.get(name), choices and f"one of {choices}")))
+        text = f"{about} (default: {default})".strip().replace("%", "%%")
         is_switch = kind in (bool, bool | None)
         how: Any = {"action": argparse.BooleanOptionalAction} if is_switch else {"metavar": "VALUE"}
-        parser.add_argument(flag(name), dest=name, help=text, **how)
+        how["help"] = text if name in shown else argparse.SUPPRESS
+        parser.add_argument(flag(name), dest=name, **how)
     return parser
 
 
