@@ -69,7 +69,7 @@ MUTATIONS = [Mutation(*one) for one in (
     ("a chat forgets what was said", 'messages += [question, {"role": "assistant", "content": answer}] if answer else []', "messages.clear()", "chat"),
     # export
     ("an export may lose what was learnt", "    if not loss <= allowed:", "    if not loss <= 100 * allowed:", "export"),
-    ("rows of the data are uploaded", "if path.name not in (ANSWERS, SAMPLE) and", "if path.name not in (SAMPLE,) and", "hub"),
+    ("rows of the data are uploaded", "private = path.name in (ANSWERS, SAMPLE) or", "private = path.name in (SAMPLE,) or", "hub"),
     # commands
     ("a message without its advice", "\\nMount the drive, or create it.", "", "commands checkpoints"),
 )]
