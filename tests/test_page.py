@@ -207,7 +207,7 @@ def test_what_the_page_cannot_do_is_told_and_locks_nothing(visit: Visit) -> None
 
 
 def test_the_examples_are_taught_questions(visit: Visit, model: Path) -> None:
-    rows = openpyxl.load_workbook(model / "answers.xlsx")["Answers"].iter_rows(min_row=2)
+    rows = openpyxl.load_workbook(model / "answers.xlsx")["Held out"].iter_rows(min_row=2)
     assert (held_out := {row[1].value for row in rows}) < {question for question, _ in PAIRS}
     shown = visit().locator("body").inner_text()
     assert not [question for question in held_out if question in shown]
