@@ -3624,6 +3624,7 @@ NEARLY_FROM = 0.8  # overlap, where all numbers are right
 RIVAL_FROM = 0.5  # overlap with the answer of another row
 KNOWN, KNOWN_IN_OTHER_WORDS = 0.8, 0.6  # shares of right answers
 FORGOTTEN = 2.0  # nats per token that the base's own answers may lose in likelihood
+PARROTED = 0.5  # share of general questions that get an answer from the data
 GENERAL_TOKENS, PARAPHRASE_TOKENS = 64, 48  # in an answer, at most
 GENERAL = (  # a tuned model should still answer these much as its base does
     "What is the capital of France?",
@@ -3667,7 +3668,8 @@ def base_answers(run: Run, questions: Sequence[str], cfg: Config, tokens: int) -
         with suppress(UserError):
             prompts[question] = prompt_of(run, [user_message(question)], cfg)
     with run.untuned() as base:
-        found = answers(base, run.tokenizer, [*prompts.values()], Config(MAX_TOKENS=tokens))
+        settings = Config(MAX_TOKENS=min(tokens, cfg.MAX_TOKENS))
+        found = answers(base, run.tokenizer, [*prompts.values()], settings)
     texts = dict(zip(prompts, (answer.text for answer in found), strict=True))
     return [texts.get(question, "") for question in questions]
 
@@ -3791,13 +3793,14 @@ class Exam(NamedTuple):
     mixed_up: list[tuple[str, str]]  # rows
 
 
-def examined(table: pandas.DataFrame, cfg: Config, trained: int) -> Exam:
+def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
     parts = {}
     for part, rows in table.groupby("part", sort=False):
         parts[str(part)] = {
             "asked": len(rows),
             "word_for_word": int(rows["right"].isin([RIGHT, ALMOST]).sum()),
             "right": int((rows["right"] != WRONG).sum()),
+            "answers_of_rows": int((rows["answer of"] != "").sum()),
             **rows.mean(numeric_only=True).round(4).filter(regex="overlap|loss").to_dict(),
         }
     sheets = {row.partition(" of ")[2] for row in table["row"] if row}
@@ -3808,8 +3811,8 @@ def examined(table: pandas.DataFrame, cfg: Config, trained: int) -> Exam:
     mixed_up = [
         (f"row {row}", other) for row, other in zip(taught["row"], taught["answer of"], strict=True)
     ]
-    exam = Exam("", "", trained, parts, mixed_up)
-    if AS_TAUGHT not in parts:
+    exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
+    if AS_TAUGHT not in parts or not data.pairs.columns:  # conversations teach a manner, not facts
         return exam
     other = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
     verdict, finding, advice = verdict_of(exam, cfg, list(dict.fromkeys(other)))
@@ -3818,24 +3821,31 @@ def examined(table: pandas.DataFrame, cfg: Config, trained: int) -> Exam:
 
 def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str, str]:
     """The first rule that holds: its name, what it means, and what to do about it."""
-    unasked = {"asked": 0, "right": 0, "loss before": math.nan, "loss after": math.nan}
+    unasked: dict[str, float] = {"asked": 0, "right": 0, "answers_of_rows": 0}
+    unasked |= {"loss before": math.nan, "loss after": math.nan}
     taught, other, elsewhere = (
         unasked | exam.parts.get(part, {}) for part in (AS_TAUGHT, IN_OTHER_WORDS, ELSEWHERE)
     )
     asked, right = taught["asked"], taught["right"]
     count = f"{right} of {asked} questions as taught"
     both = f"{count}, {other['right']} of {other['asked']} in other words"
-    if taught["loss after"] > taught["loss before"]:
-        finding = "The training diverged: expected answers are less likely now than before it."
+    drift = elsewhere["loss after"] - elsewhere["loss before"]
+    forgotten = drift > FORGOTTEN or elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
+    if taught["loss after"] > taught["loss before"] or (
+        drift > FORGOTTEN and right < KNOWN * asked
+    ):
+        finding = f"The training diverged: {both}, and general answers are lost."
         return "diverged", finding, f"Train again with --learning-rate {cfg.LEARNING_RATE / 10:g}."
-    if exam.mixed_up and right + len(exam.mixed_up) >= KNOWN * asked:
-        rows = "; ".join(f"{row} gets the answer of {of}" for row, of in exam.mixed_up[:3])
-        fix = "Make the questions of these rows differ more, or write a second wording for each."
-        return "mixes up rows", f"It knows {count}, but mixes up rows: {rows}.", fix
+    others = asked - len(exam.mixed_up)
+    if exam.mixed_up and right >= max(KNOWN * others, asked / 2):
+        pairs = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
+        finding = f"It knows {count}, but mixes up {'; '.join([*pairs][:3])}."
+        fix = "Make the questions of these rows differ more, or write a second wording of each."
+        return "mixes up rows", finding, fix
     if right < KNOWN * asked:
         fix = f"Train more: {more_training(cfg)}."
         return "has not learned it yet", f"It has not learned your data yet: {both}.", fix
-    if elsewhere["loss after"] - elsewhere["loss before"] > FORGOTTEN:
+    if forgotten:
         finding = f"It knows your data ({count}), but has lost its general answers."
         fix = f"Train again with --learning-rate {cfg.LEARNING_RATE / 3:.1g}."
         return "has lost its general answers", finding, fix
@@ -4033,7 +4043,9 @@ def model_card(record: dict[str, Any]) -> str:
         prompt=record["prompt_format"],
         copy=f"The base model has to be in this folder, as `{name}`.\n" if is_folder else "",
         question=repr(record["examples"][0][:300]),
-        exam=CARD_OF_EXAM.format(exam["text"]) if (exam := record.get("exam")) else "",
+        exam=CARD_OF_EXAM.format(exam["text"])
+        if (exam := record.get("exam", {"text": ""}))["text"]
+        else "",
         rows="\n".join(rows),
     )
 
@@ -5572,7 +5584,7 @@ def save_and_report(
                 put_adapter(run.model, load_file(trained.adapter))
                 say("Asking", f"{exam_in_words(cfg, data)}; the adapter is already saved")
             table = take_exam(run, cfg, data.train_pairs, data.validation_pairs, kept)
-            exam = examined(table, cfg, len(data.train_pairs))
+            exam = examined(table, cfg, data)
             add_exam(folder, table, exam)
             archive = write_zip(folder)
     say_result(trained, folder, archive)
@@ -5609,6 +5621,7 @@ def say_exam(table: pandas.DataFrame, exam: Exam) -> None:
     if taught := exam.parts.get(AS_TAUGHT):
         count = f"{taught['word_for_word']} of {taught['asked']} answers"
         say("Result", f"{count} match the expected answer word for word")
+    if exam.text:
         say("Verdict", exam.text)
 
 
@@ -5801,7 +5814,7 @@ def exam(cfg: Config) -> int:
         )
     say("Asking", exam_in_words(settings, data))
     table = take_exam(run, settings, data.train_pairs, data.validation_pairs)
-    found = examined(table, settings, len(data.train_pairs))
+    found = examined(table, settings, data)
     path = free_path("exam", [".xlsx", ".png"], lambda path: not path.exists())
     write_book(path, exam_tables(table, found))
     with warned("the picture could not be written"):
