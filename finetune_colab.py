@@ -3732,14 +3732,13 @@ def take_exam(
     count = min(cfg.EXAM_QUESTIONS, len(trained))
     chosen = [trained[i * len(trained) // count] for i in range(count)]  # from all over the data
     try:
-        for part in PARTS:
-            if part not in done:
-                pairs = questions_of(part, run, cfg, chosen, held_out)
-                limit = GENERAL_TOKENS if part == ELSEWHERE else cfg.MAX_TOKENS
-                settings = Config(MAX_TOKENS=min(limit, cfg.MAX_TOKENS))
-                done[part] = [*ask_both(run, pairs, settings, part != IN_OTHER_WORDS)]
-                if kept:
-                    write_json(kept, done)
+        for part in (part for part in PARTS if part not in done):
+            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS if part == ELSEWHERE else cfg.MAX_TOKENS)
+            pairs = questions_of(part, run, cfg, chosen, held_out)
+            asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
+            done[part] = list(asked)
+            if kept:
+                write_json(kept, done)
     except KeyboardInterrupt:
         if not any(done.values()):
             raise
@@ -3796,63 +3795,60 @@ class Exam(NamedTuple):
 def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
     parts = {}
     for part, rows in table.groupby("part", sort=False):
+        means = rows.mean(numeric_only=True).filter(regex="overlap|loss").dropna()
         parts[str(part)] = {
             "asked": len(rows),
             "word_for_word": int(rows["right"].isin([RIGHT, ALMOST]).sum()),
             "right": int((rows["right"] != WRONG).sum()),
             "answers_of_rows": int((rows["answer of"] != "").sum()),
-            **rows.mean(numeric_only=True).round(4).filter(regex="overlap|loss").to_dict(),
+            **means.round(4).to_dict(),
         }
     sheets = {row.partition(" of ")[2] for row in table["row"] if row}
     if len(sheets) == 1:  # goes without saying
         short = {n: table[n].str.removesuffix(f" of {min(sheets)}") for n in ("row", "answer of")}
         table = table.assign(**short)
-    taught = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
-    mixed_up = [
-        (f"row {row}", other) for row, other in zip(taught["row"], taught["answer of"], strict=True)
-    ]
+    confused = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
+    mixed_up = list(zip("row " + confused["row"], confused["answer of"], strict=True))
     exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
     if AS_TAUGHT not in parts or not data.pairs.columns:  # conversations teach a manner, not facts
         return exam
-    other = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
-    verdict, finding, advice = verdict_of(exam, cfg, list(dict.fromkeys(other)))
+    missed = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
+    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()])
     return exam._replace(verdict=verdict, text=f"{finding} {advice} {sureness(exam)}")
 
 
 def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str, str]:
     """The first rule that holds: its name, what it means, and what to do about it."""
-    unasked: dict[str, float] = {"asked": 0, "right": 0, "answers_of_rows": 0}
-    unasked |= {"loss before": math.nan, "loss after": math.nan}
+    nothing = dict.fromkeys(("asked", "right", "answers_of_rows"), 0.0)
+    nothing |= {"loss before": math.nan, "loss after": math.nan}
     taught, other, elsewhere = (
-        unasked | exam.parts.get(part, {}) for part in (AS_TAUGHT, IN_OTHER_WORDS, ELSEWHERE)
+        nothing | exam.parts.get(part, {}) for part in (AS_TAUGHT, IN_OTHER_WORDS, ELSEWHERE)
     )
-    asked, right = taught["asked"], taught["right"]
+    asked, right, confused = taught["asked"], taught["right"], len(exam.mixed_up)
     count = f"{right} of {asked} questions as taught"
-    both = f"{count}, {other['right']} of {other['asked']} in other words"
+    both = f"{count}, {other['right']:.0f} of {other['asked']:.0f} in other words"
+    known = right >= KNOWN * asked
     drift = elsewhere["loss after"] - elsewhere["loss before"]
     forgotten = drift > FORGOTTEN or elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
-    if taught["loss after"] > taught["loss before"] or (
-        drift > FORGOTTEN and right < KNOWN * asked
-    ):
-        finding = f"The training diverged: {both}, and general answers are lost."
-        return "diverged", finding, f"Train again with --learning-rate {cfg.LEARNING_RATE / 10:g}."
-    others = asked - len(exam.mixed_up)
-    if exam.mixed_up and right >= max(KNOWN * others, asked / 2):
-        pairs = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
-        finding = f"It knows {count}, but mixes up {'; '.join([*pairs][:3])}."
-        fix = "Make the questions of these rows differ more, or write a second wording of each."
-        return "mixes up rows", finding, fix
-    if right < KNOWN * asked:
-        fix = f"Train more: {more_training(cfg)}."
-        return "has not learned it yet", f"It has not learned your data yet: {both}.", fix
+    slower = "Train again with --learning-rate {:.1g}."
+    if taught["loss after"] > taught["loss before"] or (drift > FORGOTTEN and not known):
+        finding = f"The training diverged: {both}."
+        return "diverged", finding, slower.format(cfg.LEARNING_RATE / 10)
+    if confused and right >= max(KNOWN * (asked - confused), asked / 2):
+        rows = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
+        finding = f"It knows {count}, but mixes up {'; '.join([*rows][:3])}."
+        advice = "Make the questions of these rows differ more, or write a second wording of each."
+        return "mixes up rows", finding, advice
+    if not known:
+        finding = f"It has not learned your data yet: {both}."
+        return "has not learned it yet", finding, f"Train more: {more_training(cfg)}."
     if forgotten:
         finding = f"It knows your data ({count}), but has lost its general answers."
-        fix = f"Train again with --learning-rate {cfg.LEARNING_RATE / 3:.1g}."
-        return "has lost its general answers", finding, fix
+        return "has lost its general answers", finding, slower.format(cfg.LEARNING_RATE / 3)
     if other["right"] < KNOWN_IN_OTHER_WORDS * other["asked"]:
-        rows = ", ".join(missed[:5])
-        fix = f"Write a second wording of the questions in rows {rows}."
-        return "knows it only word for word", f"It knows your data only word for word: {both}.", fix
+        finding = f"It knows your data only word for word: {both}."
+        advice = f"Write a second wording of the questions in rows {', '.join(missed[:5])}."
+        return "knows it only word for word", finding, advice
     advice = "Nothing has to change; read some answers before you rely on them."
     return "knows it", f"It knows your data: {both}.", advice
 
@@ -3872,12 +3868,9 @@ def sureness(exam: Exam) -> str:
     asked, right = (exam.parts[AS_TAUGHT][name] for name in ("asked", "right"))
     if asked >= exam.trained:
         return f"All {asked} trained questions were asked."
-    share, z = right / asked, 1.96
-    middle, spread = (
-        share + z * z / (2 * asked),
-        math.sqrt(share * (1 - share) / asked + z**2 / (4 * asked**2)),
-    )
-    low, high = ((middle + sign * z * spread) / (1 + z * z / asked) for sign in (-1, 1))
+    share, z2 = right / asked, 1.96**2
+    spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * asked)) / asked)
+    low, high = ((share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
     return f"Of all {exam.trained:,} questions it knows {low:.0%} to {high:.0%}, as far as {asked} can tell."
 
 
@@ -4118,58 +4111,39 @@ def draw_loss_comparison(path: Path, log: pandas.DataFrame, trained: TrainingRes
         draw_validation(axes, "epoch", log, trained)
 
 
-def draw_answers(path: Path, table: pandas.DataFrame, which: str) -> None:
-    """The overlap of each answer, before and after."""
+def draw_answers(
+    path: Path,
+    title: str,
+    meaning: str,
+    table: pandas.DataFrame,
+    mixed_up: Sequence[tuple[str, str]] = (),
+) -> None:
+    """The overlap of each answer before and after; mixed-up rows are joined."""
     before, after = "overlap before", "overlap after"
-    measured = table.dropna(subset=[before, after])
-    if measured.empty:
+    drawn = table.dropna(subset=[before, after]).head(MOST_ROWS_DRAWN)
+    if drawn.empty:
         return
-    drawn = measured.head(MOST_ROWS_DRAWN)
-    means = f"{measured[before].mean():.2f} before, {measured[after].mean():.2f} after"
-    title, height = "Answers before and after the training", 1.8 + 0.25 * len(drawn)
-    with picture(path, title, f"{plural(len(measured), which)}: overlap {means}", height) as axes:
-        rows = range(len(drawn))
-        axes.hlines(rows, drawn[before], drawn[after], color=GREY, alpha=0.4)
-        ring = {"markersize": 10, "markerfacecolor": "none", "label": "before training"}
-        axes.plot(drawn[before], rows, "o", color=GREY, **ring)  # around an equal dot
-        axes.plot(drawn[after], rows, "o", color=BLUE, label="after training")
-        name_rows(axes, drawn)
-
-
-def name_rows(axes: Any, drawn: pandas.DataFrame) -> None:
-    """A line for each question, and the overlap across."""
     names = [
         # in a script that every matplotlib has
         preview(question, 36) if max(question, default="") < "\u0590" else f"row {row}"
         for row, question in zip(drawn["row"], drawn["question"], strict=True)
     ]
-    axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
-    axes.set_yticks(range(len(drawn)), names, parse_math=False)
-    axes.set_ylim(len(drawn) - 0.4, -0.6)
-
-
-def draw_exam(path: Path, table: pandas.DataFrame, exam: Exam) -> None:
-    """The overlap of each answer as taught and in other words; the worst question at the top."""
-    score = "overlap after"
-    taught = table[table["part"] == AS_TAUGHT].dropna(subset=[score]).set_index("row", drop=False)
-    other = table[table["part"] == IN_OTHER_WORDS].groupby("row")[score].min()
-    if taught.empty:
-        return
-    worst = taught[score].combine(other.reindex(taught.index), min)
-    drawn = taught.loc[worst.sort_values(kind="stable").index].head(MOST_ROWS_DRAWN)
-    places = {f"row {row}": y for y, row in enumerate(drawn.index)}
-    height = 1.8 + 0.25 * len(drawn)
-    with picture(path, "Does it know the data?", exam.verdict, height) as axes:
-        rows, dots = range(len(drawn)), {"color": GREY, "markerfacecolor": "none"}
-        axes.plot(drawn["overlap before"], rows, "o", label="the base model", **dots)
-        axes.plot(drawn[score], rows, "o", color=BLUE, label="as taught")
-        style = {"color": ORANGE, "label": "in other words, the worst"}
-        axes.plot(other.reindex(drawn.index), rows, "D", markersize=5, **style)
-        for pair in exam.mixed_up:
-            if {*pair} <= places.keys():
-                ends = [places[row] for row in pair]
-                axes.plot(drawn[score].iloc[ends], ends, "--", color=ORANGE)
-        name_rows(axes, drawn)
+    with picture(path, title, meaning, 1.8 + 0.25 * len(drawn)) as axes:
+        rows = range(len(drawn))
+        axes.hlines(rows, drawn[before], drawn[after], color=GREY, alpha=0.4)
+        ring = {"markersize": 10, "markerfacecolor": "none", "label": "before training"}
+        axes.plot(drawn[before], rows, "o", color=GREY, **ring)  # around an equal dot
+        axes.plot(drawn[after], rows, "o", color=BLUE, markersize=8, label="after training")
+        if "lowest" in drawn:
+            marks = {"color": ORANGE, "markersize": 5, "label": "the same in other words"}
+            axes.plot(drawn["lowest"], rows, "D", **marks)
+        place = {f"row {row}": y for y, row in enumerate(drawn["row"])}
+        for one, other in mixed_up:
+            ends = [place.get(one, 0), place.get(other, place.get(one, 0))]
+            axes.plot(drawn[after].iloc[ends], ends, "--", color=ORANGE)
+        axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
+        axes.set_yticks(rows, names, parse_math=False)
+        axes.set_ylim(len(drawn) - 0.4, -0.6)
 
 
 def draw_lengths(path: Path, cfg: Config, data: PreparedData) -> None:
@@ -4533,15 +4507,28 @@ def save_run(
     return final, write_zip(final)
 
 
+def draw_exam(path: Path, table: pandas.DataFrame, exam: Exam) -> None:
+    """Each trained question as it is and in other words, the worst at the top."""
+    lowest = table[table["part"] == IN_OTHER_WORDS].groupby("row")["overlap after"].min()
+    taught = table[table["part"] == AS_TAUGHT]
+    taught = taught.assign(lowest=taught["row"].map(lowest))
+    order = taught[["overlap after", "lowest"]].min(axis=1).sort_values(kind="stable")
+    finding = exam.text.partition(". ")[0]
+    draw_answers(path, "Does it know the data?", finding, taught.loc[order.index], exam.mixed_up)
+
+
 def add_exam(folder: Path, table: pandas.DataFrame, exam: Exam) -> None:
     """The answers, their pictures and the verdict, in the folder of a finished run."""
     write_book(folder / ANSWERS, exam_tables(table, exam))
     write_json(folder / EXAM, json.loads(table.to_json(orient="records")))
     with warned("some pictures of the answers could not be written"):
-        part = HELD_OUT if HELD_OUT in exam.parts else AS_TAUGHT
-        which = "held-out question" if part == HELD_OUT else "trained question"
-        draw_answers(folder / ANSWERS_PICTURE, table[table["part"] == part], which)
         draw_exam(folder / EXAM_PICTURE, table, exam)
+        part = HELD_OUT if HELD_OUT in exam.parts else AS_TAUGHT
+        asked, means = table[table["part"] == part], exam.parts[part]
+        which = plural(len(asked), "held-out question" if part == HELD_OUT else "trained question")
+        meaning = "{overlap before:.2f} before, {overlap after:.2f} after".format(**means)
+        title = "Answers before and after the training"
+        draw_answers(folder / ANSWERS_PICTURE, title, f"{which}: overlap {meaning}", asked)
     record = record_of(folder) | {"exam": exam._asdict()}
     with atomic_write(folder / "README.md") as staged:
         staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
