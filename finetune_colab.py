@@ -1,7 +1,7 @@
 """Teach a language model your questions and answers: a script, a workbook, a zip.
 
     python finetune_colab.py          train microsoft/phi-2 on dataset.xlsx
-    python finetune_colab.py check    what training would do with the data
+    python finetune_colab.py check    what training would do; dataset_report.xlsx
     python finetune_colab.py demo     the whole job on a small built-in model
     python finetune_colab.py chat     chat with the tuned model; --web: a page
     python finetune_colab.py exam     does it know the data, also in other words?
@@ -13,13 +13,11 @@ What a run leaves behind
     model/                   the LoRA adapter, its tokenizer, pictures, run.json
     fine_tuned_model.zip     all of model/ in one file to download
     checkpoints/, logs/      to resume the training; all that each run said
-    dataset_report.xlsx      from check: what was found in every row
 
 Map: the file reads as the data flows, and each section calls only sections above it.
-    1 settings and errors    5 device and plan     9 exam
-    2 where data comes from  6 models             10 report       12 export
-    3 rows to pairs          7 training           11 chatting     13 commands
-    4 prompts and tokens     8 answering
+    1 settings and errors    4 prompts          7 training   10 report    13 commands
+    2 where data comes from  5 device and plan  8 answering  11 chatting
+    3 rows to pairs          6 models           9 exam       12 export
 """
 
 # /// script
@@ -52,7 +50,6 @@ import re
 import shlex
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -3315,7 +3312,7 @@ def diverges(history: Sequence[dict[str, float]]) -> bool:
     losses = [entry["loss"] for entry in [history[0], *history[-60:]] if "loss" in entry]
     if len(losses) < 20:
         return False
-    return min(losses[-10:]) > max(losses[0], 3 * statistics.median(losses[1:-10]))
+    return min(losses[-10:]) > max(losses[0], 3 * sorted(losses[1:-10])[len(losses[1:-10]) // 2])
 
 
 def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
