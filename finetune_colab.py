@@ -15,9 +15,9 @@ What a run leaves behind
     checkpoints/, logs/      to resume the training; all that each run said
 
 Map: the file reads as the data flows, and each section calls only sections above it.
-    1 settings and errors    4 prompts          7 training   10 report    13 commands
-    2 where data comes from  5 device and plan  8 answering  11 chatting
-    3 rows to pairs          6 models           9 exam       12 export
+    1 settings and errors    4 prompts and tokens  7 training   10 report    13 commands
+    2 where data comes from  5 device and plan     8 answering  11 chatting
+    3 rows to pairs          6 models              9 exam       12 export
 """
 
 # /// script
@@ -3748,6 +3748,11 @@ def take_exam(
     table["changed"] = table["changed"].where(is_other)
     table["right"] = list(map(grade, table["after"], table["expected"], table["overlap after"]))
     table["answer of"] = rows_of_answers(run.tokenizer, table, [*trained, *held_out])
+    sheets = {pair.sheet for pair in trained}
+    for name in (
+        ("row", "answer of") if len(sheets) == 1 else ()
+    ):  # the only one goes without saying
+        table[name] = table[name].str.removesuffix(f" of {min(sheets)}")
     return table
 
 
@@ -3800,10 +3805,6 @@ def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
             "answers_of_rows": int((rows["answer of"] != "").sum()),
             **means.round(4).to_dict(),
         }
-    sheets = {row.partition(" of ")[2] for row in table["row"] if row}
-    if len(sheets) == 1:  # goes without saying
-        short = {n: table[n].str.removesuffix(f" of {min(sheets)}") for n in ("row", "answer of")}
-        table = table.assign(**short)
     confused = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
     mixed_up = list(zip("row " + confused["row"], confused["answer of"], strict=True))
     exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
