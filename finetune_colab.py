@@ -1,9 +1,10 @@
 """Teach a language model your questions and answers: a script, a workbook, a zip.
 
     python finetune_colab.py          train microsoft/phi-2 on dataset.xlsx
-    python finetune_colab.py check    what training would do with the data
+    python finetune_colab.py check    what training would do; dataset_report.xlsx
     python finetune_colab.py demo     the whole job on a small built-in model
     python finetune_colab.py chat     chat with the tuned model; --web: a page
+    python finetune_colab.py exam     does it know the data, also in other words?
     python finetune_colab.py compare  the base and the tuned model side by side
     python finetune_colab.py export   --to merged, gguf, space or hub
     python finetune_colab.py --help   usual settings; --help-all: every setting
@@ -12,12 +13,11 @@ What a run leaves behind
     model/                   the LoRA adapter, its tokenizer, pictures, run.json
     fine_tuned_model.zip     all of model/ in one file to download
     checkpoints/, logs/      to resume the training; all that each run said
-    dataset_report.xlsx      from check: what was found in every row
 
 Map: the file reads as the data flows, and each section calls only sections above it.
-    1 settings and errors    4 prompts and tokens    7 training     10 chatting
-    2 where data comes from  5 device and plan       8 answering    11 export
-    3 rows to pairs          6 models                9 report       12 commands
+    1 settings and errors    4 prompts and tokens  7 training   10 report    13 commands
+    2 where data comes from  5 device and plan     8 answering  11 chatting
+    3 rows to pairs          6 models              9 exam       12 export
 """
 
 # /// script
@@ -102,6 +102,7 @@ class Config:
     LANGUAGE: str = "en"  # of message trees such as OASST1, the one language to take; empty = all
     CONVERSATION_PATHS: str = "best"  # of message trees: the best-ranked replies, or all
     VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
+    VALIDATION_SPLIT: str = "wordings"  # hold out second wordings of answers; or any questions
     MIN_QUALITY: float = 0.85  # warn when a smaller share of the rows is fit to learn from
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
@@ -146,7 +147,8 @@ class Config:
     EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
     REPORT_TO: str = "none"  # where else the curves are sent
     # -- Answering
-    EVAL_ANSWERS: int = 20  # held-out questions asked before and after the training; 0 = none
+    EVAL_ANSWERS: int = 20  # held-out questions asked before and after training; 0 = none, no exam
+    EXAM_QUESTIONS: int = 20  # trained questions that the exam asks as they are and in other words
     MAX_TOKENS: int = 256  # of an answer, at most
     TEMPERATURE: float = 0.0  # randomness of answers: 0 = always the likeliest token; 0.7 is lively
     TOP_P: float = 1.0  # when sampling: draw from the likeliest tokens with this share together
@@ -187,7 +189,7 @@ SETTINGS_BY_LIMITS: dict[tuple[float, float], str] = {
     (1, 1024): "LORA_R BATCH_SIZE GRADIENT_ACCUMULATION_STEPS",
     (1, 10_000): "LORA_ALPHA NUM_EPOCHS",
     (0.1, 10_000): "SAVE_MINUTES",
-    (0, 10_000): "EVAL_ANSWERS EARLY_STOPPING_PATIENCE MAX_GRAD_NORM NEFTUNE_ALPHA",
+    (0, 10_000): "EVAL_ANSWERS EXAM_QUESTIONS EARLY_STOPPING_PATIENCE MAX_GRAD_NORM NEFTUNE_ALPHA",
     (0, 65_535): "PORT",
     (16, 131_072): "MAX_LENGTH",
     (1, 131_072): "MAX_TOKENS",
@@ -198,6 +200,7 @@ SETTINGS_BY_LIMITS: dict[tuple[float, float], str] = {
 LIMITS = {name: ends for ends, names in SETTINGS_BY_LIMITS.items() for name in names.split()}
 CHOICES: dict[str, tuple[str, ...]] = {  # "" where none has to be made
     "CONVERSATION_PATHS": ("best", "all"),
+    "VALIDATION_SPLIT": ("wordings", "questions"),
     "OPTIMIZER": ("auto", "adamw_torch", "paged_adamw_32bit", "paged_adamw_8bit", "adafactor"),
     "LR_SCHEDULER": ("cosine", "linear", "constant", "constant_with_warmup"),
     "REPORT_TO": ("none", "tensorboard", "wandb", "trackio"),
@@ -1589,13 +1592,29 @@ def marked(tokenizer: Any, example: Example) -> str:
     return text
 
 
-def split_validation(pairs: Sequence[Pair], fraction: float, seed: int) -> list[bool]:
-    """Which pairs are for validation; all answers to one question are on the same side."""
+def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
+    """Which pairs are for validation; all answers to one question are on the same side.
+
+    With VALIDATION_SPLIT "wordings", every answer keeps a question to be trained on, if that is possible.
+    """
     questions = [fold(pair.messages[0]["content"]) for pair in pairs]
-    distinct = sorted(set(questions))
-    random.Random(seed).shuffle(distinct)
-    enough = fraction > 0 and len(distinct) >= FEWEST_TO_HOLD_OUT
-    held_out = set(distinct[: max(1, round(fraction * len(distinct)))] if enough else ())
+    order = sorted(set(questions))
+    random.Random(cfg.SEED).shuffle(order)
+    count = max(1, round(cfg.VALIDATION_FRACTION * len(order)))
+    if not cfg.VALIDATION_FRACTION or len(order) < FEWEST_TO_HOLD_OUT:
+        return [False] * len(pairs)
+    if cfg.VALIDATION_SPLIT == "wordings":
+        spare, last = list[str](), list[str]()
+        answers = defaultdict[str, set[str]](set)
+        for question, pair in zip(questions, pairs, strict=True):
+            answers[question].add(fold(pair.answer))
+        left = Counter(answer for own in answers.values() for answer in own)
+        for question in order:
+            can_go = all(left[answer] > 1 for answer in answers[question])
+            left -= Counter(answers[question] if can_go else ())
+            (spare if can_go else last).append(question)
+        order = spare + last
+    held_out = set(order[:count])
     return [question in held_out for question in questions]
 
 
@@ -1678,7 +1697,7 @@ GPUS = {  # capability; operations and bytes in a second, and bytes that are fre
 }
 # Tokens at once, of which more bring no speed; the usable share of free memory; bytes of the libraries
 LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
-ANSWERS_AT_ONCE = 8  # each keeps all of its tokens: phi-2 0.3 MB for one
+ANSWERS_AT_ONCE = {"cuda": 24, "mps": 8, "cpu": 8}  # each keeps its tokens: phi-2 0.3 MB for one
 LAUNCH = 11e-6  # seconds in which Colab's processor starts one operation on a GPU
 
 
@@ -1794,13 +1813,25 @@ def plan_run(
     seconds = max(seconds, model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH)
     row = max(min(at_once, sum(lengths[:pairs])), lengths[0])
     _, memory = cost(recomputing, row, row * sum(targets) / tokens)
-    # Untrained, the model generates as long as it may; tuned, as long as what it has learned.
-    asked = math.ceil(min(cfg.EVAL_ANSWERS, len(targets)) / ANSWERS_AT_ONCE)
+    asking = asking_tokens(cfg, device, len(targets), max(targets))
     reading = model.parameters * (4 if device.dtype == "float32" else 2.5) / device.bandwidth
-    asking = asked * max(reading, model.blocks * 125 * LAUNCH)
-    asking *= cfg.MAX_TOKENS + min(cfg.MAX_TOKENS, max(targets))
+    asking *= max(reading, model.blocks * 125 * LAUNCH)
     seconds *= steps / epoch / world_size()
     return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
+
+
+def asking_tokens(cfg: Config, device: Device, pairs: int, longest: int) -> float:
+    """Tokens that are generated one after another for the exam, in all of its batches.
+
+    Untrained, the model generates as long as it may; tuned, as long as what it has learned.
+    """
+    base, tuned, size = cfg.MAX_TOKENS, min(cfg.MAX_TOKENS, longest), ANSWERS_AT_ONCE[device.kind]
+    held_out, asked, general = (
+        math.ceil(min(count, pairs) / size) * bool(cfg.EVAL_ANSWERS)
+        for count in (cfg.EVAL_ANSWERS, cfg.EXAM_QUESTIONS, min(10, cfg.EXAM_QUESTIONS))
+    )
+    short = 48 * asked + 3 * 64 * general  # paraphrases, and what anybody might ask
+    return (held_out + asked) * (base + tuned) + 2 * asked * tuned + short
 
 
 def in_time(seconds: float) -> str:
@@ -2561,7 +2592,7 @@ def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedDa
     examples = list(itertools.compress(examples, fits))
     pairs.kept = list(itertools.compress(pairs.kept, fits))
     quality = quality_of(pairs.kept, pairs.dropped)
-    validation = split_validation(pairs.kept, cfg.VALIDATION_FRACTION, cfg.SEED)
+    validation = split_validation(pairs.kept, cfg)
     train = [not one for one in validation]
     return PreparedData(
         tokenizer,
@@ -2596,13 +2627,6 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
             f"The quality of {data.pairs.name} is {data.quality}: most rows are left out or look wrong.\n"
             "Fix the rows named above (the command check lists them all), or add --yes to train anyway."
         )
-
-
-def pairs_to_ask(cfg: Config, data: PreparedData) -> tuple[str, list[Pair]]:
-    """What is asked at the end, in words, and the pairs; the demo model can only memorize."""
-    if data.validation_pairs and cfg.MODEL_NAME != DEMO_MODEL:
-        return "held-out question", data.validation_pairs
-    return "training question", data.train_pairs
 
 
 # -- Rows and losses
@@ -3056,6 +3080,10 @@ def peak_memory_gb() -> float:
 
 NOT_A_NUMBER = "The loss is no longer a number (NaN).\nLower LEARNING_RATE, for example to half."
 FIRST_SCALE = 4096.0  # of the gradients in float16; torch's 65,536 overflows in the first steps
+DIVERGED = (
+    "The training diverges: the loss is above where it began and three times what was usual.\n"
+    "The last checkpoint is kept. Train again with --learning-rate {:g}"
+)
 SAME_NAMES = "LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM SEED LOGGING_STEPS SAVE_STEPS REPORT_TO"
 MOST_BAD_STEPS = 3  # in a row, whose gradient is not finite
 
@@ -3197,12 +3225,19 @@ class AnswerTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Only what is finite, and of the whole run: the Trainer's train_loss is of this sitting."""
+        from tqdm import tqdm
+
         if self.lost_loss and logs.pop("loss", None) is not None:
             self.lost_loss = False
         logs = {k: v for k, v in logs.items() if math.isfinite(v) and not k.startswith("train_")}
         super().log(logs, *args, **kwargs)
         figures = ", ".join(f"{name} {figure:.6g}" for name, figure in logs.items())
         LOG.info("%-11sstep %d, %s", "Measured", self.state.global_step, figures)
+        if diverges(self.state.log_history):
+            raise UserError(DIVERGED.format(self.cfg.LEARNING_RATE / 10))
+        if sign := warning_sign(self.state.log_history, self.plan.steps):
+            with tqdm.external_write_mode():
+                say("Warning", sign)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         from tqdm import tqdm
@@ -3270,6 +3305,37 @@ class AnswerTrainer(Trainer):
     def _load_scaler(self, checkpoint: str | None) -> None:
         if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
             super()._load_scaler(checkpoint)
+
+
+def diverges(history: Sequence[dict[str, float]]) -> bool:
+    """Whether ten losses in a row are above the first, and three times the median before them."""
+    losses = [entry["loss"] for entry in [history[0], *history[-60:]] if "loss" in entry]
+    if len(losses) < 20:
+        return False
+    return min(losses[-10:]) > max(losses[0], 3 * sorted(losses[1:-10])[len(losses[1:-10]) // 2])
+
+
+def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
+    """What the last entry of the log gives cause to say: each once, when it first holds."""
+    last, tenth = history[-1], max(10, steps // 10)
+    if "eval_loss" in last:
+        measured = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
+        best, (earlier, now) = min(measured, key=measured.__getitem__), (0, *measured)[-2:]
+        if earlier - best < steps / 3 <= now - best:
+            rising = (
+                f"the validation loss has been above that of step {best} for a third of the run"
+            )
+            return f"{rising}, so more training makes it worse. --early-stopping-patience 3 would end it."
+    elif "loss" in last and last["step"] < 2 * tenth:
+        losses = [e["loss"] for e in history if "loss" in e and e["step"] <= tenth]
+        third = math.ceil(len(losses) / 3)
+        is_first = [e["step"] >= tenth for e in history if "loss" in e].count(True) == 1
+        if is_first and sum(losses[-third:]) >= sum(losses[:third]):
+            flat = (
+                "the loss has not fallen in the first tenth of the run. If it stays so, try another"
+            )
+            return f"{flat} --learning-rate, and look at the data with the command check."
+    return ""
 
 
 def losses_in_bar(bar: Any, _: Any, __: Any, ___: Any, logs: Any, **____: Any) -> None:
@@ -3400,7 +3466,7 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
     with evaluating(model), torch.random.fork_rng(enabled=cfg.TEMPERATURE > 0):
         if cfg.TEMPERATURE:
             torch.manual_seed(cfg.SEED)
-        return as_many_as_fit(in_batches_of, halvings(ANSWERS_AT_ONCE, 1))
+        return as_many_as_fit(in_batches_of, halvings(ANSWERS_AT_ONCE[model.device.type], 1))
 
 
 def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
@@ -3463,39 +3529,37 @@ COMPARED = ["row", "question", "expected", "before", "after", "overlap before", 
 COMPARED += ["loss before", "loss after", "cut off", "tokens", "seconds"]
 
 
-def ask_both(tuned: Run, pairs: Sequence[Pair], cfg: Config) -> pandas.DataFrame:
+def ask_both(
+    tuned: Run, pairs: Sequence[Pair], cfg: Config, with_base: bool = True
+) -> Iterator[dict[str, Any]]:
     """What the base and the tuned model answer, and how good that is: a row for each question.
 
-    A question that is too long is left out with a message. Ctrl+C keeps what is answered by then.
+    A question that is too long is left out with a message.
     """
-    import pandas
     from tqdm import tqdm
 
-    fitting, rows = list[tuple[Pair, list[int]]](), list[dict[str, Any]]()
+    fitting = list[tuple[Pair, list[int]]]()
     for pair in pairs:
         try:
             fitting.append((pair, prompt_of(tuned, pair.messages[:-1], cfg)))
         except UserError as error:
             say("Left out", f"{pair.place}: {error}" if pair.row else str(error))
-    groups = [fitting[i : i + ANSWERS_AT_ONCE] for i in range(0, len(fitting), ANSWERS_AT_ONCE)]
-    try:
-        for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
-            rows += ask_group(tuned, group, cfg)
-    except KeyboardInterrupt:
-        if not rows:
-            raise
-        say("Note", f"stopped after {len(rows)} of {len(fitting)} questions")
-    return pandas.DataFrame(rows, columns=COMPARED)
+    size = ANSWERS_AT_ONCE[tuned.model.device.type]
+    groups = [fitting[i : i + size] for i in range(0, len(fitting), size)]
+    for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
+        yield from ask_group(tuned, group, cfg, with_base)
 
 
 def ask_group(
-    tuned: Run, group: Sequence[tuple[Pair, list[int]]], cfg: Config
+    tuned: Run, group: Sequence[tuple[Pair, list[int]]], cfg: Config, with_base: bool
 ) -> list[dict[str, Any]]:
     tokenizer, rows = tuned.tokenizer, list[dict[str, Any]]()
     for pair, _ in group:
-        start = {"row": pair.place.removeprefix("row "), "cut off": 0, "tokens": 0, "seconds": 0.0}
+        start = {"cut off": 0, "tokens": 0, "seconds": 0.0, "row": ""}
+        start["row"] = pair.place.removeprefix("row ") if pair.row else ""
         rows.append(start | {"question": pair.question, "expected": pair.answer})
-    for when, side in (("before", tuned.untuned()), ("after", nullcontext(tuned.model))):
+    sides = {"before": tuned.untuned()} if with_base else {}
+    for when, side in (sides | {"after": nullcontext(tuned.model)}).items():
         with side as model:
             began = time.perf_counter()
             found = answers(model, tokenizer, [prompt for _, prompt in group], cfg)
@@ -3522,13 +3586,16 @@ def loss_of_answer(model: Any, tokenizer: Any, pair: Pair, prompt: list[int]) ->
 
 def overlap(tokenizer: Any, answer: str, expected: str) -> float | None:
     """The F1 score of the tokens: 1 where both texts have the same ones, 0 where they share none."""
-    if not expected:
-        return None
-    found, target = (
-        Counter(tokenizer(f" {text}", add_special_tokens=False)["input_ids"])
-        for text in (answer, expected)
-    )
-    return 2 * (found & target).total() / (found.total() + target.total())
+    return f1(*token_counts(tokenizer, [answer, expected])) if expected else None
+
+
+def token_counts(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]:
+    if padded := [f" {text}" for text in texts]:
+        yield from map(Counter, tokenizer(padded, add_special_tokens=False)["input_ids"])
+
+
+def f1(one: Counter[int], other: Counter[int]) -> float:
+    return 2 * (one & other).total() / (one.total() + other.total())
 
 
 def speed(tokens: int, seconds: float, cut_off: int, asked: int = 1) -> str:
@@ -3543,10 +3610,274 @@ def answer_speed(answer: Answer, seconds: float, cfg: Config) -> str:
 
 
 # ==================================================================================================
-# 9  Report
+# 9  Exam
+# ==================================================================================================
+
+AS_TAUGHT, IN_OTHER_WORDS = "As taught", "In other words"
+HELD_OUT, ELSEWHERE = "Held out", "Elsewhere"
+PARTS = (AS_TAUGHT, IN_OTHER_WORDS, HELD_OUT, ELSEWHERE)
+RIGHT, ALMOST, NEARLY, WRONG = "word for word", "but for punctuation", "nearly", "no"
+NEARLY_FROM = 0.8  # overlap, where all numbers are right
+RIVAL_FROM = 0.5  # overlap with the answer of another row
+KNOWN, KNOWN_IN_OTHER_WORDS = 0.8, 0.6  # shares of right answers
+FORGOTTEN = 2.0  # nats per token that the base's own answers may lose in likelihood
+PARROTED = 0.5  # share of general questions that get an answer from the data
+GENERAL_TOKENS, PARAPHRASE_TOKENS = 64, 48  # in an answer, at most
+GENERAL = (  # a tuned model should still answer these much as its base does
+    "What is the capital of France?",
+    "How many days does a leap year have?",
+    "Why is the sky blue?",
+    "What is 12 plus 30?",
+    "Name three fruits.",
+    "How do I boil an egg?",
+    "What is the opposite of cold?",
+    "Write one sentence about the sea.",
+    "Who wrote Romeo and Juliet?",
+    "Translate good morning into Spanish.",
+)
+ENGLISH = re.compile(r"(?i)\b(what|how|why|who|when|where|which|is|are|do|does|can)\b")
+SHORT_FORMS = {"what is": "what's", "how is": "how's", "and": "&", "you": "u", "are": "r"}
+SHORT_FORMS |= {"with": "w/", "for": "4", "please": "pls", "between": "btw", "to": "2"}
+
+
+def reworded(question: str, seed: int) -> tuple[str, str]:
+    """The question as somebody might type it, and the rule; empty where no rule changes it."""
+    chance, plain = random.Random(f"{seed} {question}"), question.rstrip(" ?？!.")
+    start = plain[:1].lower() + plain[1:]
+    forms = {"in lower case": question.lower(), "without a question mark": plain}
+    if words := re.findall(r"[^\W\d_]{6,}", question):
+        word, i = chance.choice(words), chance.randrange(1, 4)
+        swapped = word[:i] + word[i + 1] + word[i] + word[i + 2 :]
+        forms["with a typo"] = question.replace(word, swapped, 1)
+    if ENGLISH.search(question):
+        long = re.compile("|".join(rf"\b{words}\b" for words in SHORT_FORMS))
+        forms["abbreviated"] = long.sub(lambda found: SHORT_FORMS[found[0]], start) + "?"
+        forms["with a polite opening"] = f"Could you please tell me: {start}?"
+        forms["in a longer sentence"] = f"Hello, I was wondering, {start}? Thank you!"
+    changed = [(text, rule) for rule, text in forms.items() if text != question]
+    return chance.choice(changed or [("", "")])
+
+
+def base_answers(run: Run, questions: Sequence[str], cfg: Config, tokens: int) -> list[str]:
+    """What the base model answers; nothing to a question that is too long for it."""
+    prompts = dict[str, list[int]]()
+    for question in questions:
+        with suppress(UserError):
+            prompts[question] = prompt_of(run, [user_message(question)], cfg)
+    with run.untuned() as base:
+        settings = Config(MAX_TOKENS=min(tokens, cfg.MAX_TOKENS))
+        found = answers(base, run.tokenizer, [*prompts.values()], settings)
+    texts = dict(zip(prompts, (answer.text for answer in found), strict=True))
+    return [texts.get(question, "") for question in questions]
+
+
+def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
+    """Each question in the base model's words; empty where it may have become another question."""
+    request = "Ask this question in other words, as one short question: "
+    found = base_answers(run, [request + one for one in questions], cfg, PARAPHRASE_TOKENS)
+    words = [set(re.findall(r"\w{5,}", fold(question))) for question in questions]
+    counts, kept = Counter(itertools.chain.from_iterable(words)), list[str]()
+    for answer, question, its_words in zip(found, questions, words, strict=True):
+        text = answer.partition("\n")[0]
+        rare = [word for word in its_words if counts[word] == 1]
+        on_the_subject = rare and all(word in fold(text) for word in rare)
+        short = len(text) < 3 * len(question) and fold(text) != fold(question)
+        kept.append(text if text.endswith("?") and short and on_the_subject else "")
+    return kept
+
+
+def asking(pairs: Sequence[Pair], questions: Sequence[str]) -> list[Pair]:
+    """The same answers to other questions, where there are any."""
+    return [
+        pair._replace(messages=[*pair.messages[:-2], user_message(text), pair.messages[-1]])
+        for pair, text in zip(pairs, questions, strict=True)
+        if text
+    ]
+
+
+def questions_of(
+    part: str, run: Run, cfg: Config, chosen: list[Pair], held_out: Sequence[Pair]
+) -> list[Pair]:
+    toy = base_name(run.cfg) == f"./{DEMO_MODEL}"  # without words of its own or general answers
+    if part == AS_TAUGHT:
+        return chosen
+    if part == HELD_OUT:
+        return [*held_out[: cfg.EVAL_ANSWERS]]
+    if part == IN_OTHER_WORDS:
+        questions = [pair.question for pair in chosen]
+        pairs = asking(chosen, [reworded(question, cfg.SEED)[0] for question in questions])
+        return pairs + (asking(chosen, paraphrased(run, questions, cfg)) if not toy else [])
+    general = GENERAL[: 0 if toy else len(chosen)]
+    own = base_answers(run, general, cfg, GENERAL_TOKENS)
+    return [
+        Pair([user_message(question), {"role": "assistant", "content": answer}], "", 0)
+        for question, answer in zip(general, own, strict=True)
+    ]
+
+
+def take_exam(
+    run: Run,
+    cfg: Config,
+    trained: Sequence[Pair],
+    held_out: Sequence[Pair],
+    kept: Path | None = None,
+) -> pandas.DataFrame:
+    """A row for each question; the parts that were answered before a kill are read from `kept`."""
+    import pandas
+
+    done = answered_parts(kept)
+    count = min(cfg.EXAM_QUESTIONS, len(trained))
+    chosen = [trained[i * len(trained) // count] for i in range(count)]  # from all over the data
+    try:
+        for part in (part for part in PARTS if part not in done):
+            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS if part == ELSEWHERE else cfg.MAX_TOKENS)
+            pairs = questions_of(part, run, cfg, chosen, held_out)
+            asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
+            done[part] = list(asked)
+            if kept:
+                write_json(kept, done)
+    except KeyboardInterrupt:
+        if not any(done.values()):
+            raise
+        say("Note", f"the exam ends here; answered: {', '.join(done)}")
+    rows = [{"part": part} | row for part, found in done.items() for row in found]
+    table = pandas.DataFrame(rows, columns=["part", *COMPARED])
+    rules = dict(reworded(pair.question, cfg.SEED) for pair in chosen)
+    is_other = table["part"] == IN_OTHER_WORDS
+    table["changed"] = [rules.get(q, "by the base model") for q in table["question"]]
+    table["changed"] = table["changed"].where(is_other)
+    table["right"] = list(map(grade, table["after"], table["expected"], table["overlap after"]))
+    table["answer of"] = rows_of_answers(run.tokenizer, table, [*trained, *held_out])
+    sheets = {pair.sheet for pair in trained}
+    for name in (
+        ("row", "answer of") if len(sheets) == 1 else ()
+    ):  # the only one goes without saying
+        table[name] = table[name].str.removesuffix(f" of {min(sheets)}")
+    return table
+
+
+def answered_parts(kept: Path | None) -> dict[str, list[dict[str, Any]]]:
+    with suppress(OSError, ValueError):
+        return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept else {}
+    return {}
+
+
+def grade(answer: str, expected: str, overlap: float) -> str:
+    """How right an answer is. One with another number is wrong, however much else is the same."""
+    if bare(answer) == bare(expected):
+        return RIGHT if answer == expected else ALMOST
+    same_numbers = re.findall(r"\d+", answer) == re.findall(r"\d+", expected)
+    return NEARLY if overlap >= NEARLY_FROM and same_numbers else WRONG
+
+
+def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pair]) -> list[str]:
+    """For each answer, the row whose answer it is much rather than its own; mostly none."""
+    given, best = [*token_counts(tokenizer, table["after"])], table["overlap after"].fillna(0)
+    own, rows, closest = table["expected"].map(bare), [""] * len(table), [*best.clip(RIVAL_FROM)]
+    others = {bare(pair.answer): pair for pair in reversed(pairs)}
+    texts = [pair.answer for pair in others.values()]
+    for (text, pair), target in zip(others.items(), token_counts(tokenizer, texts), strict=True):
+        for i, counts in enumerate(given):
+            share = f1(counts, target)
+            if share > closest[i] and text != own[i]:
+                rows[i], closest[i] = pair.place, share
+    return rows
+
+
+class Exam(NamedTuple):
+    """What came of it, for run.json."""
+
+    verdict: str
+    text: str  # for the person
+    trained: int  # questions in the data
+    parts: dict[str, dict[str, float]]  # figures of each
+    mixed_up: list[tuple[str, str]]  # rows
+
+
+def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
+    parts = {}
+    for part, rows in table.groupby("part", sort=False):
+        means = rows.mean(numeric_only=True).filter(regex="overlap|loss").dropna()
+        parts[str(part)] = {
+            "asked": len(rows),
+            "word_for_word": int(rows["right"].isin([RIGHT, ALMOST]).sum()),
+            "right": int((rows["right"] != WRONG).sum()),
+            "answers_of_rows": int((rows["answer of"] != "").sum()),
+            **means.round(4).to_dict(),
+        }
+    confused = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
+    mixed_up = list(zip("row " + confused["row"], confused["answer of"], strict=True))
+    exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
+    if AS_TAUGHT not in parts or not data.pairs.columns:  # conversations teach a manner, not facts
+        return exam
+    missed = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
+    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()])
+    return exam._replace(verdict=verdict, text=f"{finding} {advice} {sureness(exam)}")
+
+
+def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str, str]:
+    """The first rule that holds: its name, what it means, and what to do about it."""
+    nothing = dict.fromkeys(("asked", "right", "answers_of_rows"), 0.0)
+    nothing |= {"loss before": math.nan, "loss after": math.nan}
+    taught, other, elsewhere = (
+        nothing | exam.parts.get(part, {}) for part in (AS_TAUGHT, IN_OTHER_WORDS, ELSEWHERE)
+    )
+    asked, right, confused = taught["asked"], taught["right"], len(exam.mixed_up)
+    count = f"{right} of {asked} questions as taught"
+    both = f"{count}, {other['right']:.0f} of {other['asked']:.0f} in other words"
+    known = right >= KNOWN * asked
+    drift = elsewhere["loss after"] - elsewhere["loss before"]
+    forgotten = drift > FORGOTTEN or elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
+    slower = "Train again with --learning-rate {:.1g}."
+    if taught["loss after"] > taught["loss before"] or (drift > FORGOTTEN and not known):
+        finding = f"The training diverged: {both}."
+        return "diverged", finding, slower.format(cfg.LEARNING_RATE / 10)
+    if confused and right >= max(KNOWN * (asked - confused), asked / 2):
+        rows = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
+        finding = f"It knows {count}, but mixes up {'; '.join([*rows][:3])}."
+        advice = "Make the questions of these rows differ more, or write a second wording of each."
+        return "mixes up rows", finding, advice
+    if not known:
+        finding = f"It has not learned your data yet: {both}."
+        return "has not learned it yet", finding, f"Train more: {more_training(cfg)}."
+    if forgotten:
+        finding = f"It knows your data ({count}), but has lost its general answers."
+        return "has lost its general answers", finding, slower.format(cfg.LEARNING_RATE / 3)
+    if other["right"] < KNOWN_IN_OTHER_WORDS * other["asked"]:
+        finding = f"It knows your data only word for word: {both}."
+        advice = f"Write a second wording of the questions in rows {', '.join(missed[:5])}."
+        return "knows it only word for word", finding, advice
+    advice = "Nothing has to change; read some answers before you rely on them."
+    return "knows it", f"It knows your data: {both}.", advice
+
+
+def more_training(cfg: Config) -> str:
+    if cfg.LEARNING_RATE < 1e-4:
+        return "--learning-rate 2e-4"
+    if cfg.MAX_STEPS:
+        return f"--max-steps {2 * cfg.MAX_STEPS}"
+    if cfg.NUM_EPOCHS < 20:
+        return f"--num-epochs {2 * cfg.NUM_EPOCHS}"
+    return f"--lora-r {2 * cfg.LORA_R}"
+
+
+def sureness(exam: Exam) -> str:
+    """How far the share that was found may be from that of all questions (Wilson, 95 %)."""
+    asked, right = (exam.parts[AS_TAUGHT][name] for name in ("asked", "right"))
+    if asked >= exam.trained:
+        return f"All {asked} trained questions were asked."
+    share, z2 = right / asked, 1.96**2
+    spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * asked)) / asked)
+    low, high = ((share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
+    return f"Of all {exam.trained:,} questions it knows {low:.0%} to {high:.0%}, as far as {asked} can tell."
+
+
+# ==================================================================================================
+# 10  Report
 # ==================================================================================================
 
 ANSWERS, ANSWERS_PICTURE = "answers.xlsx", "training_visuals/answers.png"
+EXAM, EXAM_PICTURE = "exam.json", "training_visuals/exam.png"
 SAMPLE, ROWS_IN_SAMPLE = "sample_rows.json", 16  # by which an export is measured
 SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
 REPORT_MARK = "made by finetune_colab.py"
@@ -3676,7 +4007,7 @@ answer = output[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
 ```
 
-## The run
+{exam}## The run
 
 | | |
 | --- | --- |
@@ -3686,6 +4017,7 @@ The loss is the mean per answer token, in nats. It does not tell whether an answ
 them: `answers.xlsx` has answers from before and after training, `training_visuals/` the curves, and `run.json` every
 setting, version and result.
 """
+CARD_OF_EXAM = "## Does it know the data?\n\n{}\n\n"
 
 
 def model_card(record: dict[str, Any]) -> str:
@@ -3702,6 +4034,9 @@ def model_card(record: dict[str, Any]) -> str:
         prompt=record["prompt_format"],
         copy=f"The base model has to be in this folder, as `{name}`.\n" if is_folder else "",
         question=repr(record["examples"][0][:300]),
+        exam=CARD_OF_EXAM.format(exam["text"])
+        if (exam := record.get("exam", {"text": ""}))["text"]
+        else "",
         rows="\n".join(rows),
     )
 
@@ -3774,26 +4109,36 @@ def draw_loss_comparison(path: Path, log: pandas.DataFrame, trained: TrainingRes
         draw_validation(axes, "epoch", log, trained)
 
 
-def draw_answers(path: Path, table: pandas.DataFrame, which: str) -> None:
-    """The overlap of each answer, before and after."""
+def draw_answers(
+    path: Path,
+    title: str,
+    meaning: str,
+    table: pandas.DataFrame,
+    mixed_up: Sequence[tuple[str, str]] = (),
+) -> None:
+    """The overlap of each answer before and after; mixed-up rows are joined."""
     before, after = "overlap before", "overlap after"
-    measured = table.dropna(subset=[before, after])
-    if measured.empty:
+    drawn = table.dropna(subset=[before, after]).head(MOST_ROWS_DRAWN)
+    if drawn.empty:
         return
-    drawn = measured.head(MOST_ROWS_DRAWN)
-    means = f"{measured[before].mean():.2f} before, {measured[after].mean():.2f} after"
     names = [
         # in a script that every matplotlib has
         preview(question, 36) if max(question, default="") < "\u0590" else f"row {row}"
         for row, question in zip(drawn["row"], drawn["question"], strict=True)
     ]
-    title, height = "Answers before and after the training", 1.8 + 0.25 * len(drawn)
-    with picture(path, title, f"{plural(len(measured), which)}: overlap {means}", height) as axes:
+    with picture(path, title, meaning, 1.8 + 0.25 * len(drawn)) as axes:
         rows = range(len(drawn))
         axes.hlines(rows, drawn[before], drawn[after], color=GREY, alpha=0.4)
         ring = {"markersize": 10, "markerfacecolor": "none", "label": "before training"}
         axes.plot(drawn[before], rows, "o", color=GREY, **ring)  # around an equal dot
-        axes.plot(drawn[after], rows, "o", color=BLUE, label="after training")
+        axes.plot(drawn[after], rows, "o", color=BLUE, markersize=8, label="after training")
+        if "lowest" in drawn:
+            marks = {"color": ORANGE, "markersize": 5, "label": "the same in other words"}
+            axes.plot(drawn["lowest"], rows, "D", **marks)
+        place = {f"row {row}": y for y, row in enumerate(drawn["row"])}
+        for one, other in mixed_up:
+            ends = [place.get(one, 0), place.get(other, place.get(one, 0))]
+            axes.plot(drawn[after].iloc[ends], ends, "--", color=ORANGE)
         axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
         axes.set_yticks(rows, names, parse_math=False)
         axes.set_ylim(len(drawn) - 0.4, -0.6)
@@ -3906,10 +4251,17 @@ def answer_tables(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
     return {"Answers": table.drop(columns=["tokens", "seconds"]).round(3), "Summary": summary}
 
 
-def write_answers(folder: Path, which: str, table: pandas.DataFrame) -> None:
-    with warned("the tables and pictures of the answers could not be written"):
-        write_book(folder / ANSWERS, answer_tables(table))
-        draw_answers(folder / ANSWERS_PICTURE, table, which)
+def exam_tables(table: pandas.DataFrame, exam: Exam) -> dict[str, pandas.DataFrame]:
+    """The figures and the verdict, and a sheet for each part."""
+    import pandas
+
+    figures = pandas.DataFrame(exam.parts).T.rename_axis("part").reset_index()
+    summary = pandas.concat([figures, pandas.DataFrame([{"part": exam.text}])])
+    sheets = {"Summary": summary}
+    for part, rows in table.drop(columns=["tokens", "seconds"]).groupby("part", sort=False):
+        shown = rows.drop(columns="part").replace("", None).dropna(axis="columns", how="all")
+        sheets[str(part)] = shown.round(3)
+    return sheets
 
 
 # -- The report of check on the data
@@ -3966,6 +4318,17 @@ def say_quality(quality: Quality, minimum: float) -> None:
     if quality.score < minimum:
         kinds = ", ".join([*by_kind(quality.notes)][:3])
         say("Warning", f"the quality is below {minimum} (MIN_QUALITY). Fix first: {kinds}.")
+
+
+def say_wordings(pairs: Pairs) -> None:
+    """How many answers people may ask for in several ways."""
+    counts = Counter(fold(pair.answer) for pair in pairs.kept)
+    several = sum(count > 1 for count in counts.values())
+    if several:
+        say("Wordings", f"answers with more than one question: {several} of {len(counts)}")
+    elif pairs.columns and counts:
+        tip = "a second wording of some helps with what people ask in their own words"
+        say("Wordings", f"no answer has more than one question; {tip}")
 
 
 def token_figures(data: PreparedData) -> dict[str, int]:
@@ -4083,7 +4446,7 @@ def write_zip(folder: Path) -> Path:
 
 def foreign_files(folder: Path) -> set[str]:
     """Files in the folder of a run that it has not put there, and answers that somebody edited."""
-    ours = {*record_of(folder).get("files", []), ANSWERS, ANSWERS_PICTURE}
+    ours = {*record_of(folder).get("files", []), ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE}
     found = {p.relative_to(folder).as_posix() for p in folder.rglob("[!.]*") if not p.is_dir()}
     return found - ours if may_be_replaced(folder / ANSWERS) else found
 
@@ -4112,13 +4475,9 @@ def write_visuals(folder: Path, record: dict[str, Any], trained: TrainingResult)
 
 
 def save_run(
-    cfg: Config,
-    device: Device,
-    data: PreparedData,
-    last: Checkpoint,
-    answers: pandas.DataFrame | None,
+    cfg: Config, device: Device, data: PreparedData, last: Checkpoint
 ) -> tuple[Path, Path]:
-    """Everything that lands in OUTPUT_DIR, and the zip."""
+    """Everything that lands in OUTPUT_DIR, and the zip; the exam comes later."""
     final, trained = output_folder(cfg), training_result(cfg, last)
     run, need = last.folder.parent.name, output_bytes(trained.stats.trainable)
     earlier, done = place_for_earlier(final, run), "The training is done, but "
@@ -4141,15 +4500,41 @@ def save_run(
         card = model_card(record)
         (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         write_visuals(staged / "training_visuals", record, trained)
-        if answers is not None:
-            write_answers(staged, pairs_to_ask(cfg, data)[0], answers)
         own = {"run": run, "files": own_files(staged)}
         write_json(staged / "run.json", own | record)
     return final, write_zip(final)
 
 
+def draw_exam(path: Path, table: pandas.DataFrame, exam: Exam) -> None:
+    """Each trained question as it is and in other words, the worst at the top."""
+    lowest = table[table["part"] == IN_OTHER_WORDS].groupby("row")["overlap after"].min()
+    taught = table[table["part"] == AS_TAUGHT]
+    taught = taught.assign(lowest=taught["row"].map(lowest))
+    order = taught[["overlap after", "lowest"]].min(axis=1).sort_values(kind="stable")
+    finding = exam.text.partition(". ")[0]
+    draw_answers(path, "Does it know the data?", finding, taught.loc[order.index], exam.mixed_up)
+
+
+def add_exam(folder: Path, table: pandas.DataFrame, exam: Exam) -> None:
+    """The answers, their pictures and the verdict, in the folder of a finished run."""
+    write_book(folder / ANSWERS, exam_tables(table, exam))
+    write_json(folder / EXAM, json.loads(table.to_json(orient="records")))
+    with warned("some pictures of the answers could not be written"):
+        draw_exam(folder / EXAM_PICTURE, table, exam)
+        part = HELD_OUT if HELD_OUT in exam.parts else AS_TAUGHT
+        asked, means = table[table["part"] == part], exam.parts[part]
+        which = plural(len(asked), "held-out question" if part == HELD_OUT else "trained question")
+        meaning = "{overlap before:.2f} before, {overlap after:.2f} after".format(**means)
+        title = "Answers before and after the training"
+        draw_answers(folder / ANSWERS_PICTURE, title, f"{which}: overlap {meaning}", asked)
+    record = record_of(folder) | {"exam": exam._asdict()}
+    with atomic_write(folder / "README.md") as staged:
+        staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+    write_json(folder / "run.json", record | {"files": own_files(folder)})
+
+
 # ==================================================================================================
-# 10  Chatting
+# 11  Chatting
 # ==================================================================================================
 
 PAGE_FLOOR = "6.7"  # of gradio, also for security
@@ -4452,7 +4837,7 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
 
 
 # ==================================================================================================
-# 11  Export
+# 12  Export
 # ==================================================================================================
 
 EXPORT_ENDINGS = re.compile(r"-(merged|gguf|space)$|\.zip$")  # that OUTPUT_DIR may have
@@ -4813,7 +5198,7 @@ def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
     files = {}
     for path in files_for_others(folder):
         name = path.relative_to(folder).as_posix()
-        private = path.name in (ANSWERS, SAMPLE) or path.suffix == ".partial"
+        private = path.name in (ANSWERS, EXAM, SAMPLE) or path.suffix == ".partial"
         if not private and "/." not in f"/{name}":
             files[name] = path
     say("Files", f"to upload to {cfg.HUB_REPO}; the rows of your data stay here:")
@@ -4942,7 +5327,7 @@ page.launch()
 
 
 # ==================================================================================================
-# 12  Commands
+# 13  Commands
 # ==================================================================================================
 
 INSTALL = "pip install -r requirements-finetune.txt"
@@ -5071,6 +5456,7 @@ def examine(
     if data:
         say_pairs(data.pairs)
         say_quality(data.quality, cfg.MIN_QUALITY)
+        say_wordings(data.pairs)
         attempt(refuse_unfit, cfg, data)
     return problems, data, outline
 
@@ -5172,44 +5558,75 @@ def save_and_report(
     checkpoints: Checkpoints,
     model: PeftModel | None,
 ) -> None:
-    """Everything after the last step: OUTPUT_DIR, the questions, and what came of it all."""
-    import pandas
-    from safetensors.torch import load_file
-
-    last, table = checkpoints.last, None
+    """Everything after the last step: OUTPUT_DIR, the exam, and what came of it all."""
+    last, exam = checkpoints.last, None
     assert last, "the Trainer saves its last step"
     trained = training_result(cfg, last)
-    which, pairs = pairs_to_ask(cfg, data)
-    pairs = pairs[: cfg.EVAL_ANSWERS]
-    kept = checkpoints.folder / f"asked-{last.step}-{len(pairs)}-{cfg.MAX_TOKENS}.json"
-    with suppress(OSError, ValueError):  # asked in an earlier sitting
-        table = pandas.DataFrame(json.loads(kept.read_text(encoding="utf-8")), columns=COMPARED)
-    folder, archive = save_run(cfg, device, data, last, table)
-    if pairs and table is None:
+    folder, archive = save_run(cfg, device, data, last)
+    if cfg.EVAL_ANSWERS:
         with warned("there will be no answers.xlsx; the adapter is saved"):
-            model = model or add_lora(cfg, load_base(cfg, device))
-            put_adapter(model, load_file(trained.adapter))
-            say("Asking", f"{plural(len(pairs), which)}, each twice; the adapter is already saved")
+            counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS, trained.best_step
+            name = "-".join(map(str, ("exam", last.step, *counts)))
+            kept = checkpoints.folder / f"{name}.json"
             run = Run(cfg, data.tokenizer, model)
-            table = ask_both(run, pairs, Config(MAX_TOKENS=cfg.MAX_TOKENS))
-            if len(table) == len(pairs):
-                write_json(kept, table.to_dict("records"))
-            write_answers(folder, which, table)
+            if len(answered_parts(kept)) < len(PARTS):
+                from safetensors.torch import load_file
+
+                run.model = model or add_lora(cfg, load_base(cfg, device))
+                put_adapter(run.model, load_file(trained.adapter))
+                say("Asking", f"{exam_in_words(cfg, data)}; the adapter is already saved")
+            table = take_exam(run, cfg, data.train_pairs, data.validation_pairs, kept)
+            exam = examined(table, cfg, data)
+            add_exam(folder, table, exam)
             archive = write_zip(folder)
     say_result(trained, folder, archive)
-    if table is not None and len(table):
-        say_answers(table)
+    if exam:
+        say_exam(table, exam)
     is_usual = cfg.OUTPUT_DIR == Config.OUTPUT_DIR
     place = "" if is_usual else f" --output-dir {shlex.quote(cfg.OUTPUT_DIR)}"
     say("Next", f"chat with it: python finetune_colab.py chat{place}")
 
 
-def say_answers(table: pandas.DataFrame) -> None:
-    """The first few, and the figures of all."""
-    for row in table.head(EXAMPLES_SHOWN).to_dict("records"):
+def exam_in_words(cfg: Config, data: PreparedData) -> str:
+    asked = plural(min(cfg.EXAM_QUESTIONS, len(data.train_pairs)), "trained question")
+    held_out = plural(min(cfg.EVAL_ANSWERS, len(data.validation_pairs)), "held-out question")
+    return f"{asked}, also in other words, and {held_out}"
+
+
+def say_exam(table: pandas.DataFrame, exam: Exam) -> None:
+    """One example, the worst answers to what was taught, and the verdict."""
+    if not {AS_TAUGHT, HELD_OUT} & exam.parts.keys():
+        return
+    say_examples(table.head(1))
+    wrong = table[table["part"].isin([AS_TAUGHT, IN_OTHER_WORDS]) & (table["right"] == WRONG)]
+    worst = wrong.sort_values("overlap after", kind="stable").head(EXAMPLES_SHOWN)
+    for row in worst.to_dict("records"):
+        say("Wrong", f"row {row['row']}: {preview(row['question'], 130)}")
+        say("  expected", preview(row["expected"], 130))
+        say("  answered", preview(row["after"], 130))
+    scores = [
+        f"{part.lower()} {figures['right']} of {figures['asked']}"
+        for part, figures in exam.parts.items()
+        if part != ELSEWHERE
+    ]
+    say("Exam", f"right answers {', '.join(scores)}")
+    if taught := exam.parts.get(AS_TAUGHT):
+        count = f"{taught['word_for_word']} of {taught['asked']} answers"
+        say("Result", f"{count} match the expected answer word for word")
+    if exam.text:
+        say("Verdict", exam.text)
+
+
+def say_examples(table: pandas.DataFrame) -> None:
+    for row in table.to_dict("records"):
         for name in ("question", "expected", "before", "after"):
             if row[name] or name != "expected":
                 say("Question" if name == "question" else f"  {name}", preview(row[name], 130))
+
+
+def say_answers(table: pandas.DataFrame) -> None:
+    """The first few, and the figures of all."""
+    say_examples(table.head(EXAMPLES_SHOWN))
     tokens, seconds, cut_off = (table[name].sum() for name in ("tokens", "seconds", "cut off"))
     say("Speed", speed(int(tokens), seconds, int(cut_off), 2 * len(table)))
     means = table.mean(numeric_only=True)
@@ -5336,8 +5753,7 @@ def compare(cfg: Config) -> int:
     with nullcontext() if typing else redirect_stdout(sys.stderr):
         tuned = model_to_ask(cfg)
     for question in itertools.takewhile(bool, questions):
-        table = ask_both(tuned, [unanswered(question)], cfg)
-        for row in table.to_dict("records"):
+        for row in ask_both(tuned, [unanswered(question)], cfg):
             show(side_by_side(row))
             show(f"({speed(row['tokens'], row['seconds'], row['cut off'], 2)})", sys.stderr)
     return 0
@@ -5345,11 +5761,21 @@ def compare(cfg: Config) -> int:
 
 def compare_all(cfg: Config) -> int:
     """A file of questions, with the answers in a workbook."""
+    import pandas
+
     pairs, tuned = listed_questions(cfg), model_to_ask(cfg)
     say("Asking", f"{plural(len(pairs), 'question')}, each twice; Ctrl+C keeps the answers so far")
-    table = ask_both(tuned, pairs, cfg)
-    if table.empty:
+    rows = list[dict[str, Any]]()
+    try:
+        for row in ask_both(tuned, pairs, cfg):
+            rows.append(row)
+    except KeyboardInterrupt:
+        if not rows:
+            raise
+        say("Note", f"stopped after {len(rows)} of {len(pairs)} questions")
+    if not rows:
         return 2
+    table = pandas.DataFrame(rows, columns=COMPARED)
     say_answers(table)
     try:
         path = free_path("compare", [".xlsx"], lambda path: not path.exists())
@@ -5358,6 +5784,35 @@ def compare_all(cfg: Config) -> int:
         why = error.strerror or error
         raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room for it.") from None
     say("Saved", short_path(path))
+    return 0
+
+
+def exam(cfg: Config) -> int:
+    """Whether a finished run knows its data: a workbook, a picture and a verdict."""
+    run = model_to_ask(cfg)
+    own = run.cfg.DATASET_PATH if cfg.DATASET_PATH == Config.DATASET_PATH else cfg.DATASET_PATH
+    names = "EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS SHEET QUESTION_COLUMN ANSWER_COLUMN".split()
+    given = {
+        name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)
+    }
+    settings = changed(run.cfg, DATASET_PATH=own, **given)
+    # with the tokenizer of the run, whose base may be elsewhere
+    data = prepare_data(changed(settings, MODEL_NAME=str(run.folder)), find_pairs(settings))
+    pairs = fingerprint([pair.messages for pair in data.pairs.kept])
+    if pairs != (run.record.get("dataset") or {}).get("sha256_of_pairs"):
+        say(
+            "Note",
+            f"{data.pairs.name} is not what the model was trained on, or it was changed since",
+        )
+    say("Asking", exam_in_words(settings, data))
+    table = take_exam(run, settings, data.train_pairs, data.validation_pairs)
+    found = examined(table, settings, data)
+    path = free_path("exam", [".xlsx", ".png"], lambda path: not path.exists())
+    write_book(path, exam_tables(table, found))
+    with warned("the picture could not be written"):
+        draw_exam(path.with_suffix(".png"), table, found)
+    say_exam(table, found)
+    say("Saved", f"{short_path(path)}, with a picture in {short_path(path.with_suffix('.png'))}")
     return 0
 
 
@@ -5384,7 +5839,7 @@ def export(cfg: Config) -> int:
 
 COMMANDS: dict[str, Callable[[Config], int]] = {
     **{"train": train, "check": check, "demo": train},
-    **{"chat": chat, "compare": compare, "export": export},
+    **{"chat": chat, "exam": exam, "compare": compare, "export": export},
 }
 ONLY_WITH = {  # settings that would do nothing with any other command
     "BASE WEB SHARE PORT": "chat",

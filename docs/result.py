@@ -18,13 +18,13 @@ BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
 
 def main() -> None:
     log = pandas.read_csv("model/training_visuals/training_metrics.csv")
-    answers = openpyxl.load_workbook("model/answers.xlsx").worksheets[0]
+    answers = openpyxl.load_workbook("model/answers.xlsx")["As taught"]
     _, question, expected, before, after, *_ = next(answers.iter_rows(2, values_only=True))
     with plt.style.context("seaborn-v0_8-whitegrid"):
         figure, (curves, texts) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for column, color, label, mark in (
         ("loss", BLUE, "training", None),
-        ("eval_loss", ORANGE, "validation (2 held-out questions)", "o"),
+        ("eval_loss", ORANGE, "validation (4 held-out wordings)", "o"),
     ):
         found = log.dropna(subset=[column])
         curves.plot(found["step"], found[column], color=color, label=label, marker=mark)

@@ -162,7 +162,7 @@ def small_phi(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> Path:
 
 # -- Runs
 
-TUNED = "--max-steps 12 --learning-rate 2e-2 --eval-answers 2 --max-tokens 6".split()
+TUNED = "--max-steps 12 --learning-rate 2e-2 --eval-answers 2 --exam-questions 3 --max-tokens 6".split()
 
 
 def write_workbook(path: Path, rows: Sequence[Sequence[object]], **more: Sequence[Sequence[object]]) -> Path:
@@ -229,6 +229,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         with pytest.MonkeyPatch.context() as patch:
             if "--help" not in argv:  # random weights never stop by themselves
                 patch.setattr(Config, "EVAL_ANSWERS", 1)
+                patch.setattr(Config, "EXAM_QUESTIONS", 1)
                 patch.setattr(Config, "MAX_TOKENS", 3)
             code = main([str(part) for part in argv])
         printed = capsys.readouterr()

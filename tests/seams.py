@@ -24,6 +24,7 @@ load_tokenizer = ft.load_tokenizer
 load_tuned = ft.load_tuned
 may_share_rows = ft.may_share_rows
 overlap = ft.overlap
+reworded = ft.reworded
 
 Message = dict[str, str]
 Example = dict[str, list[int]]
@@ -60,6 +61,14 @@ def encode(tokenizer: Any, messages: Sequence[Message], **settings: Any) -> Exam
 def _loaded(tokenizer: Any, **settings: Any) -> Any:
     ft.set_template(Config(**settings), tokenizer := copy.deepcopy(tokenizer))
     return tokenizer
+
+
+def split_validation(pairs: Sequence[tuple[str, str]], share: float, seed: int, how: str) -> list[bool]:
+    """Which of these questions and answers are held out."""
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs]
+    found = [ft.Pair(chat, "", row) for row, chat in enumerate(chats)]
+    cfg = Config(VALIDATION_FRACTION=share, SEED=seed, VALIDATION_SPLIT=how)
+    return list(ft.split_validation(found, cfg))
 
 
 def load_base(folder: Path | str, **settings: Any) -> Any:

@@ -113,7 +113,7 @@ def test_an_example_is_a_taught_question_and_the_next_answer_knows_what_was_said
 ) -> None:
     page = visit()
     examples = {question for question, _ in PAIRS if question in page.locator("body").inner_text()}
-    rows = openpyxl.load_workbook(model / "answers.xlsx")["Answers"].iter_rows(min_row=2)
+    rows = openpyxl.load_workbook(model / "answers.xlsx")["Held out"].iter_rows(min_row=2)
     assert (held_out := {row[1].value for row in rows}) and not held_out & examples
     example = min(examples)
     page.get_by_text(example, exact=True).first.click()

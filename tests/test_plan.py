@@ -68,6 +68,14 @@ def test_every_epoch_sees_every_row_and_memory_changes_the_layout_only(
     assert 0 < roomy.seconds <= plan.seconds * 1.001
 
 
+def test_the_exam_is_estimated_at_no_more_than_a_minute_on_a_t4() -> None:
+    whole, without, none = (
+        plan_for([150] * 441, ON["T4"], PHI_2, 15, **named).asking_seconds
+        for named in ({}, {"EXAM_QUESTIONS": 0}, {"EVAL_ANSWERS": 0})
+    )
+    assert 20 < whole - without < 60 and none == 0 < without
+
+
 def test_check_tells_what_it_costs_here_and_on_the_gpus_of_colab(
     folder: Path, tokenizer: Any, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:

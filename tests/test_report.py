@@ -148,7 +148,7 @@ def test_without_held_out_pairs_nothing_is_invented(small_phi: Path, folder: Pat
 
 def test_an_earlier_model_is_kept_and_a_linked_folder_stays_a_link(again: Run, finished: Path) -> None:
     book = openpyxl.load_workbook("model/answers.xlsx")
-    book["Answers"]["K2"] = "my grade: B"
+    book["Held out"]["M2"] = "my grade: B"
     book.properties.lastModifiedBy = "Ann"  # as every program for workbooks writes it
     book.save("model/answers.xlsx")
     Path("model").rename("drive")
@@ -157,7 +157,7 @@ def test_an_earlier_model_is_kept_and_a_linked_folder_stays_a_link(again: Run, f
     assert Path("model").is_symlink()
     assert {"adapter_model.safetensors", "answers.xlsx"} <= {path.name for path in Path("drive").iterdir()}
     (kept,) = finished.glob("*.previous/answers.xlsx")
-    assert openpyxl.load_workbook(kept)["Answers"]["K2"].value == "my grade: B"
+    assert openpyxl.load_workbook(kept)["Held out"]["M2"].value == "my grade: B"
     assert again("--lora-r", 4, "--max-steps", 1)[0] == 0
     steps = [read(path)["settings"]["MAX_STEPS"] for path in (kept.with_name("run.json"), "model/run.json")]
     assert steps == [12, 1]
