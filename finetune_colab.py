@@ -1,10 +1,10 @@
 """Teach a language model your questions and answers: a script, a workbook, a zip.
 
     python finetune_colab.py          train microsoft/phi-2 on dataset.xlsx
-    python finetune_colab.py check    what training would do; dataset_report.xlsx
+    python finetune_colab.py check    what training would do, and a report
     python finetune_colab.py demo     the whole job on a small built-in model
     python finetune_colab.py chat     chat with the tuned model; --web: a page
-    python finetune_colab.py exam     does it know the data, also in other words?
+    python finetune_colab.py exam     does it know the data, in other words too?
     python finetune_colab.py compare  the base and the tuned model side by side
     python finetune_colab.py export   --to merged, gguf, space or hub
     python finetune_colab.py --help   usual settings; --help-all: every setting
