@@ -699,9 +699,7 @@ def find_pairs(cfg: Config) -> Pairs:
         say("Chosen", preview(", ".join(one.place for one in best), 300))
         say("Not used", "\n".join(preview(one, 150) for one in [*unused.values()][:8]))
         say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
-    kept, copies = best[0].kept, list[Note]()
-    if best[1:]:  # what stands in several tables counts once
-        kept, copies = without_copies([pair for part in best for pair in part.kept])
+    kept, copies = without_copies([pair for part in best for pair in part.kept])
     dropped = [note for part in best for note in part.dropped] + copies
     sheets = ", ".join(dict.fromkeys(part.table.sheet for part in best if part.table.sheet))
     whole = replace(best[0], name=name, table=best[0].table._replace(sheet=sheets), parts=best)
@@ -743,10 +741,9 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
         columns, why = find_columns(table, cfg)
         shape, rows = "question and answer", conversations_in(table, columns)
     found = list(rows)
-    chats = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
-    kept, copies = without_copies(chats)
+    kept = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
     dropped = [Note(place, number, reason) for number, reason in found if isinstance(reason, str)]
-    return Pairs(name, place, table, shape, columns, why, kept, dropped + copies, len(table.rows))
+    return Pairs(name, place, table, shape, columns, why, kept, dropped, len(table.rows))
 
 
 def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
@@ -966,6 +963,11 @@ def table_of(cfg: Config, name: str, values: Iterable[Any]) -> Table:
 
 def cell_text(cell: object) -> Any:
     """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
+    if isinstance(cell, str):
+        text = cell.replace("_x000D_\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
+        if not text.isascii():  # JSON may hold half of an emoji, which no file can
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return "" if text in FAILED_FORMULAS else text.strip()
     if isinstance(cell, bytes):  # in Parquet, of a text or of a picture
         text = cell.decode(errors="ignore")
         return cell_text(text) if text.encode() == cell else ""
@@ -974,13 +976,8 @@ def cell_text(cell: object) -> Any:
     if isinstance(cell, float):
         text = str(int(cell)) if cell.is_integer() else f"{cell:.15g}"
         return text if math.isfinite(cell) else ""
-    if not isinstance(cell, str):
-        text = str(cell).removesuffix(" 00:00:00")  # of a day
-        return text.upper() if isinstance(cell, bool) else text
-    text = cell.replace("_x000D_\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii():  # JSON may hold half of an emoji, which no file can
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "" if text in FAILED_FORMULAS else text.strip()
+    text = str(cell).removesuffix(" 00:00:00")  # of a day
+    return text.upper() if isinstance(cell, bool) else text
 
 
 def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
@@ -1215,17 +1212,14 @@ def refuse_unclear(columns: list[Column], ranked: list[tuple[Column, Column]]) -
 
 # -- Shapes: what the rows of a table are
 
-NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
-ROLES = dict.fromkeys(("system", "developer"), "system")
-ROLES |= dict.fromkeys("user human prompter customer instruction question [inst]".split(), "user")
 ANSWERING = "assistant gpt bot model chatgpt chatbot ai response answer output [/inst]"
-ROLES |= dict.fromkeys(ANSWERING.split(), "assistant")
+ROLES = {"system": "system", "developer": "system"} | dict.fromkeys(ANSWERING.split(), "assistant")
+ROLES |= dict.fromkeys("user human prompter customer instruction question [inst]".split(), "user")
 # In a text: <|im_start|>user, <|user|>, [INST] and so on; ### Human: as in Alpaca, or lines with Human:
 SPECIAL_TURN = r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>)|(?=\[))\s*(\w+|\[/?INST\])(?:<\|end_header_id\|>|\|>)?"
 SPEAKER = r"[ \t]*(Human|User|Instruction|Question|Assistant|Response|Answer|AI|Bot|GPT|Chatbot|System|Function response)\s*:"
 END_MARKS = r"<<SYS>>\s*|\n<</SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>"
-TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
 PICTURE = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
 # Columns that may hold whole conversations, the best first; the first seven also as texts in turn
 CHATS = "messages conversation conversations dialog dialogue dialogs data items contents chat_messages chat turns text prompt input chosen".split()
@@ -1260,16 +1254,16 @@ def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
     header, width = table.header, len(table.header)
     marking = [i for i in range(width) if "_".join(words_of(header[i])) in MARKING]
     marking = [i for i in marking if {fold(row[i]) for _, row in table.rows} <= YES | NO]
-    true = [i for i in roles if {*TRUE_WORDS} & {*words_of(header[i])}]
-    places = sorted(roles, key=lambda i: roles[i] == "assistant")  # which comes last
+    asking = [i for i in roles if roles[i] != "assistant"]
+    true = {i: not {*TRUE_WORDS}.isdisjoint(words_of(header[i])) for i in {*roles} - {*asking}}
     for number, row in table.rows:
-        turns = Turns()
-        for i in places:
-            spoken = [turn for turn in turns if turn[1] and turn[0] != "system"]
-            last, said = spoken[-1] if spoken else ("", "")
-            if roles[i] != "assistant" or last == "user":  # an answer only to a question
-                turns += turns_of(row[i], roles[i])
-            elif last == roles[i] and i in true and fold(one_text(row[i]) or "") not in fold(said):
+        turns = [turn for i in asking for turn in turns_of(row[i], roles[i])]
+        spoken = [turn for turn in turns if turn[1] and turn[0] != "system"]
+        last, said = spoken[-1] if spoken else ("", "")
+        for i, is_true in true.items():  # one column, or none
+            if last == "user":  # an answer only to a question
+                turns += turns_of(row[i], "assistant")
+            elif is_true and last == "assistant" and fold(one_text(row[i]) or "") not in fold(said):
                 turns = [(f'an answer that is not the one in "{preview(header[i])}"', "")]
         if wrong := [preview(header[i]) for i in marking if fold(row[i]) in NO]:
             yield number, f'marked as wrong in "{wrong[0]}"'
@@ -1296,7 +1290,7 @@ def as_messages(turns: Turns) -> Messages | str:
         elif messages or role == "user":  # not a greeting
             messages.append({"role": role, "content": text})
     if len(messages) < 2:
-        why = NO_ANSWER if messages or system else "no question"
+        why = "no answer" if messages or system else "no question"
         return f"{odd} in place of the first question or answer" if odd else why
     messages[0]["content"] = "\n\n".join([*system, messages[0]["content"]])
     return messages[: len(messages) // 2 * 2]
@@ -1319,8 +1313,7 @@ def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> Turns:
     """The turns of a whole conversation, or nothing; where the role is known, of one text."""
     messages = [cell] if isinstance(cell, dict) else cell
     if role and not is_conversation(messages):
-        text = cell if isinstance(cell, str) else one_text(cell)
-        return [turn_of({}, role, [None] if text is None else text)]
+        return [turn(role, cell if isinstance(cell, str) else one_text(cell))]
     if isinstance(cell, str):
         messages = turns_in_text(cell)
     elif in_turn and isinstance(cell, list) and all(isinstance(one, str) for one in cell):
@@ -1329,22 +1322,27 @@ def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> Turns:
     return [turn_of(message) for message in messages] if is_conversation(messages) else []
 
 
-def turn_of(message: Message, role: str = "", content: Any = None) -> tuple[str, str]:
-    """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
-    if not role:
-        role, content = role_and_content(message) or ("a message without a role", "")
+def turn_of(message: Message) -> tuple[str, str]:
+    role, content = role_and_content(message) or ("a message without a role", "")
+    if message.get("tool_calls") or message.get("function_call"):
+        return "a tool call", ""
+    if message.get("weight") == 0:
+        return "an answer that is not to be trained on (weight 0)", ""
     parts = content if isinstance(content, list) else [{"text": content or ""}]
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    text = "".join(one for one in texts if isinstance(one, str)).strip()
-    if message.get("tool_calls") or message.get("function_call") or re.search(TOOL_CALL, text):
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    return turn(role, "".join(texts) if all(isinstance(one, str) for one in texts) else None)
+
+
+def turn(role: str, text: str | None) -> tuple[str, str]:
+    """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
+    said = (text or "").strip()
+    if "<" in said and re.search("<(tool_?call|function_?call)>", said):
         role = "a tool call"
-    elif message.get("weight") == 0:
-        role = "an answer that is not to be trained on (weight 0)"
-    elif len(text) > 1_000_000:
+    elif len(said) > 1_000_000:
         role = "a text of more than 1,000,000 characters"
-    elif re.search(PICTURE, text) or not all(isinstance(one, str) for one in texts):
+    elif text is None or ("<" in said and re.search(PICTURE, said)):
         role = "a picture, a list, an object or broken JSON"
-    return role, text
+    return role, said
 
 
 def turns_in_text(text: str) -> list[Message]:
@@ -1361,11 +1359,12 @@ def turns_in_text(text: str) -> list[Message]:
 def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
-    rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
-    if "prompt" in names and isinstance(rows[0][1]["prompt"], dict):
-        return [(n, one["prompt"] if isinstance(one["prompt"], dict) else {}) for n, one in rows]
+    place = names.index("prompt") if "prompt" in names else 0
+    if "prompt" in names and isinstance(table.rows[0][1][place], dict):
+        return [(n, row[place] if isinstance(row[place], dict) else {}) for n, row in table.rows]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
         return []
+    rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
     replies = {str(one["message_id"]): list[Message]() for _, one in rows if one["message_id"]}
     for _, message in rows:
         message["replies"] = replies.get(str(message["message_id"]), [])
@@ -1400,7 +1399,7 @@ def tree_paths(turns: Turns, replies: list[Message], every: bool) -> Iterator[Tu
 # -- Cleaning and quality
 
 UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
-MARKS = str.maketrans("", "", " _*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not counted in copies
+MARKS = str.maketrans("", "", " \t\n\u2028\u2029_*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not compared
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 # The second byte of a letter in UTF-8, read as Windows-1252, without what follows capitals in good text
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
@@ -1419,7 +1418,8 @@ def is_seen(text: str) -> bool:
 
 
 def bare(text: str) -> str:
-    return re.sub(r"[.,-](?!\d)", "", fold(text).translate(MARKS)) or text
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(MARKS)
+    return re.sub(r"[.,-](?!\d)", "", plain) or text
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
