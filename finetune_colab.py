@@ -3825,33 +3825,35 @@ LONGEST_CELL = 16_000  # characters; a workbook holds 32,767, and counts some of
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\n]|#[A-Z/0]+[!?A]$")  # or an error, as #N/A
 
 
-def write_book(path: Path, tables: dict[str, pandas.DataFrame]) -> None:
-    """A sheet for each table, to be read and filtered, in which nothing is a formula."""
-    import pandas
+def write_book(path: Path, tables: dict[str, list[Sequence[Any]]]) -> None:
+    """A sheet for each table, its titles first, to be read and filtered; nothing is a formula."""
+    from openpyxl import Workbook
     from openpyxl.formatting.rule import ColorScaleRule
     from openpyxl.styles import Alignment, Font
 
-    content = io.BytesIO()
     worst = {"start_type": "num", "start_value": 0, "start_color": "F4B183"}  # orange
     best = {"end_type": "num", "end_value": 1, "end_color": "9DC3E6"}  # blue
-    with pandas.ExcelWriter(content, engine="openpyxl") as writer:
-        writer.book.properties.creator = REPORT_MARK
-        for name, table in tables.items():
-            shown = table.head(MOST_REPORT_ROWS).map(safe_cell)
-            shown.to_excel(writer, sheet_name=name, index=False, freeze_panes=(1, 0))
-            sheet = writer.sheets[name]
-            sheet.auto_filter.ref = sheet.dimensions
-            for column in sheet.columns:
-                letter, width = column[0].column_letter, max(len(str(c.value)) for c in column) + 4
-                sheet.column_dimensions[letter].width = min(width, 60)
-                if str(column[0].value).startswith("overlap"):  # nonsense is never blue
-                    colours = ColorScaleRule(**worst, **best)
-                    sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", colours)
-                for cell in column:
-                    cell.alignment = Alignment(wrap_text=True, vertical="top")
-                column[0].font = Font(bold=True)
-            if len(table) > MOST_REPORT_ROWS:
-                sheet.append([f"and {len(table) - MOST_REPORT_ROWS:,} more rows"])
+    book, wrapped = Workbook(), Alignment(wrap_text=True, vertical="top")
+    book.remove(book.active)
+    book.properties.creator = REPORT_MARK
+    for name, rows in tables.items():
+        sheet, more = book.create_sheet(name), len(rows) - 1 - MOST_REPORT_ROWS
+        for row in rows[: MOST_REPORT_ROWS + 1]:
+            sheet.append([safe_cell(value) for value in row])
+        sheet.auto_filter.ref, sheet.freeze_panes = sheet.dimensions, "A2"
+        for column in sheet.columns:
+            letter, width = column[0].column_letter, max(len(str(c.value)) for c in column) + 4
+            sheet.column_dimensions[letter].width = min(width, 60)
+            if str(column[0].value).startswith("overlap"):  # nonsense is never blue
+                colours = ColorScaleRule(**worst, **best)
+                sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", colours)
+            for cell in column:
+                cell.alignment = wrapped
+            column[0].font = Font(bold=True)
+        if more > 0:
+            sheet.append([f"and {more:,} more rows"])
+    content = io.BytesIO()  # on a full disk, a zip file would print what its own end could not do
+    book.save(content)
     with atomic_write(path) as staged:
         staged.write_bytes(content.getvalue())
 
@@ -3891,19 +3893,19 @@ FIGURES_OF_ANSWERS = {
 }
 
 
-def answer_tables(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
+def answer_tables(table: pandas.DataFrame) -> dict[str, list[Sequence[Any]]]:
     """A row for each question, and the means of all."""
-    import pandas
-
-    means, titles = table.mean(numeric_only=True).round(3), ["what", "value", "which is"]
-    rows = [
+    means = table.mean(numeric_only=True).round(3)
+    summary = [
         (f"mean {figure} {when}", means.get(f"{figure} {when}", math.nan), meaning)
         for figure, meaning in FIGURES_OF_ANSWERS.items()
         for when in ("before", "after")
     ]
-    rows.append(("questions", len(table), "each asked twice"))
-    summary = pandas.DataFrame(rows, columns=titles).dropna()
-    return {"Answers": table.drop(columns=["tokens", "seconds"]).round(3), "Summary": summary}
+    summary = [row for row in summary if not math.isnan(row[1])]
+    summary.append(("questions", len(table), "each asked twice"))
+    answers = table.drop(columns=["tokens", "seconds"]).round(3).astype(object)
+    rows = answers.where(answers.notna(), None).to_numpy().tolist()
+    return {"Answers": [[*answers], *rows], "Summary": [("what", "value", "which is"), *summary]}
 
 
 def write_answers(folder: Path, which: str, table: pandas.DataFrame) -> None:
@@ -3991,9 +3993,7 @@ def write_report(cfg: Config, data: PreparedData) -> Path | None:
     return None
 
 
-def report_tables(cfg: Config, data: PreparedData) -> dict[str, pandas.DataFrame]:
-    from pandas import DataFrame
-
+def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[Any]]]:
     pairs, quality, kept, dropped = data.pairs, data.quality, [], []
     summary = {
         "file": pairs.name,
@@ -4021,10 +4021,10 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, pandas.DataFrame
     settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
     titles = "sheet,row,question,answer,tokens,held out,findings".split(",")
     return {
-        "Summary": DataFrame(found, columns=["what", "value", "rows (the first 50)"]),
-        "Kept": DataFrame(kept, columns=titles),
-        "Dropped": DataFrame(dropped, columns=["sheet", "row", "reason", "content"]),
-        "Settings": DataFrame(settings, columns=["name", "value"]),
+        "Summary": [("what", "value", "rows (the first 50)"), *found],
+        "Kept": [titles, *kept],
+        "Dropped": [("sheet", "row", "reason", "content"), *dropped],
+        "Settings": [("name", "value"), *settings],
     }
 
 
@@ -5540,6 +5540,9 @@ def ending(error: BaseException, cfg: Config) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
+    import atexit
+
+    atexit.register(gc.freeze)  # or else Python looks for cycles once more, for a third of a second
     code = main()
     if code:  # a notebook shows even sys.exit(0) as an error
         sys.exit(code)
