@@ -1423,10 +1423,10 @@ def bare(text: str) -> str:
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
-    first_seen, copies = dict[tuple[str, ...], Pair](), list[Note]()
+    first_seen, copies = dict[str, Pair](), list[Note]()
     for pair in pairs:
-        first = first_seen.setdefault(tuple(bare(one["content"]) for one in pair.messages), pair)
-        if first is not pair:
+        texts = "\0".join([bare(one["content"]) for one in pair.messages])
+        if (first := first_seen.setdefault(texts, pair)) is not pair:
             copies.append(Note(*pair[1:], f"a copy of an earlier row ({first.place})"))
     return list(first_seen.values()), copies
 
