@@ -1359,8 +1359,7 @@ def turns_in_text(text: str) -> list[Message]:
 def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
-    place = names.index("prompt") if "prompt" in names else 0
-    if "prompt" in names and isinstance(table.rows[0][1][place], dict):
+    if "prompt" in names and isinstance(table.rows[0][1][place := names.index("prompt")], dict):
         return [(n, row[place] if isinstance(row[place], dict) else {}) for n, row in table.rows]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
         return []
@@ -1399,7 +1398,8 @@ def tree_paths(turns: Turns, replies: list[Message], every: bool) -> Iterator[Tu
 # -- Cleaning and quality
 
 UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
-MARKS = str.maketrans("", "", " \t\n\u2028\u2029_*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not compared
+MARKS: dict[int, Any] = {n: chr(n) for n in range(128)}  # translate is slow where it finds nothing
+MARKS |= str.maketrans("", "", " \t\n\u2028\u2029_*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not compared
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 # The second byte of a letter in UTF-8, read as Windows-1252, without what follows capitals in good text
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
