@@ -702,9 +702,7 @@ def find_pairs(cfg: Config) -> Pairs:
         say("Chosen", preview(", ".join(one.place for one in best), 300))
         say("Not used", "\n".join(preview(one, 150) for one in [*unused.values()][:8]))
         say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
-    kept, copies = best[0].kept, list[Note]()
-    if best[1:]:  # what stands in several tables counts once
-        kept, copies = without_copies([pair for part in best for pair in part.kept])
+    kept, copies = without_copies([pair for part in best for pair in part.kept])
     dropped = [note for part in best for note in part.dropped] + copies
     sheets = ", ".join(dict.fromkeys(part.table.sheet for part in best if part.table.sheet))
     whole = replace(best[0], name=name, table=best[0].table._replace(sheet=sheets), parts=best)
@@ -739,17 +737,15 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
         raise UserError(f"this is not the sheet {cfg.SHEET!r} (--sheet).")
     columns, why, typed = dict[int, str](), "", cfg.QUESTION_COLUMN or cfg.ANSWER_COLUMN
     if roots := not typed and tree_roots(table):
-        shape, rows = "message tree", tree_conversations(roots, cfg)
+        shape, found = "message tree", list(tree_conversations(roots, cfg))
     elif roles := not typed and roles_around_chats(table):
-        shape, rows = "conversations", conversations_in(table, roles)
+        shape, found = "conversations", list(conversations_in(table, roles))
     else:
         columns, why = find_columns(table, cfg)
-        shape, rows = "question and answer", conversations_in(table, columns)
-    found = list(rows)
-    chats = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
-    kept, copies = without_copies(chats)
+        shape, found = "question and answer", list(conversations_in(table, columns))
+    kept = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
     dropped = [Note(place, number, reason) for number, reason in found if isinstance(reason, str)]
-    return Pairs(name, place, table, shape, columns, why, kept, dropped + copies, len(table.rows))
+    return Pairs(name, place, table, shape, columns, why, kept, dropped, len(table.rows))
 
 
 def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
@@ -760,8 +756,7 @@ def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
         say("Columns", message)
         with suppress(EOFError):
             question = input("The column with the questions: ").strip()
-            answer = question and input("The column with the answers: ").strip()
-            if answer:
+            if answer := question and input("The column with the answers: ").strip():
                 return changed(cfg, QUESTION_COLUMN=question, ANSWER_COLUMN=answer)
     raise UserError(message)
 
@@ -969,6 +964,11 @@ def table_of(cfg: Config, name: str, values: Iterable[Any]) -> Table:
 
 def cell_text(cell: object) -> Any:
     """A cell as the person sees it, without the blanks around it; lists and objects as they are."""
+    if isinstance(cell, str):
+        text = cell.replace("_x000D_\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
+        if not text.isascii():  # JSON may hold half of an emoji, which no file can
+            text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return "" if text in FAILED_FORMULAS else text.strip()
     if isinstance(cell, bytes):  # in Parquet, of a text or of a picture
         text = cell.decode(errors="ignore")
         return cell_text(text) if text.encode() == cell else ""
@@ -977,13 +977,8 @@ def cell_text(cell: object) -> Any:
     if isinstance(cell, float):
         text = str(int(cell)) if cell.is_integer() else f"{cell:.15g}"
         return text if math.isfinite(cell) else ""
-    if not isinstance(cell, str):
-        text = str(cell).removesuffix(" 00:00:00")  # of a day
-        return text.upper() if isinstance(cell, bool) else text
-    text = cell.replace("_x000D_\n", "\n").replace("\r\n", "\n").replace("\r", "\n")
-    if not text.isascii():  # JSON may hold half of an emoji, which no file can
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return "" if text in FAILED_FORMULAS else text.strip()
+    text = str(cell).removesuffix(" 00:00:00")  # of a day
+    return text.upper() if isinstance(cell, bool) else text
 
 
 def objects_in(holder: Any, key: str) -> list[dict[str, Any]]:
@@ -1024,10 +1019,10 @@ def one_text(cell: Any) -> str | None:
 
 # -- Headers and columns
 
-# What people call the two columns: names that are sure | likely ones | mere hints
+# What people call the two columns: names that are sure | likely ones | mere hints | who speaks
 NAMES = {
-    "question": "question, questions, q, instruction, prompt, prompts, ask, user input, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, soru, sorular, sual, savol, câu hỏi, pertanyaan, soal, soalan, tanong, swali, maswali, tambaya, umbuzo, galdera, cwestiwn, demando, vrae, fraach, fro, froen, spørsmålet, spørsmåla, spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, vprašanja, întrebarea, pyetjet, preguntes, questões, galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, sorag, soraglar, savollar, pirs, pirsên, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, ερώτηση, ερωτήσεις, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, פֿראַגע, פֿראַגעס, питања, прашања, въпроси, пытанні, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, ጥያቄ, 问题, 問題, 提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, ጥያቄዎች, ሕቶ, ሕቶታት, 标准问, 問い | input, input text, user, human, term, problem, user message, customer message, human message, inputs, inputs pretokenized | title, text",
-    "answer": "answer, answers, response, responses, output, outputs, completion, completions, reply, replies, target, ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, válasz, válaszok, răspuns, răspunsuri, përgjigje, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, amsa, impendulo, erantzuna, ateb, respondo, antwoorde, antwurd, antwurden, äntwert, äntwerten, svaren, svaret, svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, bersiv, bersivên, đáp, wangsulan, waleran, tubag, valiny, whakautu, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, отговор, одговор, ответ, ответы, відповідь, відповіді, адказ, απάντηση, απαντήσεις, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, جواب, إجابة, إجابات, رد, پاسخ, ענטפֿער, ענטפֿערס, одговори, отговори, адказы, жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, መልስ, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, 정답, 응답, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, መልሶች, መልሲ, መልስታት, 标准答, 모범답안 | solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, targets pretokenized | body, text, definition",
+    "question": "question, questions, q, instruction, prompt, prompts, ask, user input, frage, fragen, pregunta, preguntas, pergunta, perguntas, questão, domanda, domande, vraag, vragen, fråga, frågor, spørgsmål, spørsmål, kysymys, kysymykset, spurning, küsimus, jautājums, klausimas, pytanie, pytania, otázka, otázky, vprašanje, pitanje, pitanja, kérdés, kérdések, întrebare, întrebări, pyetje, pyetja, soru, sorular, sual, savol, câu hỏi, pertanyaan, soal, soalan, tanong, swali, maswali, tambaya, umbuzo, galdera, cwestiwn, demando, vrae, fraach, fro, froen, spørsmålet, spørsmåla, spørgsmålet, spørgsmålene, spurningar, spurningur, küsimused, jautājumi, klausimai, dotaz, dotazy, vprašanja, întrebarea, pyetjet, preguntes, questões, galderak, mistoqsija, mistoqsijiet, ceist, ceisteanna, ceistean, cwestiynau, goulenn, goulennoù, demandoj, suallar, sorag, soraglar, savollar, pirs, pirsên, hỏi, pitakon, pitakonan, patarosan, pananya, pangutana, fanontaniana, pātai, su'aal, su’aalo, gaaffii, gaaffilee, tambayoyi, ìbéèrè, ajụjụ, imibuzo, mubvunzo, mibvunzo, ikibazo, ibibazo, kesyon, въпрос, прашање, вопрос, вопросы, питання, запитання, пытанне, питање, ερώτηση, ερωτήσεις, сұрақ, суроо, асуулт, հարց, კითხვა, שאלה, שאלות, سؤال, سوال, أسئلة, پرسش, פֿראַגע, פֿראַגעס, питања, прашања, въпроси, пытанні, савол, сұрақтар, суроолор, сорау, сораулар, саволҳо, асуултууд, հարցեր, კითხვები, შეკითხვა, השאלה, سوالات, پوښتنه, پوښتنې, پرسیار, پرسیارەکان, سوئال, سوئاللار, प्रश्न, सवाल, প্রশ্ন, ਸਵਾਲ, પ્રશ્ન, கேள்வி, ప్రశ్న, ಪ್ರಶ್ನೆ, ചോദ്യം, คำถาม, សំណួរ, မေးခွန်း, ຄຳຖາມ, ጥያቄ, 问题, 問題, 提问, 提問, 题目, 題目, 指令, 问, 問, 質問, 問い合わせ, 질문, 문의, प्रश्नों, प्रश्‍न, प्रश्नहरू, প্রশ্নসমূহ, প্ৰশ্ন, প্ৰশ্নসমূহ, ପ୍ରଶ୍ନ, ପ୍ରଶ୍ନଗୁଡ଼ିକ, ਪ੍ਰਸ਼ਨ, પ્રશ્નો, கேள்விகள், வினா, ప్రశ్నలు, ಪ್ರಶ್ನೆಗಳು, ചോദ്യങ്ങൾ, ප්‍රශ්නය, ප්‍රශ්න, དྲི་བ, འདྲི་བ, ጥያቄዎች, ሕቶ, ሕቶታት, 标准问, 問い | input, input text, user, human, term, problem, user message, customer message, human message, inputs, inputs pretokenized | title, text | customer, customers, client, clients, buyer, caller, visitor, patient, interviewer, kunde, kunden, kundin, cliente, clientes, clienti, klant, klanten, kund, kunder, asiakas, klient, klientka, zákazník, zákazníci, ügyfél, kupac, stranka, müşteri, müşteriler, müştəri, mijoz, pelanggan, khách hàng, mteja, πελάτης, клиент, клиенты, покупатель, клієнт, кліент, купувач, לקוח, عميل, العميل, زبون, مشتری, ग्राहक, ลูกค้า, 客户, 客戶, 顾客, 顧客, お客様, 고객",
+    "answer": "answer, answers, response, responses, output, outputs, completion, completions, reply, replies, target, ground truth, groundtruth, gold, expected, reference, antwort, antworten, respuesta, respuestas, resposta, respostas, risposta, risposte, antwoord, antwoorden, réponse, réponses, svar, vastaus, vastaukset, vastus, atbilde, atsakymas, odpowiedź, odpowiedzi, odpověď, odpovědi, odpoveď, odgovor, odgovori, válasz, válaszok, răspuns, răspunsuri, përgjigje, cevap, cevaplar, yanıt, yanıtlar, cavab, javob, câu trả lời, trả lời, phản hồi, đáp án, jawaban, jawab, jawapan, sagot, jibu, majibu, amsa, impendulo, erantzuna, ateb, respondo, antwoorde, antwurd, antwurden, äntwert, äntwerten, svaren, svaret, svara, svarene, svör, svør, vastused, atbildes, atsakymai, odpovede, răspunsul, përgjigja, përgjigjet, responsa, responsas, respostes, erantzunak, tweġiba, tweġibiet, freagra, freagraí, freagairt, freagairtean, atebion, respont, respontoù, respondoj, cavablar, jogap, jogaplar, javoblar, bersiv, bersivên, đáp, wangsulan, waleran, tubag, valiny, whakautu, jawaab, jawaabo, deebii, deebiiwwan, amsoshi, ìdáhùn, azịza, izimpendulo, iimpendulo, mhinduro, igisubizo, ibisubizo, repons, отговор, одговор, ответ, ответы, відповідь, відповіді, адказ, απάντηση, απαντήσεις, жауап, жооп, хариулт, պատասխան, პასუხი, תשובה, תשובות, جواب, إجابة, إجابات, رد, پاسخ, ענטפֿער, ענטפֿערס, одговори, отговори, адказы, жавоб, жауаптар, жооптор, җавап, җаваплар, ҷавоб, ҷавобҳо, хариултууд, պատասխաններ, პასუხები, התשובה, ځواب, ځوابونه, وەڵام, وەڵامەکان, جاۋاب, جاۋابلار, جوابات, उत्तर, जवाब, উত্তর, ਜਵਾਬ, જવાબ, பதில், సమాధానం, ಉತ್ತರ, ഉത്തരം, คำตอบ, ចម្លើយ, အဖြေ, ຄຳຕອບ, መልስ, 答案, 回答, 答え, 解答, 答复, 回复, 回覆, 答, 답변, 답, 정답, 응답, उत्तरों, उत्तरहरू, উত্তরসমূহ, উত্তৰ, উত্তৰসমূহ, ଉତ୍ତର, ଉତ୍ତରଗୁଡ଼ିକ, ਉੱਤਰ, જવાબો, பதில்கள், விடை, సమాధానాలు, ಉತ್ತರಗಳು, ഉത്തരങ്ങൾ, පිළිතුර, ལན, መልሶች, መልሲ, መልስታት, 标准答, 모범답안 | solution, assistant, bot, ai, chatbot, chosen, targets, output text, target text, bot response, bot reply, ai response, ai message, agent message, targets pretokenized | body, text, definition | support, supporter, support team, support agent, customer support, customer service, agent, agents, advisor, adviser, representative, operator, helpdesk, help desk, doctor, therapist, kundenservice, kundensupport, kundendienst, kundenberater, berater, beraterin, conseiller, conseillère, conseiller client, service client, assistance, agente, asesor, asesora, soporte, soporte técnico, atención al cliente, suporte, suporte técnico, atendente, atendimento, supporto, assistenza, operatore, consulente, medewerker, klantenservice, kundtjänst, kundeservice, asiakaspalvelu, wsparcie, konsultant, obsługa klienta, podpora, zákaznická podpora, ügyfélszolgálat, podrška, suport, destek, müşteri hizmetleri, müşteri temsilcisi, dəstək, dukungan, layanan pelanggan, hỗ trợ, υποστήριξη, поддержка, оператор, підтримка, תמיכה, الدعم, خدمة العملاء, پشتیبانی, ฝ่ายบริการลูกค้า, 客服, サポート, オペレーター, 상담원, 상담사",
 }
 # These tell something about a question or an answer, or mark what is not to be trained on.
 OTHER = r"\b(id|ids|uuid|key|count|counts|number|num|no|nr|index|idx|start|end|offset|url|link|date|time|score|rating|type|category|topic|tag|tags|label|intent|length|len|normalized|lang|language|source|file|filename|path|votes|author|name|option|options|choice|choices|hint|context|contexts|passage|document|story|explanation|rationale|reason|reasoning|rubric|owner|status|dato|data|datum|stato|estado|etat|statut|autor|auteur|numero|zeitstempel|timestamp|typ|kategorie|thema|tipo|categoria|tema|fecha|categorie|kategori|konu|wrong|incorrect|false|falsche|errata|errada|errado|incorrecta|incorrecte|incorreta|distractor|rejected|negative|worst|model|llama|claude|gemini|mistral|mixtral|gemma|qwen|deepseek|bard|palm|copilot|rag|baseline|predicted|prediction|predict|pred|generated|gerada|hallucinated|aluno|alumno|eleve|ogrenci)\b|^answer.*\bstudents?\b|gpt|人|者|部门|部署|자명|답변자|질문자|답변일|질문일|类型|类别|分类|編號|编号|序号|番号|时间|日期|日時|来源|链接|标签|数量|种別|種別|カテゴリ|유형|번호|분류"
@@ -1044,6 +1039,7 @@ INDEX = re.compile(r"(?i)(option[_ ]?)?\w|\d\d")
 WIDEST = 50  # columns that are weighed against each other
 SENTENCE = 4  # words, on average, from which on cells may be answers whatever their header says
 PHRASE = 1.9  # strength of a name that has a sure one in it
+SAID_BY = 1.95  # of one that says who speaks, above sentences
 CLEAR_LEAD = 0.25  # of the best two columns over any other two
 CANNOT = -99.0  # strength of a column that cannot be what is asked for
 
@@ -1098,7 +1094,7 @@ def words_of(header: str) -> list[str]:
 
 @functools.cache
 def known_names(role: str) -> dict[str, float]:
-    listed = zip((3, 2, 0.1), NAMES[role].split(" | "), strict=True)
+    listed = zip((3, 2, 0.1, SAID_BY), NAMES[role].split(" | "), strict=True)
     return {" ".join(words_of(one)): k for k, names in listed for one in names.split(", ")}
 
 
@@ -1140,6 +1136,7 @@ class Column:
         few = self.distinct < min(3, len(self.cells) - 1)
         impossible = (
             not (self.cells or self.lists),
+            named == SAID_BY and self.words < SENTENCE,  # customers and agents by their names
             max(self.strength.values()) > max(1, named),  # the other of the two
             named == PHRASE and self.words < min(SENTENCE, longest / 1.5),  # who answered
             named < 3 and few and not INDEX.fullmatch(self.sample),  # labels
@@ -1218,17 +1215,14 @@ def refuse_unclear(columns: list[Column], ranked: list[tuple[Column, Column]]) -
 
 # -- Shapes: what the rows of a table are
 
-NO_ANSWER = "no answer"
 MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
-ROLES = dict.fromkeys(("system", "developer"), "system")
-ROLES |= dict.fromkeys("user human prompter customer instruction question [inst]".split(), "user")
 ANSWERING = "assistant gpt bot model chatgpt chatbot ai response answer output [/inst]"
-ROLES |= dict.fromkeys(ANSWERING.split(), "assistant")
+ROLES = {"system": "system", "developer": "system"} | dict.fromkeys(ANSWERING.split(), "assistant")
+ROLES |= dict.fromkeys("user human prompter customer instruction question [inst]".split(), "user")
 # In a text: <|im_start|>user, <|user|>, [INST] and so on; ### Human: as in Alpaca, or lines with Human:
 SPECIAL_TURN = r"(?:<\|im_start\|>|<\|start_header_id\|>|<start_of_turn>|<\|(?=(?:user|assistant|system)\|>)|(?=\[))\s*(\w+|\[/?INST\])(?:<\|end_header_id\|>|\|>)?"
 SPEAKER = r"[ \t]*(Human|User|Instruction|Question|Assistant|Response|Answer|AI|Bot|GPT|Chatbot|System|Function response)\s*:"
 END_MARKS = r"<<SYS>>\s*|\n<</SYS>>|</?s>|<\|(im_end|eot_id|endoftext|end)\|>|<end_of_turn>"
-TOOL_CALL = re.compile("<(tool_call|functioncall|function_call)>")  # written out in an answer
 PICTURE = re.compile(r"^<(image|video|audio)>|\n<(image|video|audio)>$|<img>[^<\n]+</img>")
 # Columns that may hold whole conversations, the best first; the first seven also as texts in turn
 CHATS = "messages conversation conversations dialog dialogue dialogs data items contents chat_messages chat turns text prompt input chosen".split()
@@ -1263,16 +1257,16 @@ def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
     header, width = table.header, len(table.header)
     marking = [i for i in range(width) if "_".join(words_of(header[i])) in MARKING]
     marking = [i for i in marking if {fold(row[i]) for _, row in table.rows} <= YES | NO]
-    true = [i for i in roles if {*TRUE_WORDS} & {*words_of(header[i])}]
-    places = sorted(roles, key=lambda i: roles[i] == "assistant")  # which comes last
+    asking = [i for i in roles if roles[i] != "assistant"]
+    true = {i: not {*TRUE_WORDS}.isdisjoint(words_of(header[i])) for i in {*roles} - {*asking}}
     for number, row in table.rows:
-        turns = Turns()
-        for i in places:
-            spoken = [turn for turn in turns if turn[1] and turn[0] != "system"]
-            last, said = spoken[-1] if spoken else ("", "")
-            if roles[i] != "assistant" or last == "user":  # an answer only to a question
-                turns += turns_of(row[i], roles[i])
-            elif last == roles[i] and i in true and fold(one_text(row[i]) or "") not in fold(said):
+        turns = [turn for i in asking for turn in turns_of(row[i], roles[i])]
+        spoken = [turn for turn in turns if turn[1] and turn[0] != "system"]
+        last, said = spoken[-1] if spoken else ("", "")
+        for i, is_true in true.items():  # one column, or none
+            if last == "user":  # an answer only to a question
+                turns += turns_of(row[i], "assistant")
+            elif is_true and last == "assistant" and fold(one_text(row[i]) or "") not in fold(said):
                 turns = [(f'an answer that is not the one in "{preview(header[i])}"', "")]
         if wrong := [preview(header[i]) for i in marking if fold(row[i]) in NO]:
             yield number, f'marked as wrong in "{wrong[0]}"'
@@ -1299,7 +1293,7 @@ def as_messages(turns: Turns) -> Messages | str:
         elif messages or role == "user":  # not a greeting
             messages.append({"role": role, "content": text})
     if len(messages) < 2:
-        why = NO_ANSWER if messages or system else "no question"
+        why = "no answer" if messages or system else "no question"
         return f"{odd} in place of the first question or answer" if odd else why
     messages[0]["content"] = "\n\n".join([*system, messages[0]["content"]])
     return messages[: len(messages) // 2 * 2]
@@ -1322,8 +1316,7 @@ def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> Turns:
     """The turns of a whole conversation, or nothing; where the role is known, of one text."""
     messages = [cell] if isinstance(cell, dict) else cell
     if role and not is_conversation(messages):
-        text = cell if isinstance(cell, str) else one_text(cell)
-        return [turn_of({}, role, [None] if text is None else text)]
+        return [turn(role, cell if isinstance(cell, str) else one_text(cell))]
     if isinstance(cell, str):
         messages = turns_in_text(cell)
     elif in_turn and isinstance(cell, list) and all(isinstance(one, str) for one in cell):
@@ -1332,22 +1325,27 @@ def turns_of(cell: Any, role: str = "", in_turn: bool = True) -> Turns:
     return [turn_of(message) for message in messages] if is_conversation(messages) else []
 
 
-def turn_of(message: Message, role: str = "", content: Any = None) -> tuple[str, str]:
-    """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
-    if not role:
-        role, content = role_and_content(message) or ("a message without a role", "")
+def turn_of(message: Message) -> tuple[str, str]:
+    role, content = role_and_content(message) or ("a message without a role", "")
+    if message.get("tool_calls") or message.get("function_call"):
+        return "a tool call", ""
+    if message.get("weight") == 0:
+        return "an answer that is not to be trained on (weight 0)", ""
     parts = content if isinstance(content, list) else [{"text": content or ""}]
-    texts = [part.get("text") if isinstance(part, dict) else None for part in parts]
-    text = "".join(one for one in texts if isinstance(one, str)).strip()
-    if message.get("tool_calls") or message.get("function_call") or re.search(TOOL_CALL, text):
+    texts: list[Any] = [part.get("text") if isinstance(part, dict) else None for part in parts]
+    return turn(role, "".join(texts) if all(isinstance(one, str) for one in texts) else None)
+
+
+def turn(role: str, text: str | None) -> tuple[str, str]:
+    """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
+    said = (text or "").strip()
+    if "<" in said and re.search("<(tool_?call|function_?call)>", said):
         role = "a tool call"
-    elif message.get("weight") == 0:
-        role = "an answer that is not to be trained on (weight 0)"
-    elif len(text) > 1_000_000:
+    elif len(said) > 1_000_000:
         role = "a text of more than 1,000,000 characters"
-    elif re.search(PICTURE, text) or not all(isinstance(one, str) for one in texts):
+    elif text is None or ("<" in said and re.search(PICTURE, said)):
         role = "a picture, a list, an object or broken JSON"
-    return role, text
+    return role, said
 
 
 def turns_in_text(text: str) -> list[Message]:
@@ -1364,11 +1362,11 @@ def turns_in_text(text: str) -> list[Message]:
 def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
-    rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
-    if "prompt" in names and isinstance(rows[0][1]["prompt"], dict):
-        return [(n, one["prompt"] if isinstance(one["prompt"], dict) else {}) for n, one in rows]
+    if "prompt" in names and isinstance(table.rows[0][1][place := names.index("prompt")], dict):
+        return [(n, row[place] if isinstance(row[place], dict) else {}) for n, row in table.rows]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
         return []
+    rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
     replies = {str(one["message_id"]): list[Message]() for _, one in rows if one["message_id"]}
     for _, message in rows:
         message["replies"] = replies.get(str(message["message_id"]), [])
@@ -1403,7 +1401,8 @@ def tree_paths(turns: Turns, replies: list[Message], every: bool) -> Iterator[Tu
 # -- Cleaning and quality
 
 UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
-MARKS = str.maketrans("", "", " _*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not counted in copies
+MARKS: dict[int, Any] = {n: chr(n) for n in range(128)}  # translate is slow where it finds nothing
+MARKS |= str.maketrans("", "", " \t\n\u2028\u2029_*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not compared
 FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 # The second byte of a letter in UTF-8, read as Windows-1252, without what follows capitals in good text
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
@@ -1422,14 +1421,15 @@ def is_seen(text: str) -> bool:
 
 
 def bare(text: str) -> str:
-    return re.sub(r"[.,-](?!\d)", "", fold(text).translate(MARKS)) or text
+    plain = unicodedata.normalize("NFKC", text).casefold().translate(MARKS)
+    return re.sub(r"[.,-](?!\d)", "", plain) or text
 
 
 def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
-    first_seen, copies = dict[tuple[str, ...], Pair](), list[Note]()
+    first_seen, copies = dict[str, Pair](), list[Note]()
     for pair in pairs:
-        first = first_seen.setdefault(tuple(bare(one["content"]) for one in pair.messages), pair)
-        if first is not pair:
+        texts = "\0".join([bare(one["content"]) for one in pair.messages])
+        if (first := first_seen.setdefault(texts, pair)) is not pair:
             copies.append(Note(*pair[1:], f"a copy of an earlier row ({first.place})"))
     return list(first_seen.values()), copies
 
@@ -4170,33 +4170,35 @@ LONGEST_CELL = 16_000  # characters; a workbook holds 32,767, and counts some of
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]|[\t\n]|#[A-Z/0]+[!?A]$")  # or an error, as #N/A
 
 
-def write_book(path: Path, tables: dict[str, pandas.DataFrame]) -> None:
-    """A sheet for each table, to be read and filtered, in which nothing is a formula."""
-    import pandas
+def write_book(path: Path, tables: dict[str, list[Sequence[Any]]]) -> None:
+    """A sheet for each table, its titles first, to be read and filtered; nothing is a formula."""
+    from openpyxl import Workbook
     from openpyxl.formatting.rule import ColorScaleRule
     from openpyxl.styles import Alignment, Font
 
-    content = io.BytesIO()
     worst = {"start_type": "num", "start_value": 0, "start_color": "F4B183"}  # orange
     best = {"end_type": "num", "end_value": 1, "end_color": "9DC3E6"}  # blue
-    with pandas.ExcelWriter(content, engine="openpyxl") as writer:
-        writer.book.properties.creator = REPORT_MARK
-        for name, table in tables.items():
-            shown = table.head(MOST_REPORT_ROWS).map(safe_cell)
-            shown.to_excel(writer, sheet_name=name, index=False, freeze_panes=(1, 0))
-            sheet = writer.sheets[name]
-            sheet.auto_filter.ref = sheet.dimensions
-            for column in sheet.columns:
-                letter, width = column[0].column_letter, max(len(str(c.value)) for c in column) + 4
-                sheet.column_dimensions[letter].width = min(width, 60)
-                if str(column[0].value).startswith("overlap"):  # nonsense is never blue
-                    colours = ColorScaleRule(**worst, **best)
-                    sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", colours)
-                for cell in column:
-                    cell.alignment = Alignment(wrap_text=True, vertical="top")
-                column[0].font = Font(bold=True)
-            if len(table) > MOST_REPORT_ROWS:
-                sheet.append([f"and {len(table) - MOST_REPORT_ROWS:,} more rows"])
+    book, wrapped = Workbook(), Alignment(wrap_text=True, vertical="top")
+    book.remove(book.active)
+    book.properties.creator = REPORT_MARK
+    for name, rows in tables.items():
+        sheet, more = book.create_sheet(name), len(rows) - 1 - MOST_REPORT_ROWS
+        for row in rows[: MOST_REPORT_ROWS + 1]:
+            sheet.append([safe_cell(value) for value in row])
+        sheet.auto_filter.ref, sheet.freeze_panes = sheet.dimensions, "A2"
+        for column in sheet.columns:
+            letter, width = column[0].column_letter, max(len(str(c.value)) for c in column) + 4
+            sheet.column_dimensions[letter].width = min(width, 60)
+            if str(column[0].value).startswith("overlap"):  # nonsense is never blue
+                colours = ColorScaleRule(**worst, **best)
+                sheet.conditional_formatting.add(f"{letter}2:{letter}{len(column)}", colours)
+            for cell in column:
+                cell.alignment = wrapped
+            column[0].font = Font(bold=True)
+        if more > 0:
+            sheet.append([f"and {more:,} more rows"])
+    content = io.BytesIO()  # on a full disk, a zip file would print what its own end could not do
+    book.save(content)
     with atomic_write(path) as staged:
         staged.write_bytes(content.getvalue())
 
@@ -4236,19 +4238,19 @@ FIGURES_OF_ANSWERS = {
 }
 
 
-def answer_tables(table: pandas.DataFrame) -> dict[str, pandas.DataFrame]:
+def answer_tables(table: pandas.DataFrame) -> dict[str, list[Sequence[Any]]]:
     """A row for each question, and the means of all."""
-    import pandas
-
-    means, titles = table.mean(numeric_only=True).round(3), ["what", "value", "which is"]
-    rows = [
+    means = table.mean(numeric_only=True).round(3)
+    summary = [
         (f"mean {figure} {when}", means.get(f"{figure} {when}", math.nan), meaning)
         for figure, meaning in FIGURES_OF_ANSWERS.items()
         for when in ("before", "after")
     ]
-    rows.append(("questions", len(table), "each asked twice"))
-    summary = pandas.DataFrame(rows, columns=titles).dropna()
-    return {"Answers": table.drop(columns=["tokens", "seconds"]).round(3), "Summary": summary}
+    summary = [row for row in summary if not math.isnan(row[1])]
+    summary.append(("questions", len(table), "each asked twice"))
+    answers = table.drop(columns=["tokens", "seconds"]).round(3).astype(object)
+    rows = answers.where(answers.notna(), None).to_numpy().tolist()
+    return {"Answers": [[*answers], *rows], "Summary": [("what", "value", "which is"), *summary]}
 
 
 def exam_tables(table: pandas.DataFrame, exam: Exam) -> dict[str, pandas.DataFrame]:
@@ -4354,9 +4356,7 @@ def write_report(cfg: Config, data: PreparedData) -> Path | None:
     return None
 
 
-def report_tables(cfg: Config, data: PreparedData) -> dict[str, pandas.DataFrame]:
-    from pandas import DataFrame
-
+def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[Any]]]:
     pairs, quality, kept, dropped = data.pairs, data.quality, [], []
     summary = {
         "file": pairs.name,
@@ -4384,10 +4384,10 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, pandas.DataFrame
     settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
     titles = "sheet,row,question,answer,tokens,held out,findings".split(",")
     return {
-        "Summary": DataFrame(found, columns=["what", "value", "rows (the first 50)"]),
-        "Kept": DataFrame(kept, columns=titles),
-        "Dropped": DataFrame(dropped, columns=["sheet", "row", "reason", "content"]),
-        "Settings": DataFrame(settings, columns=["name", "value"]),
+        "Summary": [("what", "value", "rows (the first 50)"), *found],
+        "Kept": [titles, *kept],
+        "Dropped": [("sheet", "row", "reason", "content"), *dropped],
+        "Settings": [("name", "value"), *settings],
     }
 
 
@@ -5657,7 +5657,11 @@ def say_result(trained: TrainingResult, folder: Path, archive: Path) -> None:
 def check(cfg: Config) -> int:
     """Say what training would do: 0 when it would go ahead, 1 when it would refuse."""
     report = None
-    with redirect_stdout(sys.stderr) if cfg.JSON else nullcontext():
+    with ExitStack() as after:
+        after.callback(gc.set_threshold, *gc.get_threshold())
+        gc.set_threshold(0)  # to look for cycles in all that is imported takes a tenth of the time
+        if cfg.JSON:
+            after.enter_context(redirect_stdout(sys.stderr))
         problems, data, outline = examine(cfg, offline=True)
         for problem in problems:
             say("Problem", problem)
@@ -6017,6 +6021,9 @@ def ending(error: BaseException, cfg: Config) -> tuple[int, str]:
 
 
 if __name__ == "__main__":
+    import atexit
+
+    atexit.register(gc.freeze)  # or else Python looks for cycles once more, for a third of a second
     code = main()
     if code:  # a notebook shows even sys.exit(0) as an error
         sys.exit(code)
