@@ -4241,29 +4241,33 @@ FIGURES_OF_ANSWERS = {
 def answer_tables(table: pandas.DataFrame) -> dict[str, list[Sequence[Any]]]:
     """A row for each question, and the means of all."""
     means = table.mean(numeric_only=True).round(3)
-    summary = [
+    summary: list[Sequence[Any]] = [
         (f"mean {figure} {when}", means.get(f"{figure} {when}", math.nan), meaning)
         for figure, meaning in FIGURES_OF_ANSWERS.items()
         for when in ("before", "after")
     ]
     summary = [row for row in summary if not math.isnan(row[1])]
     summary.append(("questions", len(table), "each asked twice"))
-    answers = table.drop(columns=["tokens", "seconds"]).round(3).astype(object)
-    rows = answers.where(answers.notna(), None).to_numpy().tolist()
-    return {"Answers": [[*answers], *rows], "Summary": [("what", "value", "which is"), *summary]}
+    summary.insert(0, ("what", "value", "which is"))
+    return {"Answers": sheet_of(table.drop(columns=["tokens", "seconds"])), "Summary": summary}
 
 
-def exam_tables(table: pandas.DataFrame, exam: Exam) -> dict[str, pandas.DataFrame]:
+def exam_tables(table: pandas.DataFrame, exam: Exam) -> dict[str, list[Sequence[Any]]]:
     """The figures and the verdict, and a sheet for each part."""
     import pandas
 
     figures = pandas.DataFrame(exam.parts).T.rename_axis("part").reset_index()
-    summary = pandas.concat([figures, pandas.DataFrame([{"part": exam.text}])])
-    sheets = {"Summary": summary}
+    sheets = {"Summary": [*sheet_of(figures), [exam.text]]}
     for part, rows in table.drop(columns=["tokens", "seconds"]).groupby("part", sort=False):
         shown = rows.drop(columns="part").replace("", None).dropna(axis="columns", how="all")
-        sheets[str(part)] = shown.round(3)
+        sheets[str(part)] = sheet_of(shown)
     return sheets
+
+
+def sheet_of(table: pandas.DataFrame) -> list[Sequence[Any]]:
+    """Titles and rows; what is missing stays empty."""
+    shown = table.round(3).astype(object)
+    return [[*shown], *shown.where(shown.notna(), None).to_numpy().tolist()]
 
 
 # -- The report of check on the data
