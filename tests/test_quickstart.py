@@ -4,7 +4,6 @@ Only what is Colab itself is made up: the file dialogs, the Drive, the public li
 model is the built-in one, and takes a few steps only, set as a person would set it, in `Config`.
 """
 
-import json
 import os
 import re
 import shutil
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import in_words
+from jupyter_client.manager import run_kernel
 from seams import ROOT, SCRIPT
 
 from docs.notebook import NOTEBOOK, notebook
@@ -43,7 +43,6 @@ COLAB = """
 """
 # `colab run script.py check` sets these two in a fresh kernel, and no __file__, then sends the text
 PRELUDE = "import sys; sys.argv, __name__ = ['script.py', *{}], '__main__'"
-PLAIN_KERNEL = "import json, sys\nfor cell in json.load(sys.stdin): exec(compile(cell, '<cell>', 'exec'))"
 LINK = "https://made-up.gradio.live"
 EDGE = f"""
     import sys
@@ -111,33 +110,20 @@ class Notebook:
         return printed.read_text()
 
 
-def in_plain_python(cells: list[str], place: Path) -> str:
-    """As a kernel runs cells, for where there is none."""
-    options: dict[str, Any] = {"stderr": subprocess.STDOUT, "text": True, "timeout": 100, "cwd": place}
-    return subprocess.check_output([sys.executable, "-c", PLAIN_KERNEL], input=json.dumps(cells), **options)
-
-
-def in_ipykernel(cells: list[str], place: Path) -> str:
-    pytest.importorskip("ipykernel")
-    printed = list[str]()
-
-    def show(message: dict[str, Any]) -> None:
-        if message["msg_type"] in ("stream", "error"):
-            printed.append(message["content"].get("text") or str(message["content"]))
-
-    with pytest.importorskip("jupyter_client.manager").run_kernel(cwd=str(place)) as client:
-        for cell in cells:
-            client.execute_interactive(cell, allow_stdin=False, timeout=100, output_hook=show)
-    return "".join(printed)
-
-
-@pytest.mark.parametrize("kernel", [in_plain_python, in_ipykernel])
-def test_colab_run_executes_the_text_alone(kernel: Any, small_phi: Path, workbook: Path) -> None:
+def test_colab_run_executes_the_text_alone(small_phi: Path, workbook: Path) -> None:
     """check and a short training, one after the other in one kernel, which neither of them ends."""
     flags = ["--model-name", str(small_phi), "--max-steps", "2", "--eval-answers", "0"]
-    text = SCRIPT.read_text(encoding="utf-8")
-    check, train = PRELUDE.format(["check", *flags]), PRELUDE.format(flags)
-    printed = kernel([check, text, train, text, "print('alive', '__file__' in globals())"], workbook.parent)
+    check, train, text = PRELUDE.format(["check", *flags]), PRELUDE.format(flags), SCRIPT.read_text(encoding="utf-8")
+    printed = ""
+
+    def show(message: dict[str, Any]) -> None:
+        nonlocal printed
+        if message["msg_type"] in ("stream", "error"):
+            printed += message["content"].get("text") or str(message["content"])
+
+    with run_kernel(cwd=str(workbook.parent)) as client:
+        for cell in (check, text, train, text, "print('alive', '__file__' in globals())"):
+            client.execute_interactive(cell, allow_stdin=False, timeout=100, output_hook=show)
     assert printed.endswith("alive False\n")
     assert not re.search("SystemExit|Traceback|Error", printed)
     assert [len(re.findall(f"^{label} ", printed, re.MULTILINE)) for label in ("Ready", "Saved")] == [1, 1]
