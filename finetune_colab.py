@@ -3651,7 +3651,8 @@ def reworded(question: str, seed: int) -> tuple[str, str]:
         forms["with a typo"] = question.replace(word, swapped, 1)
     if ENGLISH.search(question):
         long = re.compile("|".join(rf"\b{words}\b" for words in SHORT_FORMS))
-        forms["abbreviated"] = long.sub(lambda found: SHORT_FORMS[found[0]], start) + "?"
+        if long.search(start):
+            forms["abbreviated"] = long.sub(lambda found: SHORT_FORMS[found[0]], start) + "?"
         forms["with a polite opening"] = f"Could you please tell me: {start}?"
         forms["in a longer sentence"] = f"Hello, I was wondering, {start}? Thank you!"
     changed = [(text, rule) for rule, text in forms.items() if text != question]
@@ -4257,6 +4258,7 @@ def exam_tables(table: pandas.DataFrame, exam: Exam) -> dict[str, list[Sequence[
     import pandas
 
     figures = pandas.DataFrame(exam.parts).T.rename_axis("part").reset_index()
+    figures.columns = [name.replace("_", " ") for name in figures]
     sheets = {"Summary": [*sheet_of(figures), [exam.text]]}
     for part, rows in table.drop(columns=["tokens", "seconds"]).groupby("part", sort=False):
         shown = rows.drop(columns="part").replace("", None).dropna(axis="columns", how="all")
