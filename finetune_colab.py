@@ -3129,7 +3129,9 @@ class AnswerTrainer(Trainer):
         )
         self.add_callback(self)
         if self.accelerator.scaler:
-            self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FIRST_SCALE)
+            self.accelerator.scaler = torch.amp.GradScaler(
+                self.args.device.type, init_scale=FIRST_SCALE
+            )
         if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
             bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
             self.add_callback(bar)

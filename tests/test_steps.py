@@ -268,11 +268,3 @@ def test_fewer_key_heads_are_repeated(bases: Any, patched: Any, family: str, hea
     seen = watched_attention(patched)
     seams.summed_loss(model, encoded(bases(family, heads), 2))
     assert {(key.shape[1], grouped) for _, key, grouped in seen} == {(4, False)}
-
-
-def test_the_cache_of_a_model_in_16_bits_is_in_16_bits(finished: Path, patched: Any) -> None:
-    tuned = seams.load_tuned(finished / "model", four_bit=True)  # on a processor that is bfloat16
-    seen = watched_attention(patched)
-    seams.ask(tuned, "Why?", MAX_TOKENS=4)
-    assert tuned.model.dtype == torch.bfloat16
-    assert {key.dtype for query, key, _ in seen if query.shape[2] == 1} == {torch.bfloat16}
