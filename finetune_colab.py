@@ -2033,18 +2033,6 @@ def linear_layers(base: transformers.PreTrainedModel) -> dict[str, tuple[int, in
 
 def outline_of(config: Any) -> Outline:
     """What a model of this configuration is made of; no weights are needed."""
-    if config.model_type == "phi":  # to import a model's class takes longer than all else of check
-        hidden, inner = config.hidden_size, config.intermediate_size
-        blocks = config.num_hidden_layers
-        key = hidden, hidden // config.num_attention_heads * config.num_key_value_heads
-        sizes = {"self_attn.q_proj": (hidden, hidden), "self_attn.k_proj": key}
-        sizes |= {"self_attn.v_proj": key, "self_attn.dense": (hidden, hidden)}
-        sizes |= {"mlp.fc1": (hidden, inner), "mlp.fc2": (inner, hidden)}
-        layers = [f"model.layers.{block}." for block in range(blocks)]
-        linear = {layer + name: size for layer in layers for name, size in sizes.items()}
-        words = config.vocab_size * hidden * (1 if config.tie_word_embeddings else 2)
-        parameters = words + sum(map(math.prod, linear.values()))  # norms and biases are nothing
-        return Outline(blocks, hidden, config.vocab_size, parameters, linear)
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -2475,28 +2463,23 @@ def fused_lora() -> Any:
 
 
 @contextmanager
-def fused_lora_layers(model: PeftModel, enabled: bool = True) -> Iterator[None]:
-    """Compute each layer and its adapter as one, where that is one ordinary LoRA."""
+def fused_lora_layers(cfg: Config, model: PeftModel) -> Iterator[None]:
+    """Compute each layer and its adapter as one; DoRA and layers of other kinds are left to peft."""
     import torch
     from peft.tuners.lora import LoraLayer
 
-    fused, layers = fused_lora(), []
+    fused, fast = fused_lora(), cfg.FAST_ADAPTER and not cfg.USE_DORA
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer)] if fast else []
+    layers = [m for m in adapted if type(m.get_base_layer()).__name__ in ("Linear", "Linear4bit")]
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        if layer.disable_adapters or layer.merged:
-            return type(layer).forward(layer, x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        dropout = getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0
-        return fused(x, a, b, layer, dropout, dtype)
+        return fused(x, a, b, layer, cfg.LORA_DROPOUT if layer.training else 0.0, dtype)
 
-    for layer in model.modules() if enabled else ():
-        if isinstance(layer, LoraLayer) and layer.active_adapters == ["default"]:
-            special = layer.lora_variant or layer.lora_bias["default"]  # such as DoRA
-            if type(layer.get_base_layer()).__name__ in ("Linear", "Linear4bit") and not special:
-                layer.forward = functools.partial(forward, layer)
-                layers.append(layer)
+    for layer in layers:
+        layer.forward = functools.partial(forward, layer)
     try:
         yield
     finally:
@@ -3146,7 +3129,7 @@ class AnswerTrainer(Trainer):
     def run(self, start: Checkpoint | None) -> None:
         """To the last step, or to the one in which a signal asks for an end."""
         try:
-            with fused_lora_layers(self.adapted, self.cfg.FAST_ADAPTER), padding_free(self.adapted):
+            with fused_lora_layers(self.cfg, self.adapted), padding_free(self.adapted):
                 self.train(resume_from_checkpoint=str(start.folder) if start else None)
         except Exception as error:
             known = self.step_began or isinstance(error, UserError) or memory_fault(error)

@@ -68,11 +68,9 @@ def load_base(folder: Path | str, **settings: Any) -> Any:
     return ft.load_base(cfg, ft.choose_device(cfg, "cpu"))
 
 
-def outlines(config: Any) -> tuple[Any, Any]:
-    """What a Phi is made of: from its configuration alone, and as its layers are."""
-    built = copy.copy(config)
-    built.model_type = "any"
-    return ft.outline_of(config), ft.outline_of(built)
+def outline_of(config: Any) -> Any:
+    """What a model is made of, from its configuration alone."""
+    return ft.outline_of(config)
 
 
 def add_lora(base: Any, **settings: Any) -> Any:

@@ -12,13 +12,13 @@ import pytest
 from conftest import PAIRS, Run, in_words, write_workbook
 from hypothesis import given
 from hypothesis import strategies as st
-from seams import UserError, device_for, outlines, plan_for
+from seams import UserError, device_for, outline_of, plan_for
 from tables import cases
 from transformers import PhiConfig
 
 ON = {"CPU": device_for("cpu"), "T4": device_for("cuda", (7, 5))}
 SIZES: dict[str, Any] = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
-OUTLINE = outlines(PhiConfig(**SIZES))[0]
+OUTLINE = outline_of(PhiConfig(**SIZES))
 PHI_2 = OUTLINE._replace(adapted=[*OUTLINE.linear.values()])
 LENGTHS = st.one_of(st.lists(st.integers(1, 600), min_size=1, max_size=80), st.integers(1, 500).map(lambda n: [10] * n))
 
