@@ -2347,6 +2347,7 @@ def may_share_rows(model: Any) -> bool:
     usual = base.config._attn_implementation in ("sdpa", FLAT_ATTENTION)
     exchangeable = base._supports_attention_backend and base._supports_sdpa and usual
     known = kinds <= {"full_attention", "sliding_attention"}
+    known &= base.config.model_type != "nemotron"  # transformers 5.23: it passes no lengths on
     return exchangeable and not base._is_stateful and known
 
 

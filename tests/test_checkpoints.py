@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIRS, Run, at_step, call, in_words, signal_at, sweep, write_workbook
+from conftest import PAIRS, Run, at_step, call, in_words, metrics, signal_at, sweep, write_workbook
 from kill_rig import is_whole
 from safetensors import SafetensorError
 from seams import ROOT
@@ -112,10 +112,6 @@ def names(folder: Path) -> set[str]:
 
 def adapter(home: Path = Path()) -> bytes:
     return (home / "model" / ADAPTER).read_bytes()
-
-
-def metrics(home: Path = Path()) -> Any:
-    return json.loads((home / "model/training_visuals/training_metrics.json").read_text())
 
 
 def modes(home: Path) -> set[int]:
@@ -243,19 +239,6 @@ def no_file_above(_: Path, __: Faults, mends: ExitStack, size: str) -> None:
     mends.callback(resource.setrlimit, resource.RLIMIT_FSIZE, usual)
 
 
-def disk_of(home: Path, faults: Faults, mends: ExitStack, kilobytes: str) -> None:
-    """A disk that has no more room than this from the first step on; only root can have one."""
-    disk, copy = home / "checkpoints", home / "copy"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk can be had by root only; the limits on files stand for it")
-    at_step(faults, 1, lambda: subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True))
-    mends.callback(lambda: [disk.rmdir(), copy.rename(disk)])
-    mends.callback(subprocess.run, ["umount", disk], check=True)
-    mends.callback(shutil.copytree, disk, copy)
-
-
 def at_commit(faults: Faults, act: Callable[[Path], object]) -> None:
     """Act on the folder of each checkpoint when its COMMIT.json is about to get its name."""
     real = os.replace
@@ -291,7 +274,7 @@ COMMITS = (
 )
 ACTS: dict[str, Act] = {  # with the words that follow in scenes.txt
     **{how: on(how) for how in ("cut", "blank", "lose", "flip")}, "mkdir": on(Path.mkdir), "give-zip": give_zip,
-    "fail": fail, "no-file-above": no_file_above, "disk-of": disk_of, "older-here": older_here, "other-inputs": other_inputs,
+    "fail": fail, "no-file-above": no_file_above, "older-here": older_here, "other-inputs": other_inputs,
     "torn-result": lambda home, *_: [(earlier := home / "model.previous").mkdir(), (earlier / "mine.txt").touch(), (home / "model" / ADAPTER).write_bytes(b"torn")],
     "commit": lambda home, _, __, number: odd_commit(COMMITS[int(number)])(place(home, 3)),
     "other-run": lambda home, *_: place(home).rename(home / "checkpoints/other"),  # it is looked at, but is not the one of this command

@@ -1,7 +1,6 @@
 """When memory runs out, the same steps are done with less at once; what is no number is never kept."""
 
 import itertools
-import json
 import math
 import re
 from collections.abc import Callable
@@ -12,7 +11,7 @@ import pytest
 import seams
 import torch
 from accelerate import Accelerator
-from conftest import PAIRS, Run, at_step, call, in_words, sweep, write_workbook
+from conftest import PAIRS, Run, at_step, call, in_words, metrics, sweep, write_workbook
 from safetensors.torch import load_file
 from test_steps import column, watched_attention
 from torch.nn import functional
@@ -41,22 +40,16 @@ def train(small_phi: Path, workbook: Path, run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, small_phi: Path) -> Path:
-    """The model of the same training with memory enough."""
+    """The folder of the same training with memory enough."""
     home = tmp_path_factory.mktemp("plain")
     write_workbook(home / "dataset.xlsx", [("question", "answer"), *PAIRS])
     assert call(home, "--model-name", small_phi, *FLAGS) == 0
-    return home / "model"
-
-
-def metrics(model: Path = Path("model")) -> dict[str, Any]:
-    text = (model / "training_visuals/training_metrics.json").read_text()
-    assert not re.search("NaN|Infinity", text)
-    return json.loads(text)
+    return home
 
 
 def assert_same_training(plain: Path) -> None:
-    model = load_file(Path("model", ADAPTER))
-    torch.testing.assert_close(model, load_file(plain / ADAPTER), atol=2e-5, rtol=1e-3)
+    found, expected = (load_file(home / "model" / ADAPTER) for home in (Path(), plain))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
     found, expected = metrics(), metrics(plain)
     for name in "train_loss eval_loss base_eval_loss steps tokens_trained best_step".split():
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name

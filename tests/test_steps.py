@@ -14,7 +14,7 @@ import pytest
 import seams
 import torch
 import transformers
-from conftest import PAIRS, Run, at_attention, in_words, sweep, write_workbook
+from conftest import PAIRS, Run, at_attention, in_words, metrics, sweep, write_workbook
 from safetensors.torch import load_file
 from tables import cases
 from test_prompts import talk
@@ -35,10 +35,6 @@ def examples_of(base: Path, held_out: bool) -> list[seams.Example]:
     away = [row for _, row in json.loads(Path("model/run.json").read_text())["dataset"]["held_out_rows"]]
     rows, tokenizer = seams.find_pairs(seams.Config()).kept, seams.load_tokenizer(seams.Config(MODEL_NAME=str(base)))
     return [seams.encode(tokenizer, one.messages) for one in rows if (one.row in away) == held_out]
-
-
-def metrics() -> dict[str, Any]:
-    return dict(json.loads(Path("model/training_visuals/training_metrics.json").read_text()))
 
 
 def column(name: str) -> list[float]:

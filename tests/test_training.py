@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import seams
 import torch
-from conftest import PAIRS, Run, in_words, sweep, write_workbook
+from conftest import PAIRS, Run, in_words, metrics, sweep, write_workbook
 from safetensors.torch import load_file
-from test_steps import ADAPTER, column, examples_of, metrics
+from test_steps import ADAPTER, column, examples_of
 from torch.nn import functional
 from transformers import optimization
 
