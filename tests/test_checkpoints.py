@@ -379,15 +379,6 @@ def test_the_best_checkpoint_is_kept_and_goes_with_every_later_one(workbook: Pat
     assert adapter() == kept, "a checkpoint alone is not enough"
 
 
-def test_early_stopping_survives_a_kill_before_the_outputs(workbook: Path, phi_folder: Path, go: Go) -> None:
-    train = partial(go, *OVERSHOOTING, "--max-steps", 9, "--early-stopping-patience", 2, model=phi_folder)
-    assert train().steps < 9, "the case is not the one meant"
-    first, kept = metrics(), adapter()
-    shutil.rmtree("model")
-    assert train().steps == 0
-    assert (metrics(), adapter()) == (first, kept)
-
-
 @pytest.mark.parametrize("minutes, saved", [(0.1, [1, 2, 3, 4, 5]), (1, [5])])
 def test_checkpoints_come_by_the_clock_too(minutes: float, saved: list[int], workbook: Path, go: Go) -> None:
     real, clock, found = time.monotonic, [0], []

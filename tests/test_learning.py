@@ -50,12 +50,7 @@ def test_the_demo_learns_by_heart_and_its_zip_answers_word_for_word(tmp_path: Pa
     assert said(sys.executable, "-c", snippet[1], cwd=away).strip() in {pair.answer for pair in pairs}
 
 
-def test_the_demo_does_not_replace_a_real_model_but_its_own_takes_any_workbook(folder: Path, run: Run) -> None:
-    (folder / "model").mkdir()
-    (folder / "model/run.json").write_text('{"base_model": "microsoft/phi-2"}')
-    code, printed = run("demo")
-    assert (code, "--output-dir" in printed) == (2, True)
-    assert [path.name for path in (folder / "model").iterdir()] == ["run.json"]
+def test_the_demo_model_takes_any_workbook(folder: Path, run: Run) -> None:
     write_workbook(folder / "my.xlsx", [("Frage", "Antwort"), *PAIRS])
     flags = "--model-name demo --dataset-path my.xlsx --max-steps 2 --output-dir mine".split()
     code, printed = run(*flags)

@@ -16,7 +16,7 @@ import torch
 import transformers
 from conftest import PAIRS, Run, at_attention, in_words, metrics, sweep, write_workbook
 from safetensors.torch import load_file
-from tables import cases
+from tables import marked
 from test_prompts import talk
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -120,7 +120,7 @@ def assert_plain_loop_agrees(base: Path, seen: Watched, flags: list[str]) -> Non
         torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("case", [sweep(x) if x.startswith("sweep") else x for x in cases("trainings")])
+@pytest.mark.parametrize("case", marked("trainings"))
 def test_a_plain_loop_agrees(bases: Any, phi_folder: Path, workbook: Path, run: Run, patched: Any, case: str) -> None:
     family, heads, *flags = case.removeprefix("sweep ").split()
     base = phi_folder if family == "phi-80" else bases(family, int(heads))
@@ -225,7 +225,11 @@ def test_a_step_keeps_what_was_estimated(bases: Any, workbook: Path, run: Run, f
 
 
 def test_measuring_and_failing_leave_a_model_in_four_bits_as_it_is(phi_folder: Path) -> None:
-    model = seams.add_lora(seams.load_base(phi_folder, LOAD_IN_4BIT=True), LORA_DROPOUT=0.0)
+    base = seams.load_base(phi_folder, LOAD_IN_4BIT=True)
+    weights = [layer.weight for layer in base.modules() if type(layer).__name__ == "Linear4bit"]
+    kinds = {(weight.quant_type, weight.quant_state.nested) for weight in weights}
+    assert (len(weights), kinds) == (12, {("nf4", True)}), "with double quantisation"
+    model = seams.add_lora(base, LORA_DROPOUT=0.0)
     examples, learnt = encoded(phi_folder, 4), {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in learnt.items():
         if "lora_B" in name:  # a fresh adapter gives A no gradient, since B is zero
