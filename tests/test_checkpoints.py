@@ -348,13 +348,17 @@ def test_whatever_goes_wrong_the_same_command_ends_the_same(scene: str, begin: B
     assert all(is_whole(path) for path in found if path.is_dir()), "a part under a final name"
 
 
-def test_log_and_clock_go_on_also_off_the_main_thread(begin: Begin, go: Go) -> None:
-    home = begin("here")
+def test_log_and_clock_go_on_also_off_the_main_thread(begin: Begin, go: Go, patched: pytest.MonkeyPatch) -> None:
+    """And each picture is drawn once."""
+    home, drawn = begin("here"), list[str]()
     assert go(stop=1).code == 130
+    savefig = lambda _, file, **__: [drawn.append(Path(file).name.split(".")[0]), Path(file).touch()]  # noqa: E731
+    patched.setattr("matplotlib.figure.Figure.savefig", savefig)
     with ThreadPoolExecutor(1) as thread:  # where no signal can be caught: S9
-        went = thread.submit(go).result()
+        went = thread.submit(go, "--eval-answers", 1).result()
     assert went.code == 0
     assert "Ctrl+C" in went.text
+    assert sorted(drawn) == sorted(set(drawn)) and drawn
     assert_as_undisturbed(home)
     logs = "".join(path.read_text(encoding="utf-8") for path in sorted((home / "logs").iterdir()))
     assert re.findall(r"\bstep\W+(\d+)\W+loss\b", logs) == ["1", "2", "3", "4", "5"]
@@ -433,22 +437,6 @@ def test_the_command_with_a_named_checkpoint_goes_on_and_an_archive_is_enough(be
     assert train().steps == 1
     assert_as_undisturbed(home)
     assert not [*home.parent.rglob("beyond"), *Path("/tmp").glob("beyond")]
-
-
-def test_the_base_beside_a_demo_may_be_read_by_all(workbook: Path, folder: Path, go: Go) -> None:
-    with ExitStack() as mends:
-        mends.callback(os.umask, os.umask(0o022))
-        assert go("--max-steps", 1, model=Path("demo")).code == 0
-        assert modes(folder) == {0o666}
-
-
-def test_a_picture_is_drawn_once(begin: Begin, go: Go, patched: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    savefig = lambda _, file, **__: [drawn.append(Path(file).name.split(".")[0]), Path(file).touch()]  # noqa: E731
-    begin("here")
-    patched.setattr("matplotlib.figure.Figure.savefig", savefig)
-    assert go("--eval-answers", 1, "--max-tokens", 2).code == 0
-    assert sorted(drawn) == sorted(set(drawn))
 
 
 # the length, and the kills: of each change while three checkpoints and the outputs are saved; of one run

@@ -19,6 +19,7 @@ import transformers
 from conftest import PAIRS, Run, in_words, sweep, write_workbook
 from matplotlib.figure import Figure
 from seams import ROOT, SCRIPT, Config, ask, find_pairs, load_tuned, main
+from test_checkpoints import modes
 
 
 def said(*words: object, cwd: Path) -> str:
@@ -52,10 +53,11 @@ def test_the_demo_learns_by_heart_and_its_zip_answers_word_for_word(tmp_path: Pa
 
 def test_the_demo_model_takes_any_workbook(folder: Path, run: Run) -> None:
     write_workbook(folder / "my.xlsx", [("Frage", "Antwort"), *PAIRS])
-    flags = "--model-name demo --dataset-path my.xlsx --max-steps 2 --output-dir mine".split()
+    flags = "--model-name demo --dataset-path my.xlsx --max-steps 2".split()
     code, printed = run(*flags)
     assert (code, bool(re.search('"Frage".*"Antwort"', in_words(printed)))) == (0, True)
-    assert (folder / "mine/adapter_model.safetensors").is_file()
+    assert (folder / "model/adapter_model.safetensors").is_file()
+    assert modes(folder) == {0o666}, "what others may read"
 
 
 # fmt: off
