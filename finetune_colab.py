@@ -1707,19 +1707,17 @@ def device_here(cfg: Config) -> Device:
     import torch
 
     memory: float = psutil.virtual_memory().available / world_size()
+    kind, name, capability = "cpu", "processor", (0, 0)
     if torch.cuda.is_available():
-        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        kind, name = "cuda", torch.cuda.get_device_name()
+        capability, memory = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()[0]
         like = "T4" if capability < (8, 0) else "A100"
-        _, (flops, bandwidth, _) = GPUS[next((gpu for gpu in GPUS if gpu in name), like)]
-        figures = flops, bandwidth, torch.cuda.mem_get_info()[0]
-        device = choose_device(cfg, "cuda", capability, *figures)
+        flops, bandwidth, _ = GPUS[next((gpu for gpu in GPUS if gpu in name), like)][1]
     elif torch.backends.mps.is_available():
-        name, device = "Apple GPU", choose_device(cfg, "mps", (0, 0), 2e12, 60e9, memory)  # an M1
+        kind, name, flops, bandwidth = "mps", "Apple GPU", 2e12, 60e9  # an M1
     else:
-        name, device = (
-            "processor",
-            choose_device(cfg, "cpu", (0, 0), flops_of_processor(), 10e9, memory),
-        )
+        flops, bandwidth = flops_of_processor(), 10e9
+    device = choose_device(cfg, kind, capability, flops, bandwidth, memory)
     return device._replace(reason=f"{name}, {device.reason}")
 
 
@@ -1933,6 +1931,15 @@ class UnreachableError(UserError):
     """The model is not on this computer, and the Hub cannot be asked for it."""
 
 
+def memory_fault(error: BaseException) -> str:
+    """ "full" where less at once may fit, "broken" where this process has lost its GPU, or ""."""
+    text = str(error).lower()
+    if re.search(r"cuda (driver )?error: out of memory|cublas_status_alloc_failed", text):
+        return "broken"
+    full = "out of memory" in text or "can't allocate memory" in text
+    return "full" if isinstance(error, MemoryError) or full else ""
+
+
 @contextmanager
 def explained(what: str, advice: str) -> Iterator[None]:
     """Turn a library's error about the network or a damaged file into one message."""
@@ -1940,13 +1947,10 @@ def explained(what: str, advice: str) -> Iterator[None]:
         yield
     except (UserError, ModuleNotFoundError):
         raise
-    except (
-        Exception
-    ) as error:  # the Hub's client, zipfile, json, safetensors and peft raise many kinds
-        found = f"{type(error).__name__}: {error}"
-        full = isinstance(error, (RuntimeError, MemoryError))
-        if full and re.search("memory|cuda|cublas", found, re.IGNORECASE):
+    except Exception as error:  # the Hub's client, zipfile, json, safetensors, peft raise many
+        if memory_fault(error):
             raise
+        found = f"{type(error).__name__}: {error}"
         if type(error).__name__ == "HFValidationError":  # the Hub's client knows no folders
             found = "There is no such folder here."
         refusal = UnreachableError if isinstance(error, ConnectionError) else UserError
@@ -2228,9 +2232,7 @@ class Run:
     def device(self) -> Device:
         device = device_here(self.cfg)
         say("Device", device.reason)
-        fast = (
-            device.four_bit and device.kind == "cpu"
-        )  # which is the fast form of bitsandbytes there
+        fast = device.four_bit and device.kind == "cpu"  # where bitsandbytes is fast in this form
         return device._replace(dtype="bfloat16") if fast else device
 
     @functools.cached_property
@@ -2816,10 +2818,7 @@ class Checkpoints:
             other = max(others, key=lambda path: path.stat().st_mtime).parent
             with suppress(ValueError):
                 changed = differences(self.identity, read_commit(other).identity)
-                say(
-                    "New run",
-                    f"beside the one in {short_path(other.parent)}, which is kept. What differs: {changed}",
-                )
+                say("New run", f"{short_path(other.parent)} is kept. What differs: {changed}")
         for place in filter(Path.exists, () if self.cfg.RESUME else self.places):
             with warned(f"{place} is in the way") if place != self.folder else nullcontext():
                 quarantine(place, f"{place.name}.unused", "RESUME is off")
@@ -2980,10 +2979,7 @@ def stop_signals() -> Iterator[list[int]]:
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 usual[number] = signal.signal(number, receive)
     except ValueError:
-        say(
-            "Note",
-            "outside the main thread, Ctrl+C cannot save a checkpoint; the newest one counts",
-        )
+        say("Note", "outside the main thread, Ctrl+C cannot save; the newest checkpoint counts")
     try:
         yield noted
     finally:
@@ -2999,15 +2995,6 @@ LEVERS = (
 )
 Way = TypeVar("Way")
 Result = TypeVar("Result")
-
-
-def memory_fault(error: BaseException) -> str:
-    """ "full" when less at once may fit, "broken" when the GPU is of no more use to this process, or ""."""
-    text = str(error).lower()
-    if re.search(r"cuda (driver )?error: out of memory|cublas_status_alloc_failed", text):
-        return "broken"
-    full = "out of memory" in text or "can't allocate memory" in text
-    return "full" if isinstance(error, MemoryError) or full else ""
 
 
 def halvings(most: int, least: int) -> list[int]:
@@ -3086,6 +3073,26 @@ class AnswerTrainer(Trainer):
         import torch
         import transformers
 
+        super().__init__(
+            self.adapted,
+            self.arguments(),
+            train_dataset=shares_of_steps(self.data.train, self.plan, self.cfg.SEED),
+            eval_dataset=self.data.validation or None,
+            data_collator=self.collate,
+            compute_loss_func=summed_loss,
+        )
+        self.add_callback(self)
+        if self.accelerator.scaler:
+            scaler = torch.amp.GradScaler(self.args.device.type, init_scale=FIRST_SCALE)
+            self.accelerator.scaler = scaler
+        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
+            bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
+            self.add_callback(bar)
+
+    def arguments(self) -> transformers.TrainingArguments:
+        """The settings, as the Trainer calls them."""
+        import transformers
+
         cfg, plan, folder = self.cfg, self.plan, self.checkpoints.folder
         on_gpu = self.device.kind == "cuda"
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(local_path(cfg.LOG_DIR) / folder.name)
@@ -3115,22 +3122,7 @@ class AnswerTrainer(Trainer):
         # the earlier and the later name, of which each version of transformers knows one or warns
         arguments.gradient_checkpointing = arguments.activation_checkpointing = plan.checkpointing
         arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
-        super().__init__(
-            self.adapted,
-            arguments,
-            train_dataset=shares_of_steps(self.data.train, plan, cfg.SEED),
-            eval_dataset=self.data.validation or None,
-            data_collator=self.collate,
-            compute_loss_func=summed_loss,
-        )
-        self.add_callback(self)
-        if self.accelerator.scaler:
-            self.accelerator.scaler = torch.amp.GradScaler(
-                self.args.device.type, init_scale=FIRST_SCALE
-            )
-        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
-            bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
-            self.add_callback(bar)
+        return arguments
 
     def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
         """This process's share of one step: its rows, and what the Trainer counts."""
