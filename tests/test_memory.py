@@ -1,5 +1,6 @@
 """When memory runs out, the same steps are done with less at once; what is no number is never kept."""
 
+import builtins
 import itertools
 import math
 import re
@@ -13,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from conftest import PAIRS, Run, at_step, call, in_words, metrics, signal_at, sweep, write_workbook
 from safetensors.torch import load_file
+from tables import marked
 from test_steps import column, watched_attention
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -61,24 +63,13 @@ def fewer_tokens(printed: str) -> list[int]:
     return [int(tokens.replace(",", "")) for tokens in found]
 
 
-@pytest.mark.parametrize("then, step, error", [
-    ("less", 0, FULL), ("less", 1, FULL), sweep("less", 3, FULL),  # M1; 2 is saved
-    ("less", 3, MemoryError()),
-    ("less", 3, RuntimeError("MPS backend out of memory (MPS allocated: 17.81 GB)")),
-    sweep("less", 3, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")),
-    ("none", 0, FULL),  # M5
-    ("end",  3, RuntimeError("CUDA error: out of memory")),  # M2
-    sweep("end", 3, RuntimeError("CUDA driver error: out of memory")),
-    sweep("end", 3, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
-    ("bug",  3, RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
-    sweep("bug", 3, RuntimeError("no number")),
-], ids=lambda value: str(value)[:30])  # fmt: skip
-def test_with_less_at_once_the_adapter_is_the_same(
-    then: str, step: int, error: Exception, plain: Path, train: Run, patched: Any
-) -> None:
-    """Behind a step, a row of more than 120 tokens is too much; "none": any row, so that nothing helps."""
-    begun, most = [] if step else [1], 0 if then == "none" else 120
-    at_step(patched, step, lambda: begun.append(1))
+@pytest.mark.parametrize("case", marked("memory"))
+def test_with_less_at_once_the_adapter_is_the_same(case: str, plain: Path, train: Run, patched: Any) -> None:
+    """M1, M2, M5. Behind a step, a row of more than 120 tokens is too much; "none": any row, so that nothing helps."""
+    _, then, step, kind, text = case.split(" | ")
+    error = getattr(torch if kind == "OutOfMemoryError" else builtins, kind)(text)
+    begun, most = [] if int(step) else [1], 0 if then == "none" else 120
+    at_step(patched, int(step), lambda: begun.append(1))
 
     def act(length: int) -> None:
         if begun and length > most and torch.is_grad_enabled():
