@@ -1992,14 +1992,13 @@ def base_source(cfg: Config) -> dict[str, Any]:
     if not commit or commit != revision:  # a branch may move at any time
         try:
             commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
-        except Exception as error:  # each network library has its own
-            if not commit and isinstance(error, errors.HfHubHTTPError):
-                raise
+        except errors.HfHubHTTPError:
             if not commit:
-                missing = (
-                    f"revision {revision or 'main'} is not here, and the Hub cannot be reached"
-                )
-                raise ConnectionError(f"{missing} ({type(error).__name__})") from None
+                raise
+        except Exception as error:  # each network library has its own
+            if not commit:
+                missing = f"revision {revision or 'main'} is not here, and the Hub cannot be"
+                raise ConnectionError(f"{missing} reached ({type(error).__name__})") from None
     cfg.MODEL_REVISION = commit
     return source | {"pretrained_model_name_or_path": name, "revision": commit}
 
@@ -2826,15 +2825,7 @@ class Checkpoints:
         with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
             found = [*itertools.islice(self.valid(self.places if self.cfg.RESUME else []), 1)]
             if self.cfg.RESUME_FROM_CHECKPOINT:
-                place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
-                advice = "Name a checkpoint-N of this run or a zip of it, or leave the setting out."
-                with explained(f"RESUME_FROM_CHECKPOINT {place} cannot be used.", advice):
-                    if place.is_file():
-                        unzip(place, Path(unpacked))
-                    commits = [*Path(unpacked if place.is_file() else place).rglob(COMMIT)]
-                    if not commits:
-                        raise ValueError(f"there is no {COMMIT}")
-                    found += [self.verify(path.parent) for path in commits]
+                found += self.named(Path(unpacked))
             self.last = max(found, key=lambda one: one.step, default=None)
             if self.last and self.last.folder != self.folder / f"checkpoint-{self.last.step}":
                 say("Checkpoint", f"step {self.last.step} is newer and is fetched from elsewhere")
@@ -2846,6 +2837,18 @@ class Checkpoints:
         if not self.last and any(any(place.glob("incomplete-*")) for place in self.places):
             say("Warning", "no checkpoint is valid, so the training starts from the beginning")
         return self.last
+
+    def named(self, unpacked: Path) -> list[Checkpoint]:
+        """The checkpoints in the folder or zip that RESUME_FROM_CHECKPOINT names."""
+        place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
+        advice = "Name a checkpoint-N of this run or a zip of it, or leave the setting out."
+        with explained(f"RESUME_FROM_CHECKPOINT {place} cannot be used.", advice):
+            if place.is_file():
+                unzip(place, unpacked)
+                place = unpacked
+            if not (commits := [*place.rglob(COMMIT)]):
+                raise ValueError(f"there is no {COMMIT}")
+            return [self.verify(path.parent) for path in commits]
 
     def verify(self, folder: Path, thorough: bool = True) -> Checkpoint:
         """The checkpoint in a folder, or ValueError; thorough: by contents, not only by sizes."""
