@@ -3565,19 +3565,25 @@ def public_place(place: str) -> str:
     return path.name if path.is_absolute() else place
 
 
+LOGGED = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+
+
 def training_log(trained: TrainingResult) -> pandas.DataFrame:
     import pandas
 
-    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
-    log = pandas.DataFrame(trained.history).reindex(columns=columns)
+    log = pandas.DataFrame(trained.history).reindex(columns=LOGGED)
     return log.dropna(subset=["loss", "eval_loss"], how="all")
 
 
 def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
-    losses, stats = training_log(trained).dropna(subset=["loss"]), trained.stats
-    steps = losses["step"].diff().fillna(losses["step"])  # of which a logged loss is the mean
+    import pandas
+
+    stats, log = trained.stats, pandas.DataFrame(trained.history).reindex(columns=LOGGED)
+    log = log.dropna(subset=["learning_rate"])
+    # of how many steps a logged loss is the mean; none is logged where a step was skipped
+    steps = log["step"].diff().fillna(log["step"]).where(log["loss"].notna())
     return {
-        "train_loss": float((losses["loss"] * steps).sum() / steps.sum()),
+        "train_loss": float((log["loss"] * steps).sum() / steps.sum()),
         "eval_loss": trained.final_loss,
         "base_eval_loss": trained.base_loss,
         "best_step": trained.best_step,
