@@ -1478,10 +1478,10 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
 # ==================================================================================================
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
-FEWEST_TO_HOLD_OUT = 5  # of fewer questions than this, each is worth more in the training
-BLANK = "\ue000{}\ue001"  # stands for the text of a message while a template is rendered
+FEWEST_TO_HOLD_OUT = 5  # with fewer questions, each is worth more in the training set
+PLACEHOLDER = "\ue000{}\ue001"  # in place of a message's text while a template is rendered
 PHI_2_PROMPT = "Instruct: {question}\nOutput:"  # of phi-2's model card; it has no chat template
-PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are set to what stands around a question
+PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are what stands around a question
     "{%- set ns = namespace(system='') -%}{%- for m in messages -%}{%- if m['role'] == 'system' -%}"
     "{%- set ns.system = m['content'] + '\\n\\n' -%}{%- elif m['role'] == 'user' -%}"
     "{{- before + ns.system + m['content'] + after -}}{%- set ns.system = '' -%}"
@@ -1501,15 +1501,15 @@ def tokens_in(example: Example) -> int:
 
 
 def set_template(cfg: Config, tokenizer: Any) -> None:
-    """The prompt, saved with the adapter: PROMPT_TEMPLATE, the model's own chat template, or phi-2's."""
+    """Set the chat template: from PROMPT_TEMPLATE, the model's own, or phi-2's prompt."""
     if tokenizer.chat_template and not cfg.PROMPT_TEMPLATE:
         try:
             chat = "".join(text for text, _ in pieces(tokenizer, ("user", "assistant") * 2))
-            if re.findall(BLANK.format("(.)"), chat) != ["0", "1", "2", "3"]:
+            if re.findall(PLACEHOLDER.format("(.)"), chat) != ["0", "1", "2", "3"]:
                 raise ValueError("it leaves out messages")
             tokenizer.eos_token = special_tokens(tokenizer).findall(chat)[-1]  # what ends a turn
             return
-        except Exception as error:  # a template is a program of its maker's
+        except Exception as error:  # a template is somebody else's program
             fault = preview(str(error), 100) or type(error).__name__
             say("Note", f"the chat template of {cfg.MODEL_NAME} is not used: {fault}")
     around = (cfg.PROMPT_TEMPLATE or PHI_2_PROMPT).split("{question}")
@@ -1527,14 +1527,14 @@ def special_tokens(tokenizer: Any) -> re.Pattern[str]:
 
 @functools.lru_cache(maxsize=1024)
 def rendered(tokenizer: Any, template: str, roles: Sequence[str], asking: bool) -> str:
-    """With blanks, so that the template can neither trim a text nor take it for a part of its own."""
-    chat = [{"role": role, "content": BLANK.format(i)} for i, role in enumerate(roles)]
+    """With placeholders, so that the template can neither trim a text nor mistake it for markup."""
+    chat = [{"role": role, "content": PLACEHOLDER.format(i)} for i, role in enumerate(roles)]
     how = {"tokenize": False, "add_generation_prompt": asking, "chat_template": template}
     return str(tokenizer.apply_chat_template(chat, **how))
 
 
 def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
-    """Prompts, exactly as they are when asked, and (True) answers with their end of turn."""
+    """Prompts exactly as they are asked (False), and answers with their end of turn (True)."""
     render = functools.partial(rendered, tokenizer, tokenizer.get_chat_template())
     answers = [i for i, role in enumerate(roles) if role == "assistant"]
     found, done = [], ""
@@ -1545,7 +1545,7 @@ def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
         found.append((prompt.removeprefix(done), False))
         if i < len(roles):
             answer = render(roles[: i + 1], False).removeprefix(prompt)
-            lead, text, rest = answer.partition(BLANK.format(i))
+            lead, text, rest = answer.partition(PLACEHOLDER.format(i))
             end = special_tokens(tokenizer).search(rest)
             turn = (lead if lead.isspace() else "") + text + rest[: end.end() if end else 0]
             found.append((turn if end else turn + tokenizer.eos_token, True))
@@ -1559,7 +1559,7 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     quoting = any(map(special.search, texts))
 
     def tokens_of(piece: str, plain: bool = False) -> list[int]:
-        text = re.sub(BLANK.format(r"(\d+)"), lambda number: texts[int(number[1])], piece)
+        text = re.sub(PLACEHOLDER.format(r"(\d+)"), lambda number: texts[int(number[1])], piece)
         how = {"add_special_tokens": False, "split_special_tokens": plain}
         return list(tokenizer(text, **how)["input_ids"])
 
@@ -1568,8 +1568,8 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     text = ""
     for piece, is_answer in pieces(tokenizer, tuple(message["role"] for message in messages)):
         text += piece
-        more = tokens_of(text)  # of the whole text, as in other programs
-        if quoting or more[: len(ids)] != ids:  # a prompt would get other tokens than when asked
+        more = tokens_of(text)  # of the whole text, as other programs tokenize it
+        if quoting or more[: len(ids)] != ids:  # the prompt must stay what it is when asked
             parts = [
                 tokens_of(part, plain=not n % 2) for n, part in enumerate(special.split(piece))
             ]
@@ -1580,7 +1580,7 @@ def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
 
 
 def prompt_in_words(tokenizer: Any) -> str:
-    return pieces(tokenizer, ("user",))[0][0].replace(BLANK.format(0), "{question}")
+    return pieces(tokenizer, ("user",))[0][0].replace(PLACEHOLDER.format(0), "{question}")
 
 
 def marked(tokenizer: Any, example: Example) -> str:
@@ -1622,8 +1622,8 @@ def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
 # 5  Device and plan
 # ==================================================================================================
 
-# Security floors, too: older versions run code that hides in files of weights, torch before 2.10 in
-# spite of weights_only, transformers up to 5.3. requirements-finetune.txt and the head say the same.
+# Security floors, too: older versions can run code hidden in weight files (torch before 2.10 in spite
+# of weights_only, transformers before 5.3). requirements-finetune.txt and the header say the same.
 REQUIRED = "python>=3.11 torch>=2.10 transformers>=5.6 peft>=0.18 accelerate>=1.10 bitsandbytes>=0.48 datasets>=4.0 pandas>=2.2.2 openpyxl>=3.1.3 matplotlib>=3.9 seaborn>=0.13"
 FLOORS = dict(package.split(">=") for package in REQUIRED.split())
 
@@ -1651,22 +1651,22 @@ def bytes_of(dtype: str) -> int:
 
 
 class Device(NamedTuple):
-    """Where the model runs and in which numbers, and what it can do."""
+    """Where the model runs, in which dtype, and what the hardware can do."""
 
     kind: str  # "cuda", "mps" or "cpu"
     dtype: str  # of the computation; the weights of the adapter are float32 everywhere
     four_bit: bool
     reason: str  # for the person
-    flops: float = 0  # operations in a second
-    bandwidth: float = 0  # bytes in a second
-    memory: float = 0  # bytes that are free
+    flops: float = 0  # operations per second
+    bandwidth: float = 0  # bytes per second
+    memory: float = 0  # free bytes
 
 
 class Outline(NamedTuple):
-    """What a model is made of, which can be known before its weights are here."""
+    """The sizes of a model, known before its weights are downloaded."""
 
     blocks: int
-    hidden: int  # numbers for a token between the blocks
+    hidden: int  # width between the blocks
     vocabulary: int
     parameters: int
     linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
@@ -1680,31 +1680,35 @@ class Plan(NamedTuple):
     steps: int
     warmup_steps: int
     tokens_per_epoch: int
-    pairs: int  # in a step
+    pairs: int  # per step
     tokens_at_once: int  # at most, unless one pair alone has more
     checkpointing: bool
     reason: str
     seconds: float | None = None  # of all steps
-    asking_seconds: float = 0  # of the questions at the end
+    asking_seconds: float = 0  # for the questions at the end
     memory_gb: float | None = None  # at most
 
 
-# Reached with large products of 16-bit numbers, by arithmetic from public figures; none was timed here.
-GPUS = {  # capability; operations and bytes in a second, and bytes that are free
+# What large 16-bit matrix products reach, derived from public figures; none was timed here.
+GPUS = {  # compute capability; operations per second, bytes per second, free bytes
     "T4": ((7, 5), (22e12, 240e9, 15.3e9)),
     "L4": ((8, 9), (60e12, 240e9, 23.1e9)),
     "A100": ((8, 0), (180e12, 1200e9, 41.9e9)),
 }
-# Tokens at once, of which more bring no speed; the usable share of free memory; bytes of the libraries
+# Tokens at once beyond which it gets no faster; usable share of free memory; bytes for the libraries
 LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
-ANSWERS_AT_ONCE = {"cuda": 24, "mps": 8, "cpu": 8}  # each keeps its tokens: phi-2 0.3 MB for one
-LAUNCH = 11e-6  # seconds in which Colab's processor starts one operation on a GPU
+ANSWERS_AT_ONCE = {
+    "cuda": 24,
+    "mps": 8,
+    "cpu": 8,
+}  # each has a key-value cache: 0.3 MB per token with phi-2
+LAUNCH = 11e-6  # seconds that Colab's processor takes to launch one GPU kernel
 
 
 def choose_device(
     cfg: Config, kind: str, capability: tuple[int, int] = (0, 0), *figures: float
 ) -> Device:
-    """How a device is used; its figures are those of GPUS."""
+    """The dtype for a kind of device, and whether its weights are in 4 bits; figures as in GPUS."""
     if kind == "mps" and cfg.LOAD_IN_4BIT:
         raise UserError("LOAD_IN_4BIT does not work on an Apple GPU. Leave it out.")
     demo = cfg.MODEL_NAME == DEMO_MODEL
@@ -1721,30 +1725,28 @@ def choose_device(
 
 
 def device_here(cfg: Config) -> Device:
-    """What this machine has; a GPU that is not in the table counts as one that is."""
+    """The device of this machine; a GPU that is not in the table counts as one that is."""
     import psutil
     import torch
 
     memory: float = psutil.virtual_memory().available / world_size()
+    kind, name, capability = "cpu", "processor", (0, 0)
     if torch.cuda.is_available():
-        name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
+        kind, name = "cuda", torch.cuda.get_device_name()
+        capability, memory = torch.cuda.get_device_capability(), torch.cuda.mem_get_info()[0]
         like = "T4" if capability < (8, 0) else "A100"
-        _, (flops, bandwidth, _) = GPUS[next((gpu for gpu in GPUS if gpu in name), like)]
-        figures = flops, bandwidth, torch.cuda.mem_get_info()[0]
-        device = choose_device(cfg, "cuda", capability, *figures)
+        flops, bandwidth, _ = GPUS[next((gpu for gpu in GPUS if gpu in name), like)][1]
     elif torch.backends.mps.is_available():
-        name, device = "Apple GPU", choose_device(cfg, "mps", (0, 0), 2e12, 60e9, memory)  # an M1
+        kind, name, flops, bandwidth = "mps", "Apple GPU", 2e12, 60e9  # an M1
     else:
-        name, device = (
-            "processor",
-            choose_device(cfg, "cpu", (0, 0), flops_of_processor(), 10e9, memory),
-        )
+        flops, bandwidth = flops_of_processor(), 10e9
+    device = choose_device(cfg, kind, capability, flops, bandwidth, memory)
     return device._replace(reason=f"{name}, {device.reason}")
 
 
 @functools.cache
 def flops_of_processor() -> float:
-    """Operations in a second, by a product that takes a fraction of one."""
+    """Operations per second, timed on one matrix product."""
     import torch
 
     square = torch.ones(1024, 1024)
@@ -1757,11 +1759,11 @@ def flops_of_processor() -> float:
 def cost_of(
     cfg: Config, model: Outline, device: Device, recomputing: bool, tokens: float, targets: float
 ) -> tuple[float, float]:
-    """Seconds to train on so many tokens and targets, and bytes when they are computed at once."""
+    """Seconds to train on so many tokens and targets, and the bytes to compute them all at once."""
     size = bytes_of(device.dtype)
     inner = max(inputs for inputs, _ in model.linear.values())
     gated = any("gate" in name for name in model.linear)
-    # What a block keeps of a token for the backward pass; the tests count the same in real models.
+    # Bytes that a block keeps per token for the backward pass; tests count them in real models.
     wide = (3 if gated else 1) + any(inputs == inner for inputs, _ in model.adapted)
     kept = size * ((9 if gated else 7) * model.hidden + wide * inner)
     kept += 4 * model.hidden if size == 2 else 0
@@ -1773,7 +1775,7 @@ def cost_of(
     adapter = cfg.LORA_R * sum(map(sum, model.adapted))
     memory = LIMITS_OF[device.kind][2] + model.parameters * (0.65 if device.four_bit else size)
     memory += 16 * adapter + tokens * of_token + targets * 12 * model.vocabulary
-    # 4 operations a weight, 6 of an adapter, whose narrow products are 4 times slower
+    # 4 operations per weight; 6 per adapter weight, whose narrow products are 4 times slower
     weights = sum(map(math.prod, model.linear.values()))
     operations = tokens * (weights * (6 if recomputing else 4) + 24 * adapter)
     operations += targets * 4 * model.hidden * model.vocabulary
@@ -1808,7 +1810,7 @@ def plan_run(
     if recomputing:
         reason += f"; gradient checkpointing {'as set' if recompute else 'to save memory'}"
     seconds, _ = cost(recomputing, tokens, sum(targets))
-    # counted in a block: 400 operations of a row, 10 of each example in it, 125 of a generated token
+    # kernels per block: 400 for a row, 10 for each example in it, 125 for a generated token
     rows = max(epoch, math.ceil(tokens / at_once))
     seconds = max(seconds, model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH)
     row = max(min(at_once, sum(lengths[:pairs])), lengths[0])
@@ -1899,7 +1901,7 @@ def main_process_first() -> Iterator[None]:
 
 PINNED_REVISIONS = {"microsoft/phi-2": "ef382358ec9e382308935a992d908de099b64c23"}
 FLAT_ATTENTION = "one_example_at_a_time"
-# They warn of what is done differently here: kernels, the best adapter, the age of checkpoints.
+# Loggers that warn of what is done on purpose here: kernels, the best adapter, old checkpoints.
 NOISY = (
     "bitsandbytes.backends.cpu.ops transformers.trainer_callback transformers.trainer_utils".split()
 )
@@ -1909,7 +1911,7 @@ TARGET_GROUPS = {
     "attention": re.compile(r"\b(self_attn|attn|attention|self_attention)\."),
     "mlp": re.compile(r"\b(mlp|feed_forward|ffn)\."),
 }
-BASE_PLACE = "base_model_folder.txt"  # where a base lies on this computer: nobody else's business
+BASE_PLACE = "base_model_folder.txt"  # where the base lies on this computer; never in the zip
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
 DEMO_STEPS = 100  # of pretraining; fewer leave the model without words
 # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need; MAX_LENGTH decides the length
@@ -1933,15 +1935,15 @@ def demo_folder() -> Path:
     from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast, set_seed
 
     say("Model", "building the demo model (once, under a minute)")
-    cutter, end, size = ByteLevelBPETokenizer(), "<|endoftext|>", DEMO_SHAPE["vocab_size"]
-    cutter.train_from_iterator([book], size, special_tokens=[end], show_progress=False)
+    bpe, end, size = ByteLevelBPETokenizer(), "<|endoftext|>", DEMO_SHAPE["vocab_size"]
+    bpe.train_from_iterator([book], size, special_tokens=[end], show_progress=False)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=cutter._tokenizer,
+        tokenizer_object=bpe._tokenizer,
         model_max_length=DEMO_SHAPE["max_position_embeddings"],
         **dict.fromkeys(("bos_token", "eos_token", "pad_token"), end),
     )
     set_seed(0)
-    model, ids = PhiForCausalLM(PhiConfig(**DEMO_SHAPE)), torch.tensor(cutter.encode(book).ids)
+    model, ids = PhiForCausalLM(PhiConfig(**DEMO_SHAPE)), torch.tensor(bpe.encode(book).ids)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=DEMO_STEPS)
     for _ in range(DEMO_STEPS):
@@ -1964,18 +1966,26 @@ class UnreachableError(UserError):
     """The model is not on this computer, and the Hub cannot be asked for it."""
 
 
+def memory_fault(error: BaseException) -> str:
+    """ "full" where less at once may fit, "broken" where this process has lost its GPU, or ""."""
+    text = str(error).lower()
+    if re.search(r"cuda (driver )?error: out of memory|cublas_status_alloc_failed", text):
+        return "broken"
+    full = "out of memory" in text or "can't allocate memory" in text
+    return "full" if isinstance(error, MemoryError) or full else ""
+
+
 @contextmanager
 def explained(what: str, advice: str) -> Iterator[None]:
-    """What a library says of the network or of a damaged file, as one message."""
+    """Turn a library's error about the network or a damaged file into one message."""
     try:
         yield
     except (UserError, ModuleNotFoundError):
         raise
-    except Exception as error:  # the Hub's client, zipfile, json, safetensors and peft have many
-        found = f"{type(error).__name__}: {error}"
-        full = isinstance(error, (RuntimeError, MemoryError))
-        if full and re.search("memory|cuda|cublas", found, re.IGNORECASE):
+    except Exception as error:  # the Hub's client, zipfile, json, safetensors, peft raise many
+        if memory_fault(error):
             raise
+        found = f"{type(error).__name__}: {error}"
         if type(error).__name__ == "HFValidationError":  # the Hub's client knows no folders
             found = "There is no such folder here."
         refusal = UnreachableError if isinstance(error, ConnectionError) else UserError
@@ -2004,27 +2014,26 @@ def base_name(cfg: Config) -> str:
 
 
 def base_source(cfg: Config) -> dict[str, Any]:
-    """Where transformers finds the base: a folder, or from now on this one commit on the Hub."""
+    """Where transformers finds the base: a folder, or one commit on the Hub, kept from now on."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
-    # without code of the model's own, or else transformers asks, and a y runs it
+    # never with the model's own code; if unset, transformers asks, and a y runs it
     source: dict[str, Any] = {"trust_remote_code": False}
     if folder := local_base(cfg):
         return source | {"pretrained_model_name_or_path": str(folder)}
     name, revision = cfg.MODEL_NAME, cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
     cached = try_to_load_from_cache(name, "config.json", revision=revision)
     commit = Path(cached).parent.name if isinstance(cached, str) else ""
-    if not commit or commit != revision:  # what is newest may change at any time
+    if not commit or commit != revision:  # a branch may move at any time
         try:
             commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
-        except Exception as error:  # of the network, each library has its own
-            if not commit and isinstance(error, errors.HfHubHTTPError):
-                raise
+        except errors.HfHubHTTPError:
             if not commit:
-                missing = (
-                    f"revision {revision or 'main'} is not here, and the Hub cannot be reached"
-                )
-                raise ConnectionError(f"{missing} ({type(error).__name__})") from None
+                raise
+        except Exception as error:  # each network library has its own
+            if not commit:
+                missing = f"revision {revision or 'main'} is not here, and the Hub cannot be"
+                raise ConnectionError(f"{missing} reached ({type(error).__name__})") from None
     cfg.MODEL_REVISION = commit
     return source | {"pretrained_model_name_or_path": name, "revision": commit}
 
@@ -2041,7 +2050,7 @@ def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
 
     with explained_model(cfg):
         tokenizer = AutoTokenizer.from_pretrained(**base_source(cfg))
-        if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a mere config
+        if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a bare config
             raise OSError("it has no tokenizer")
     set_template(cfg, tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # of batches; never a label
@@ -2063,7 +2072,7 @@ def linear_layers(base: transformers.PreTrainedModel) -> dict[str, tuple[int, in
 
 
 def outline_of(config: Any) -> Outline:
-    """What a model of this configuration is made of; no weights are needed."""
+    """The sizes of a model with this configuration; no weights are needed."""
     if config.model_type == "phi":  # to import a model's class takes longer than all else of check
         hidden, inner = config.hidden_size, config.intermediate_size
         blocks = config.num_hidden_layers
@@ -2087,14 +2096,14 @@ def outline_of(config: Any) -> Outline:
 
 
 def known_outline(cfg: Config) -> Outline | None:
-    """The outline of MODEL_NAME; None where it cannot be had, which loading the model explains."""
+    """The outline of MODEL_NAME, or None; loading the model will then explain why."""
     with suppress(Exception):
         return outline_of(base_config(cfg))
     return None
 
 
 def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
-    """The model as it was published, but without dropout: the only one is to be LORA_DROPOUT."""
+    """The published model without its own dropout: LORA_DROPOUT is to be the only one."""
     import torch
     from huggingface_hub.utils.tqdm import enable_progress_bars
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GenerationConfig
@@ -2126,7 +2135,7 @@ def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
         )
         if loaded["missing_keys"]:  # transformers would go on with random weights
             raise OSError(f"it lacks weights, among them {min(loaded['missing_keys'])}")
-    model.generation_config = GenerationConfig()  # how it answers is decided here alone
+    model.generation_config = GenerationConfig()  # generation settings come from Config alone
     return model
 
 
@@ -2214,13 +2223,13 @@ def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = T
         # a repacked layer hands no gradient on, so measuring once would end all learning.
         if learning and hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
-    # or else every checkpoint asks the Hub whether the base has another vocabulary by now
+    # otherwise every checkpoint would ask the Hub whether the base's vocabulary has changed
     model.save_pretrained = functools.partial(model.save_pretrained, save_embedding_layers=False)
     return model
 
 
 def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
-    """Give the model these weights of an adapter, and make sure that they are all of them."""
+    """Load the weights of an adapter, and make sure that none is missing or left over."""
     advice = "The adapter and its run.json have to come from the same training."
     with explained("The adapter does not fit its base model.", advice):
         found = usable_peft().set_peft_model_state_dict(model, weights)
@@ -2242,19 +2251,19 @@ def layers_in(adapter: Path) -> list[str]:
 
 @dataclass
 class Run:
-    """A finished run: it answers as the model did before its training, and as it does after it."""
+    """A finished run, which can answer as the base model and as the tuned one."""
 
     cfg: Config  # of its training
     tokenizer: Any
     model: Any = None  # with an adapter that can be switched off, or with one that was merged
-    place: Path = Path()  # as the person knows it
-    folder: Path = Path()  # of its files: of a zip, what was in it
+    place: Path = Path()  # the folder or zip that the person named
+    folder: Path = Path()  # the folder, or what was unpacked from the zip
     record: dict[str, Any] = field(default_factory=dict)  # its run.json
     adapter: dict[str, Any] = field(default_factory=dict)  # merged weights have none
 
     @contextmanager
     def untuned(self) -> Iterator[Any]:
-        """The base model: with an adapter, the same weights."""
+        """The base model: the same weights with the adapter disabled, where there is one."""
         if hasattr(self.model, "disable_adapter"):
             with self.model.disable_adapter():
                 yield self.model
@@ -2269,12 +2278,12 @@ class Run:
     def device(self) -> Device:
         device = device_here(self.cfg)
         say("Device", device.reason)
-        fast = device.four_bit and device.kind == "cpu"  # as bitsandbytes is there, in this form
+        fast = device.four_bit and device.kind == "cpu"  # where bitsandbytes is fast in this form
         return device._replace(dtype="bfloat16") if fast else device
 
     @functools.cached_property
     def base_settings(self) -> Config:
-        """The settings with the folder where the base is now, unless it is on the Hub."""
+        """The settings, with the folder where a local base is now."""
         name, note = self.cfg.MODEL_NAME, self.folder / BASE_PLACE
         if not name.startswith("./"):
             return self.cfg
@@ -2294,7 +2303,7 @@ class Run:
 
     @property
     def stored_dtype(self) -> str:
-        """The numbers in which the base was published."""
+        """The dtype in which the base was published."""
         return str(self.shape.dtype or "float16").removeprefix("torch.")
 
     @functools.cached_property
@@ -2308,7 +2317,7 @@ class Run:
 
 
 def context_of(model: Any, tokenizer: Any) -> int:
-    """Tokens that a question and its answer may have together."""
+    """The most tokens that a question and its answer may have together."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return int(min(tokenizer.model_max_length, positions or math.inf))
 
@@ -2322,7 +2331,7 @@ def load_tuned(place: Path, four_bit: bool | None = None) -> Run:
             f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp.\n"
             "To ask it here, name the folder of the training: --output-dir ./model"
         )
-    if four_bit is not None or merged:  # whose sums 4 bits would round once more
+    if four_bit is not None or merged:  # which 4 bits would round once more
         run.cfg.LOAD_IN_4BIT = bool(four_bit)
     if merged:
         run.model = load_base(changed(run.cfg, MODEL_NAME=str(run.folder)), run.device).eval()
@@ -2364,7 +2373,7 @@ def open_run(place: Path) -> Run:
 
 
 def unzip(path: Path, folder: Path) -> None:
-    """Unpack a zip of unknown origin: nothing outside the folder, nor more than the disk can hold."""
+    """Unpack a zip of unknown origin: nothing outside the folder, no more than the disk can hold."""
     with zipfile.ZipFile(path) as archive:
         need = sum(member.file_size for member in archive.infolist())
         if need > shutil.disk_usage(folder).free:
@@ -2384,12 +2393,13 @@ def record_of(folder: Path) -> dict[str, Any]:
 
 
 def may_share_rows(model: Any) -> bool:
-    """Whether several examples may lie in one row: what a token sees of others is left to attention."""
+    """Whether several examples may share a row: only attention may let a token see others."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     kinds = set(getattr(base.config.get_text_config(), "layer_types", None) or ())
     usual = base.config._attn_implementation in ("sdpa", FLAT_ATTENTION)
     exchangeable = base._supports_attention_backend and base._supports_sdpa and usual
     known = kinds <= {"full_attention", "sliding_attention"}
+    known &= base.config.model_type != "nemotron"  # transformers 5.23: it passes no lengths on
     return exchangeable and not base._is_stateful and known
 
 
@@ -2441,7 +2451,7 @@ def attend_in_each_example(
 def padding_free(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
     """Let the model read rows as `flatten` makes them: of several examples, or else of one.
 
-    What every block adds to is in float32 on a GPU, also where the blocks compute in 16 bits.
+    On a GPU the residual stream is in float32, also where the blocks compute in 16 bits.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -2506,28 +2516,23 @@ def fused_lora() -> Any:
 
 
 @contextmanager
-def fused_lora_layers(model: PeftModel, enabled: bool = True) -> Iterator[None]:
-    """Compute each layer and its adapter as one, where that is one ordinary LoRA."""
+def fused_lora_layers(cfg: Config, model: PeftModel) -> Iterator[None]:
+    """Compute each layer and its adapter as one; DoRA and layers of other kinds are left to peft."""
     import torch
     from peft.tuners.lora import LoraLayer
 
-    fused, layers = fused_lora(), []
+    fused, fast = fused_lora(), cfg.FAST_ADAPTER and not cfg.USE_DORA
+    adapted = [m for m in model.modules() if isinstance(m, LoraLayer)] if fast else []
+    layers = [m for m in adapted if type(m.get_base_layer()).__name__ in ("Linear", "Linear4bit")]
 
     def forward(layer: Any, x: torch.Tensor) -> torch.Tensor:
-        if layer.disable_adapters or layer.merged:
-            return type(layer).forward(layer, x)
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-        dropout = getattr(layer.lora_dropout["default"], "p", 0.0) if layer.training else 0.0
-        return fused(x, a, b, layer, dropout, dtype)
+        return fused(x, a, b, layer, cfg.LORA_DROPOUT if layer.training else 0.0, dtype)
 
-    for layer in model.modules() if enabled else ():
-        if isinstance(layer, LoraLayer) and layer.active_adapters == ["default"]:
-            special = layer.lora_variant or layer.lora_bias["default"]  # such as DoRA
-            if type(layer.get_base_layer()).__name__ in ("Linear", "Linear4bit") and not special:
-                layer.forward = functools.partial(forward, layer)
-                layers.append(layer)
+    for layer in layers:
+        layer.forward = functools.partial(forward, layer)
     try:
         yield
     finally:
@@ -2537,11 +2542,11 @@ def fused_lora_layers(model: PeftModel, enabled: bool = True) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None]:
-    """As the model is when it answers or is measured: in the numbers of the training."""
+    """Eval mode without gradients, in the dtype of the training."""
     import torch
 
     was_training, dtype = model.training, model.get_input_embeddings().weight.dtype
-    if was_training:  # to ask all layers for each token of an answer would take longer than it
+    if was_training:  # a loaded run is already: switching all layers takes longer than a token
         model.eval()
     try:
         half = dtype != torch.float32
@@ -2558,12 +2563,12 @@ def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None
 
 FEWEST_PAIRS = 2
 ENOUGH_PAIRS = 50
-POOR = 0.5  # the quality below which nothing is trained without --yes
+POOR = 0.5  # below this quality nothing is trained without --yes
 
 
 @dataclass
 class PreparedData:
-    """Everything that training needs of the data; made without a GPU and without the weights."""
+    """Everything that training needs of the data; made without a GPU or the weights."""
 
     tokenizer: Any  # the model's; None for `check` without internet
     pairs: Pairs
@@ -2633,7 +2638,7 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
 
 
 def memory_of(row: Sequence[Example]) -> int:
-    """By which rows are compared: tokens, and targets again, for which logits are kept."""
+    """A measure of a row's memory: its tokens, and once more its targets, which need logits."""
     return sum(2 * tokens_in(one) - one["labels"].count(IGNORE) for one in row)
 
 
@@ -2663,11 +2668,11 @@ def shares_of_steps(examples: Sequence[Example], plan: Plan, seed: int) -> list[
 
 
 def summed_loss(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = 1) -> torch.Tensor:
-    """Cross entropy of a row's targets: its share of the mean over so many, however they are cut up."""
+    """A row's share of the mean cross entropy over so many targets, however they are split up."""
     import torch
 
     logits, targets = outputs.logits, (labels[0] != IGNORE).nonzero()[:, 0]
-    if logits.shape[1] != len(targets):  # the model could not be told which to compute
+    if logits.shape[1] != len(targets):  # the model computes them all
         logits = logits[:, targets - 1]
     cross_entropy = torch.nn.functional.cross_entropy
     total = cross_entropy(logits[0].float(), labels[0, targets], reduction="sum")
@@ -2699,7 +2704,7 @@ def log_path(cfg: Config, run: str = "") -> Path:
 
 @contextmanager
 def warned(what: str) -> Iterator[None]:
-    """Around what is nice to have, and must not cost anybody the training, the adapter or the check."""
+    """For what is nice to have: its failure is said, and costs nobody the training or the adapter."""
     try:
         yield
     except Exception as error:
@@ -2742,7 +2747,7 @@ def quarantine(path: Path, name: str, why: object) -> None:
 
 # -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
 
-# The settings that decide the result, beside those that identity_of works out
+# The settings that decide the result, besides those that identity_of works out
 DECIDING = (
     "LORA_R LORA_ALPHA LORA_DROPOUT LORA_TARGETS LORA_LAYERS USE_RSLORA USE_DORA LORA_INIT LEARNING_RATE NUM_EPOCHS MAX_STEPS LR_SCHEDULER "
     "WARMUP_RATIO WEIGHT_DECAY MAX_GRAD_NORM NEFTUNE_ALPHA SEED EVAL_STEPS EARLY_STOPPING_PATIENCE"
@@ -2779,7 +2784,7 @@ def identity_of(cfg: Config, data: PreparedData, device: Device) -> dict[str, An
 
 
 def differences(here: dict[str, Any], there: dict[str, Any]) -> str:
-    """What sets two runs apart, for the person: settings with their values."""
+    """How two runs differ, for the person: settings with their values."""
     return ", ".join(
         name if name.islower() else f"{name} {as_text(value)} (there {as_text(there.get(name))})"
         for name, value in here.items()
@@ -2821,7 +2826,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_commit(folder: Path) -> Checkpoint:
-    """What is claimed of a checkpoint, maybe by a stranger; ValueError where that makes no sense."""
+    """What COMMIT.json claims, maybe a stranger's; ValueError where that makes no sense."""
     try:
         sealed = json.loads((folder / COMMIT).read_bytes())
         record = sealed["record"] | {"stats": RunStats(**sealed["record"]["stats"])}
@@ -2846,13 +2851,13 @@ class Checkpoints:
         self.best_adapter = b""  # goes into every checkpoint; in memory, no disk can damage it
 
     def starting_point(self) -> Checkpoint | None:
-        """The newest valid checkpoint: here, in the mirror, or as named; copied where it is not here."""
+        """The newest valid checkpoint: here, in the mirror, or as named; copied here if elsewhere."""
         others = [*self.folder.parent.glob("*/checkpoint-*/" + COMMIT)]
         if others and not self.folder.exists():
             other = max(others, key=lambda path: path.stat().st_mtime).parent
             with suppress(ValueError):
                 changed = differences(self.identity, read_commit(other).identity)
-                say("New run", f"beside that in {short_path(other.parent)}, which stays: {changed}")
+                say("New run", f"{short_path(other.parent)} is kept. What differs: {changed}")
         for place in filter(Path.exists, () if self.cfg.RESUME else self.places):
             with warned(f"{place} is in the way") if place != self.folder else nullcontext():
                 quarantine(place, f"{place.name}.unused", "RESUME is off")
@@ -2860,15 +2865,7 @@ class Checkpoints:
         with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
             found = [*itertools.islice(self.valid(self.places if self.cfg.RESUME else []), 1)]
             if self.cfg.RESUME_FROM_CHECKPOINT:
-                place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
-                advice = "Name a checkpoint-N of this run or a zip of it, or leave the setting out."
-                with explained(f"RESUME_FROM_CHECKPOINT {place} cannot be used.", advice):
-                    if place.is_file():
-                        unzip(place, Path(unpacked))
-                    commits = [*Path(unpacked if place.is_file() else place).rglob(COMMIT)]
-                    if not commits:
-                        raise ValueError(f"there is no {COMMIT}")
-                    found += [self.verify(path.parent) for path in commits]
+                found += self.named(Path(unpacked))
             self.last = max(found, key=lambda one: one.step, default=None)
             if self.last and self.last.folder != self.folder / f"checkpoint-{self.last.step}":
                 say("Checkpoint", f"step {self.last.step} is newer and is fetched from elsewhere")
@@ -2880,6 +2877,18 @@ class Checkpoints:
         if not self.last and any(any(place.glob("incomplete-*")) for place in self.places):
             say("Warning", "no checkpoint is valid, so the training starts from the beginning")
         return self.last
+
+    def named(self, unpacked: Path) -> list[Checkpoint]:
+        """The checkpoints in the folder or zip that RESUME_FROM_CHECKPOINT names."""
+        place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
+        advice = "Name a checkpoint-N of this run or a zip of it, or leave the setting out."
+        with explained(f"RESUME_FROM_CHECKPOINT {place} cannot be used.", advice):
+            if place.is_file():
+                unzip(place, unpacked)
+                place = unpacked
+            if not (commits := [*place.rglob(COMMIT)]):
+                raise ValueError(f"there is no {COMMIT}")
+            return [self.verify(path.parent) for path in commits]
 
     def verify(self, folder: Path, thorough: bool = True) -> Checkpoint:
         """The checkpoint in a folder, or ValueError; thorough: by contents, not only by sizes."""
@@ -2900,7 +2909,9 @@ class Checkpoints:
         """Valid checkpoints, newest first: by step, since clocks jump. Others get another name."""
         folders = [path for place in places for path in place.glob("checkpoint-*/")]
         steps = {path: int(path.name[11:]) for path in folders if path.name[11:].isdecimal()}
-        for folder in sorted(steps, key=steps.__getitem__, reverse=True):  # at first those here
+        for folder in sorted(
+            steps, key=steps.__getitem__, reverse=True
+        ):  # of two with the same number, first the one here
             try:
                 found = self.verify(folder, thorough)
                 if found.step != steps[folder]:
@@ -2952,7 +2963,7 @@ class Checkpoints:
         self.spread(self.last)
 
     def spread(self, newest: Checkpoint) -> None:
-        """Archive and mirror a checkpoint, and keep two and the best; this may not cost the training."""
+        """Archive and mirror a checkpoint, and delete old ones; a failure costs a warning only."""
         archive = newest.folder.with_suffix(".zip")
         if self.cfg.ARCHIVE_CHECKPOINTS:
             with (
@@ -2978,7 +2989,7 @@ class Checkpoints:
 
 # -- When somebody wants an end
 
-SAME_SIGNAL = 2  # seconds: Jupyter's stop button sends several at once
+SAME_SIGNAL = 2  # seconds in which a second one is the same: Jupyter's stop button sends several
 
 
 class Stopped(KeyboardInterrupt):
@@ -3011,7 +3022,7 @@ def stop_signals() -> Iterator[list[int]]:
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
                 usual[number] = signal.signal(number, receive)
     except ValueError:
-        say("Note", "outside the main thread Ctrl+C cannot save; the last checkpoint counts")
+        say("Note", "outside the main thread, Ctrl+C cannot save; the newest checkpoint counts")
     try:
         yield noted
     finally:
@@ -3029,15 +3040,6 @@ Way = TypeVar("Way")
 Result = TypeVar("Result")
 
 
-def memory_fault(error: BaseException) -> str:
-    """ "full" when less at once may fit, "broken" when the GPU is of no more use to this process, or ""."""
-    text = str(error).lower()
-    if re.search(r"cuda (driver )?error: out of memory|cublas_status_alloc_failed", text):
-        return "broken"
-    full = "out of memory" in text or "can't allocate memory" in text
-    return "full" if isinstance(error, MemoryError) or full else ""
-
-
 def halvings(most: int, least: int) -> list[int]:
     """From most to least, each half of the one before."""
     return [most] if most <= least else [most, *halvings(max(least, most // 2), least)]
@@ -3052,7 +3054,7 @@ def as_many_as_fit(act: Callable[[Way], Result], ways: Sequence[Way]) -> Result:
         except (RuntimeError, MemoryError) as error:
             if memory_fault(error) != "full" or world_size() > 1:
                 raise
-        gc.collect()  # not before here, since the error holds on to what filled it
+        gc.collect()  # only here, since the error holds on to what filled the memory
     return act(last)
 
 
@@ -3098,7 +3100,7 @@ def optimizer_name(cfg: Config, device: Device) -> str:
 
 @dataclass(eq=False, repr=False)
 class AnswerTrainer(Trainer):
-    """The Trainer, and its own callback: steps of rows without padding, verified checkpoints."""
+    """The Trainer and its callback in one: steps without padding, checkpoints that are verified."""
 
     cfg: Config
     adapted: PeftModel
@@ -3118,13 +3120,33 @@ class AnswerTrainer(Trainer):
         import torch
         import transformers
 
+        super().__init__(
+            self.adapted,
+            self.arguments(),
+            train_dataset=shares_of_steps(self.data.train, self.plan, self.cfg.SEED),
+            eval_dataset=self.data.validation or None,
+            data_collator=self.collate,
+            compute_loss_func=summed_loss,
+        )
+        self.add_callback(self)
+        if self.accelerator.scaler:
+            scaler = torch.amp.GradScaler(self.args.device.type, init_scale=FIRST_SCALE)
+            self.accelerator.scaler = scaler
+        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
+            bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
+            self.add_callback(bar)
+
+    def arguments(self) -> transformers.TrainingArguments:
+        """The settings, as the Trainer calls them."""
+        import transformers
+
         cfg, plan, folder = self.cfg, self.plan, self.checkpoints.folder
         on_gpu = self.device.kind == "cuda"
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(local_path(cfg.LOG_DIR) / folder.name)
         arguments = transformers.TrainingArguments(
             output_dir=str(folder),
             max_steps=plan.steps,
-            per_device_train_batch_size=1,  # which is a step, or the share of a process
+            per_device_train_batch_size=1,  # all pairs of a step, or the share of a process
             train_sampling_strategy="sequential",
             **{name.lower(): getattr(cfg, name) for name in SAME_NAMES.split()},
             lr_scheduler_type=cfg.LR_SCHEDULER,
@@ -3147,20 +3169,7 @@ class AnswerTrainer(Trainer):
         # the earlier and the later name, of which each version of transformers knows one or warns
         arguments.gradient_checkpointing = arguments.activation_checkpointing = plan.checkpointing
         arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
-        super().__init__(
-            self.adapted,
-            arguments,
-            train_dataset=shares_of_steps(self.data.train, plan, cfg.SEED),
-            eval_dataset=self.data.validation or None,
-            data_collator=self.collate,
-            compute_loss_func=summed_loss,
-        )
-        self.add_callback(self)
-        if self.accelerator.scaler:
-            self.accelerator.scaler = torch.amp.GradScaler("cuda", init_scale=FIRST_SCALE)
-        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
-            bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
-            self.add_callback(bar)
+        return arguments
 
     def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
         """This process's share of one step: its rows, and what the Trainer counts."""
@@ -3172,7 +3181,7 @@ class AnswerTrainer(Trainer):
     def run(self, start: Checkpoint | None) -> None:
         """To the last step, or to the one in which a signal asks for an end."""
         try:
-            with fused_lora_layers(self.adapted, self.cfg.FAST_ADAPTER), padding_free(self.adapted):
+            with fused_lora_layers(self.cfg, self.adapted), padding_free(self.adapted):
                 self.train(resume_from_checkpoint=str(start.folder) if start else None)
         except Exception as error:
             known = self.step_began or isinstance(error, UserError) or memory_fault(error)
@@ -3193,7 +3202,7 @@ class AnswerTrainer(Trainer):
 
         state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
         self.session_start = state.global_step, self.stats.seconds
-        if args.device.type != "cpu":  # what is too much for memory had better be so now
+        if args.device.type != "cpu":  # a row too large for memory had better fail now
             most, shared = self.plan.tokens_at_once, may_share_rows(self.adapted)
             rows = [row for share in self.train_dataset for row in pack(share, most)]
             largest = max(rows, key=memory_of)
@@ -3202,7 +3211,7 @@ class AnswerTrainer(Trainer):
             self.model_wrapped.zero_grad()
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        """Row by row, whose gradients and losses add up; what is not finite changes nothing."""
+        """Add up the gradients and losses of the rows; a step that is not finite changes nothing."""
         import torch
 
         self.step_began = time.perf_counter()
@@ -3224,7 +3233,7 @@ class AnswerTrainer(Trainer):
         return torch.zeros_like(loss)  # with a NaN, the Trainer's sum would stay one for ever
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Only what is finite, and of the whole run: the Trainer's train_loss is of this sitting."""
+        """Only what is finite, and of the whole run: the Trainer's train_loss is of this session."""
         from tqdm import tqdm
 
         if self.lost_loss and logs.pop("loss", None) is not None:
@@ -3361,7 +3370,7 @@ def train_adapter(
         say("Before", f"validation loss of the untrained model: {first.base_loss:.3f}")
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
-    # the Trainer's noise knows but one length in a row
+    # the Trainer's NEFTune knows one example per row only
     shared = cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
     most, longest = plan.tokens_at_once if shared else 0, max(map(tokens_in, data.train))
     ways = [plan._replace(tokens_at_once=count) for count in halvings(most, longest)]
@@ -3904,19 +3913,25 @@ def public_place(place: str) -> str:
     return path.name if path.is_absolute() else place
 
 
+LOGGED = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
+
+
 def training_log(trained: TrainingResult) -> pandas.DataFrame:
     import pandas
 
-    columns = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
-    log = pandas.DataFrame(trained.history).reindex(columns=columns)
+    log = pandas.DataFrame(trained.history).reindex(columns=LOGGED)
     return log.dropna(subset=["loss", "eval_loss"], how="all")
 
 
 def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
-    losses, stats = training_log(trained).dropna(subset=["loss"]), trained.stats
-    steps = losses["step"].diff().fillna(losses["step"])  # of which a logged loss is the mean
+    import pandas
+
+    stats, log = trained.stats, pandas.DataFrame(trained.history).reindex(columns=LOGGED)
+    log = log.dropna(subset=["learning_rate"])
+    # of how many steps a logged loss is the mean; none is logged where a step was skipped
+    steps = log["step"].diff().fillna(log["step"]).where(log["loss"].notna())
     return {
-        "train_loss": float((losses["loss"] * steps).sum() / steps.sum()),
+        "train_loss": float((log["loss"] * steps).sum() / steps.sum()),
         "eval_loss": trained.final_loss,
         "base_eval_loss": trained.base_loss,
         "best_step": trained.best_step,
@@ -5130,7 +5145,7 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
 def modelfile(run: Run, file: str) -> str:
     """For Ollama: the prompt of the training; where questions were taught alone, the last one only."""
     chat = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
-    before, _, between, after = re.split(BLANK.format("."), chat)
+    before, _, between, after = re.split(PLACEHOLDER.format("."), chat)
     turns = '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}' + after
     turns += '{{ else if eq .Role "assistant" }}{{ .Content }}' + between
     if not uses_history(run, run.cfg):

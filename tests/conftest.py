@@ -5,7 +5,9 @@ A run takes a second or two, so what many tests look at is trained once and copi
 
 import base64
 import io
+import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -236,6 +238,13 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         return code, printed.out + printed.err
 
     return run
+
+
+def metrics(home: Path = Path()) -> dict[str, Any]:
+    """The figures of the finished run in this folder."""
+    text = (home / "model/training_visuals/training_metrics.json").read_text()
+    assert not re.search("NaN|Infinity", text)
+    return dict(json.loads(text))
 
 
 def in_words(text: str) -> str:

@@ -18,7 +18,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import xlwt
-from conftest import in_words
+from conftest import in_words, sweep
 from openpyxl.utils import get_column_letter as letters
 from pyxlsbwriter import XlsbWriter
 from seams import Config, UserError, find_pairs
@@ -307,6 +307,11 @@ def cases(name: str) -> dict[str, str]:
     found = {re.split(r": | \| |\n", case)[0]: case for case in moved}
     assert len(found) == len(every), name
     return found
+
+
+def marked(name: str) -> list[Any]:
+    """The cases of a table, of which some are for the long run."""
+    return [sweep(case) if case.startswith("sweep ") else case for case in cases(name).values()]
 
 
 def cases_of_files(name: str, shape: str = "question and answer") -> dict[str, File]:

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PAIRS, Run, at_step, call, in_words, signal_at, sweep, write_workbook
+from conftest import PAIRS, Run, at_step, call, in_words, metrics, signal_at, sweep, write_workbook
 from kill_rig import is_whole
 from safetensors import SafetensorError
 from seams import ROOT
@@ -112,10 +112,6 @@ def names(folder: Path) -> set[str]:
 
 def adapter(home: Path = Path()) -> bytes:
     return (home / "model" / ADAPTER).read_bytes()
-
-
-def metrics(home: Path = Path()) -> Any:
-    return json.loads((home / "model/training_visuals/training_metrics.json").read_text())
 
 
 def modes(home: Path) -> set[int]:
@@ -243,19 +239,6 @@ def no_file_above(_: Path, __: Faults, mends: ExitStack, size: str) -> None:
     mends.callback(resource.setrlimit, resource.RLIMIT_FSIZE, usual)
 
 
-def disk_of(home: Path, faults: Faults, mends: ExitStack, kilobytes: str) -> None:
-    """A disk that has no more room than this from the first step on; only root can have one."""
-    disk, copy = home / "checkpoints", home / "copy"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=50m", "tmpfs", disk]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("a small disk can be had by root only; the limits on files stand for it")
-    at_step(faults, 1, lambda: subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True))
-    mends.callback(lambda: [disk.rmdir(), copy.rename(disk)])
-    mends.callback(subprocess.run, ["umount", disk], check=True)
-    mends.callback(shutil.copytree, disk, copy)
-
-
 def at_commit(faults: Faults, act: Callable[[Path], object]) -> None:
     """Act on the folder of each checkpoint when its COMMIT.json is about to get its name."""
     real = os.replace
@@ -291,7 +274,7 @@ COMMITS = (
 )
 ACTS: dict[str, Act] = {  # with the words that follow in scenes.txt
     **{how: on(how) for how in ("cut", "blank", "lose", "flip")}, "mkdir": on(Path.mkdir), "give-zip": give_zip,
-    "fail": fail, "no-file-above": no_file_above, "disk-of": disk_of, "older-here": older_here, "other-inputs": other_inputs,
+    "fail": fail, "no-file-above": no_file_above, "older-here": older_here, "other-inputs": other_inputs,
     "torn-result": lambda home, *_: [(earlier := home / "model.previous").mkdir(), (earlier / "mine.txt").touch(), (home / "model" / ADAPTER).write_bytes(b"torn")],
     "commit": lambda home, _, __, number: odd_commit(COMMITS[int(number)])(place(home, 3)),
     "other-run": lambda home, *_: place(home).rename(home / "checkpoints/other"),  # it is looked at, but is not the one of this command
@@ -365,13 +348,17 @@ def test_whatever_goes_wrong_the_same_command_ends_the_same(scene: str, begin: B
     assert all(is_whole(path) for path in found if path.is_dir()), "a part under a final name"
 
 
-def test_log_and_clock_go_on_also_off_the_main_thread(begin: Begin, go: Go) -> None:
-    home = begin("here")
+def test_log_and_clock_go_on_also_off_the_main_thread(begin: Begin, go: Go, patched: pytest.MonkeyPatch) -> None:
+    """And each picture is drawn once."""
+    home, drawn = begin("here"), list[str]()
     assert go(stop=1).code == 130
+    savefig = lambda _, file, **__: [drawn.append(Path(file).name.split(".")[0]), Path(file).touch()]  # noqa: E731
+    patched.setattr("matplotlib.figure.Figure.savefig", savefig)
     with ThreadPoolExecutor(1) as thread:  # where no signal can be caught: S9
-        went = thread.submit(go).result()
+        went = thread.submit(go, "--eval-answers", 1).result()
     assert went.code == 0
     assert "Ctrl+C" in went.text
+    assert sorted(drawn) == sorted(set(drawn)) and drawn
     assert_as_undisturbed(home)
     logs = "".join(path.read_text(encoding="utf-8") for path in sorted((home / "logs").iterdir()))
     assert re.findall(r"\bstep\W+(\d+)\W+loss\b", logs) == ["1", "2", "3", "4", "5"]
@@ -394,15 +381,6 @@ def test_the_best_checkpoint_is_kept_and_goes_with_every_later_one(workbook: Pat
     assert names(place()) == {"checkpoint-4"}
     assert train().steps == 1
     assert adapter() == kept, "a checkpoint alone is not enough"
-
-
-def test_early_stopping_survives_a_kill_before_the_outputs(workbook: Path, phi_folder: Path, go: Go) -> None:
-    train = partial(go, *OVERSHOOTING, "--max-steps", 9, "--early-stopping-patience", 2, model=phi_folder)
-    assert train().steps < 9, "the case is not the one meant"
-    first, kept = metrics(), adapter()
-    shutil.rmtree("model")
-    assert train().steps == 0
-    assert (metrics(), adapter()) == (first, kept)
 
 
 @pytest.mark.parametrize("minutes, saved", [(0.1, [1, 2, 3, 4, 5]), (1, [5])])
@@ -459,22 +437,6 @@ def test_the_command_with_a_named_checkpoint_goes_on_and_an_archive_is_enough(be
     assert train().steps == 1
     assert_as_undisturbed(home)
     assert not [*home.parent.rglob("beyond"), *Path("/tmp").glob("beyond")]
-
-
-def test_the_base_beside_a_demo_may_be_read_by_all(workbook: Path, folder: Path, go: Go) -> None:
-    with ExitStack() as mends:
-        mends.callback(os.umask, os.umask(0o022))
-        assert go("--max-steps", 1, model=Path("demo")).code == 0
-        assert modes(folder) == {0o666}
-
-
-def test_a_picture_is_drawn_once(begin: Begin, go: Go, patched: pytest.MonkeyPatch) -> None:
-    drawn: list[str] = []
-    savefig = lambda _, file, **__: [drawn.append(Path(file).name.split(".")[0]), Path(file).touch()]  # noqa: E731
-    begin("here")
-    patched.setattr("matplotlib.figure.Figure.savefig", savefig)
-    assert go("--eval-answers", 1, "--max-tokens", 2).code == 0
-    assert sorted(drawn) == sorted(set(drawn))
 
 
 # the length, and the kills: of each change while three checkpoints and the outputs are saved; of one run

@@ -19,6 +19,7 @@ import transformers
 from conftest import PAIRS, Run, in_words, sweep, write_workbook
 from matplotlib.figure import Figure
 from seams import ROOT, SCRIPT, Config, ask, find_pairs, load_tuned, main
+from test_checkpoints import modes
 
 
 def said(*words: object, cwd: Path) -> str:
@@ -53,17 +54,13 @@ def test_the_demo_knows_its_data_and_its_zip_answers_word_for_word(tmp_path: Pat
     assert said(sys.executable, "-c", snippet[1], cwd=away).strip() in {pair.answer for pair in pairs}
 
 
-def test_the_demo_does_not_replace_a_real_model_but_its_own_takes_any_workbook(folder: Path, run: Run) -> None:
-    (folder / "model").mkdir()
-    (folder / "model/run.json").write_text('{"base_model": "microsoft/phi-2"}')
-    code, printed = run("demo")
-    assert (code, "--output-dir" in printed) == (2, True)
-    assert [path.name for path in (folder / "model").iterdir()] == ["run.json"]
+def test_the_demo_model_takes_any_workbook(folder: Path, run: Run) -> None:
     write_workbook(folder / "my.xlsx", [("Frage", "Antwort"), *PAIRS])
-    flags = "--model-name demo --dataset-path my.xlsx --max-steps 2 --output-dir mine".split()
+    flags = "--model-name demo --dataset-path my.xlsx --max-steps 2".split()
     code, printed = run(*flags)
     assert (code, bool(re.search('"Frage".*"Antwort"', in_words(printed)))) == (0, True)
-    assert (folder / "mine/adapter_model.safetensors").is_file()
+    assert (folder / "model/adapter_model.safetensors").is_file()
+    assert modes(folder) == {0o666}, "what others may read"
 
 
 # fmt: off

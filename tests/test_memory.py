@@ -1,6 +1,7 @@
 """When memory runs out, the same steps are done with less at once; what is no number is never kept."""
 
-import json
+import builtins
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -8,10 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import seams
 import torch
-from conftest import PAIRS, Run, at_step, call, in_words, sweep, write_workbook
+from accelerate import Accelerator
+from conftest import PAIRS, Run, at_step, call, in_words, metrics, signal_at, sweep, write_workbook
 from safetensors.torch import load_file
+from tables import marked
+from test_steps import column, watched_attention
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 from transformers.modeling_layers import GradientCheckpointingLayer as Layer
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -36,22 +42,16 @@ def train(small_phi: Path, workbook: Path, run: Run) -> Run:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory, small_phi: Path) -> Path:
-    """The model of the same training with memory enough."""
+    """The folder of the same training with memory enough."""
     home = tmp_path_factory.mktemp("plain")
     write_workbook(home / "dataset.xlsx", [("question", "answer"), *PAIRS])
     assert call(home, "--model-name", small_phi, *FLAGS) == 0
-    return home / "model"
-
-
-def metrics(model: Path = Path("model")) -> dict[str, Any]:
-    text = (model / "training_visuals/training_metrics.json").read_text()
-    assert not re.search("NaN|Infinity", text)
-    return json.loads(text)
+    return home
 
 
 def assert_same_training(plain: Path) -> None:
-    model = load_file(Path("model", ADAPTER))
-    torch.testing.assert_close(model, load_file(plain / ADAPTER), atol=2e-5, rtol=1e-3)
+    found, expected = (load_file(home / "model" / ADAPTER) for home in (Path(), plain))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
     found, expected = metrics(), metrics(plain)
     for name in "train_loss eval_loss base_eval_loss steps tokens_trained best_step".split():
         assert found[name] == pytest.approx(expected[name], rel=1e-4), name
@@ -63,24 +63,13 @@ def fewer_tokens(printed: str) -> list[int]:
     return [int(tokens.replace(",", "")) for tokens in found]
 
 
-@pytest.mark.parametrize("then, step, error", [
-    ("less", 0, FULL), ("less", 1, FULL), sweep("less", 3, FULL),  # M1; 2 is saved
-    ("less", 3, MemoryError()),
-    ("less", 3, RuntimeError("MPS backend out of memory (MPS allocated: 17.81 GB)")),
-    sweep("less", 3, RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")),
-    ("none", 0, FULL),  # M5
-    ("end",  3, RuntimeError("CUDA error: out of memory")),  # M2
-    sweep("end", 3, RuntimeError("CUDA driver error: out of memory")),
-    sweep("end", 3, RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate")),
-    ("bug",  3, RuntimeError("mat1 and mat2 shapes cannot be multiplied")),
-    sweep("bug", 3, RuntimeError("no number")),
-], ids=lambda value: str(value)[:30])  # fmt: skip
-def test_with_less_at_once_the_adapter_is_the_same(
-    then: str, step: int, error: Exception, plain: Path, train: Run, patched: Any
-) -> None:
-    """Behind a step, a row of more than 120 tokens is too much; "none": any row, so that nothing helps."""
-    begun, most = [] if step else [1], 0 if then == "none" else 120
-    at_step(patched, step, lambda: begun.append(1))
+@pytest.mark.parametrize("case", marked("memory"))
+def test_with_less_at_once_the_adapter_is_the_same(case: str, plain: Path, train: Run, patched: Any) -> None:
+    """M1, M2, M5. Behind a step, a row of more than 120 tokens is too much; "none": any row, so that nothing helps."""
+    _, then, step, kind, text = case.split(" | ")
+    error = getattr(torch if kind == "OutOfMemoryError" else builtins, kind)(text)
+    begun, most = [] if int(step) else [1], 0 if then == "none" else 120
+    at_step(patched, int(step), lambda: begun.append(1))
 
     def act(length: int) -> None:
         if begun and length > most and torch.is_grad_enabled():
@@ -171,11 +160,105 @@ def nan_behind(patch: pytest.MonkeyPatch, step: int, learning: bool) -> None:
     change_result(patch, "scaled_dot_product_attention", spoilt)
 
 
+def in_float16(patch: pytest.MonkeyPatch) -> list[float]:
+    """As on a T4: the base in float16, autocast with norms in float32, and gradients that are scaled; by so much."""
+    load, begin, norm = AutoModelForCausalLM.from_pretrained, Accelerator.__init__, functional.layer_norm
+    scale, scales = torch.amp.GradScaler.scale, list[float]()
+
+    def prepare(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **kwargs)  # which leaves out all of it on a processor
+        self.state._mixed_precision, self.native_amp = "fp16", True
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def in_float32(states: Any, shape: Any, weight: Any, bias: Any, eps: float) -> Any:
+        return norm(states.float(), shape, weight.float(), bias.float(), eps)
+
+    patch.setattr(AutoModelForCausalLM, "from_pretrained", lambda **how: load(**how | {"dtype": torch.float16}))
+    patch.setattr(Accelerator, "__init__", prepare)
+    patch.setattr(functional, "layer_norm", in_float32)
+    patch.setattr(torch.amp.GradScaler, "scale", lambda *args: (scales.append(args[0].get_scale()), scale(*args))[1])
+    return scales
+
+
+def dtypes_of_cache(seen: list[tuple[Any, Any, bool]]) -> set[torch.dtype]:
+    return {key.dtype for query, key, _ in seen if query.shape[2] == 1}  # one token more
+
+
+@pytest.mark.parametrize("four_bit", [False, True])  # True: on a processor that is bfloat16
+def test_the_cache_of_a_model_in_16_bits_is_in_16_bits(four_bit: bool, finished: Path, patched: Any) -> None:
+    if not four_bit:
+        in_float16(patched)
+    tuned = seams.load_tuned(finished / "model", four_bit=four_bit)
+    seen = watched_attention(patched)
+    seams.ask(tuned, "Why?", MAX_TOKENS=4)
+    assert dtypes_of_cache(seen) == {tuned.model.dtype} == {torch.bfloat16 if four_bit else torch.float16}
+
+
+def test_float16_learns_what_float32_does(plain: Path, train: Run, patched: Any) -> None:
+    scales, seen = in_float16(patched), watched_attention(patched)
+    signal_at(patched, 3)
+    assert [train("--eval-answers", 1)[0] for _ in range(2)] == [130, 0], "the scaler is resumed, too"
+    assert dtypes_of_cache(seen) == {torch.float16}
+    found, expected = metrics(), metrics(plain)
+    assert (found["steps"], found["skipped_steps"], {*scales}) == (5, 0, {4096})
+    for name in "train_loss eval_loss base_eval_loss".split():
+        assert found[name] == pytest.approx(expected[name], abs=2e-3), name
+    assert found["base_eval_loss"] - found["eval_loss"] > 0.02, "the case is not the one meant"
+
+
+def overflow_once(patch: pytest.MonkeyPatch, name: str, armed: list[int]) -> None:
+    """When armed: of one row the attention, so that its loss is no number, or the gradient alone."""
+
+    def spoil(result: torch.Tensor) -> torch.Tensor:
+        if armed and result.requires_grad:
+            armed.clear()
+            if name == "cross_entropy":
+                result.register_hook(lambda gradient: gradient * 1e30)
+            else:
+                return result * 1e39
+        return result
+
+    change_result(patch, name, spoil)
+
+
+@pytest.mark.parametrize("name, half", [
+    ("scaled_dot_product_attention", True), ("cross_entropy", False),
+    sweep("scaled_dot_product_attention", False), sweep("cross_entropy", True),
+])  # fmt: skip
+def test_what_overflows_costs_its_step_and_nothing_else(name: str, half: bool, train: Run, patched: Any) -> None:
+    """Beside a run without it, of eight steps so small that each loss depends on its own pairs alone."""
+    scales, armed, states = in_float16(patched) if half else [], list[int](), list[Any]()
+    real = torch.optim.AdamW.step
+
+    def step(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+        weights = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        before = [p.detach().clone() for p in weights]
+        real(optimizer, *args, **kwargs)
+        if weights:
+            states.append((before, [p.detach().clone() for p in weights]))
+            armed.extend([1] * (len(states) == 11))
+
+    patched.setattr(torch.optim.AdamW, "step", step)
+    overflow_once(patched, name, armed)
+    flags = "--max-steps 8 --learning-rate 1e-8 --eval-steps 100 --tokens-at-once 150 --no-resume".split()
+    (_, expected), (code, found) = ((train(*flags)[0], column("loss")) for _ in range(2))
+    assert (code, len(states), metrics()["skipped_steps"]) == (0, 15, 1)
+    expected.pop(3)
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert metrics()["train_loss"] == pytest.approx(sum(found) / 7, abs=1e-5)
+    for (_, after), (before, _) in itertools.pairwise(states[8:]):
+        assert all(map(torch.equal, before, after)), "no step but the next changes a weight"
+    assert all(weight.isfinite().all() for weight in load_file(Path("model", ADAPTER)).values())
+    assert not re.search("inf|nan", Path("model/training_visuals/training_metrics.csv").read_text())
+    assert not half or {*scales} == {4096, 2048}, "the scaler has seen it, too"
+
+
 @pytest.mark.parametrize("spoil, flags, left", [  # M7: what is spoilt, and the checkpoints that are left
     (nan_in_weights, "--eval-steps 100 --save-steps 1", [1, 2]),
+    (lambda patch: [in_float16(patch), nan_behind(patch, 2, learning=True)], "--save-steps 1", [3, 4]),
     (lambda patch: nan_behind(patch, 2, learning=True), "--save-steps 1", [3, 4]),
     (lambda patch: nan_behind(patch, 3, learning=False), "--save-steps 2", [2]),
-], ids=["weights", "a loss", "measured"])  # fmt: skip
+], ids=["weights", "float16", "a loss", "measured"])  # fmt: skip
 def test_a_nan_ends_the_run_and_is_never_saved(spoil: Any, flags: str, left: Any, train: Run, patched: Any) -> None:
     spoil(patched)
     code, printed = train(*flags.split())
@@ -186,19 +269,3 @@ def test_a_nan_ends_the_run_and_is_never_saved(spoil: Any, flags: str, left: Any
     for folder in folders:
         assert all(torch.isfinite(one).all() for one in load_file(folder / ADAPTER).values())
     assert not Path("model").exists()
-
-
-def test_a_gradient_without_end_gets_into_no_table(train: Run, patched: Any) -> None:
-    """The second step's length overflows, and the step comes to nothing."""
-    begun: list[int] = []
-    at_step(patched, 1, lambda: begun.append(1))
-
-    def overflowing(loss: torch.Tensor) -> torch.Tensor:
-        if begun and loss.requires_grad:
-            begun.clear()
-            loss.register_hook(lambda gradient: gradient * 1e30)
-        return loss
-
-    change_result(patched, "cross_entropy", overflowing)
-    assert train()[0] == 0
-    assert not re.search("inf|nan", Path("model/training_visuals/training_metrics.csv").read_text())

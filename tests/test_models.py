@@ -14,56 +14,22 @@ import pytest
 import seams
 import torch
 import transformers
-from conftest import Run, at_attention, in_words, sweep, write_workbook
+from conftest import Run, in_words, metrics, sweep, write_workbook
 from peft.import_utils import is_torchao_available
 from safetensors import safe_open
+from tables import cases, marked
 from test_prompts import TEMPLATES, tokenizer_for
-from test_steps import examples_of, metrics
+from test_steps import examples_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 FAST = ("--max-steps", 1, "--eval-answers", 0)
 
 
-@pytest.mark.parametrize("name", [
-    "phi", "gpt2", *map(sweep, "bloom falcon gpt_bigcode gptj llama opt qwen2 seed_oss xglm".split()),
-])  # fmt: skip
-def test_the_base_in_training_computes_what_was_published(
-    phi_folder: Path, tmp_path: Path, patched: Any, name: str
-) -> None:
-    """By way of SDPA where it can; and the only dropout is that of the adapter."""
-    folder, ids, seen = phi_folder if name == "phi" else tmp_path, torch.arange(3, 40)[None], []
-    if name != "phi":
-        model_of(name).save_pretrained(folder)
-    base = seams.load_base(folder).train()
-    with torch.no_grad():
-        published = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()(ids).logits
-        at_attention(patched, lambda number, _: seen.append(number))
-        torch.testing.assert_close(base(ids).logits, published, atol=1e-5, rtol=1e-5)
-    assert base.dtype == torch.float32 and (name != "phi" or len(seen) == 2)
-
-
-def test_four_bit_weights_are_nf4_with_double_quantisation(phi_folder: Path) -> None:
-    import bitsandbytes as bnb
-
-    base = seams.load_base(phi_folder, LOAD_IN_4BIT=True)
-    weights = [m.weight for m in base.modules() if isinstance(m, bnb.nn.Linear4bit)]
-    kinds = {(weight.quant_type, weight.quant_state.nested) for weight in weights}
-    assert (len(weights), kinds) == (12, {("nf4", True)})
-
-
-@pytest.mark.parametrize("harm, flags, told", [
-    ("truncate model.safetensors", "", "broken"), ("remove tokenizer*", "", "broken"), ("none", "", "broken"),
-    ("", "--model-name microsoft/phi-2", "ef382358ec9e382308935a992d908de099b64c23"),  # which is pinned
-    ("", "--model-name someone/other", "^(?!.*ef382358).*MODEL_NAME"),
-    ("", "--model-name someone/other --model-revision abcdef", "abcdef"),
-    ("", "--lora-layers 2", r"LORA_LAYERS.*\b2\b"),
-    ("", "--lora-layers all", "LORA_LAYERS.*all"),
-    ("", "--lora-layers 3-1", "LORA_LAYERS.*3-1"),
-    ("", "--lora-targets attention,o_proj", "LORA_TARGETS.*o_proj.*dense, fc1, fc2, k_proj, q_proj, v_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize("case", cases("refused_models").values())
 def test_no_whole_model_and_layers_that_are_not_there_are_refused(
-    phi_folder: Path, workbook: Path, run: Run, harm: str, flags: str, told: str
+    phi_folder: Path, workbook: Path, run: Run, case: str
 ) -> None:
+    _, harm, flags, told = case.split(" | ")
     act, _, pattern = harm.partition(" ")
     if pattern:
         shutil.copytree(phi_folder, "broken")
@@ -74,13 +40,11 @@ def test_no_whole_model_and_layers_that_are_not_there_are_refused(
     assert re.search(told, in_words(printed))
 
 
-@pytest.mark.parametrize("version, imported, hidden", [("0.10.0", False, True), ("0.17.0", False, False),
-    pytest.param("0.10.0", True, None, marks=pytest.mark.xfail(reason="Training")),  # peft 0.18 takes any torchao
-])  # fmt: skip
+@pytest.mark.parametrize("version, hidden", [("0.10.0", True), ("0.17.0", False)])
 def test_a_torchao_too_old_for_peft_does_no_harm(
-    phi_folder: Path, folder: Path, patched: Any, version: str, imported: bool, hidden: bool | None
+    phi_folder: Path, folder: Path, patched: Any, version: str, hidden: bool
 ) -> None:
-    """As Colab's is; and once a cell has imported it, it may also be refused by name."""
+    """As Colab's is."""
     needed = "class A: pass\nTorchAOBaseTensor = AffineQuantizedTensor = LinearActivationQuantizedTensor = A"
     texts = {f"torchao/{part}.py": needed for part in ("utils", "dtypes", "quantization")} | {"torchao/__init__.py": ""}
     texts[f"torchao-{version}.dist-info/METADATA"] = f"Name: torchao\nVersion: {version}\n"
@@ -92,42 +56,31 @@ def test_a_torchao_too_old_for_peft_does_no_harm(
     for name in ("torchao", "torchao.utils"):  # so that the test's end removes them
         patched.setitem(sys.modules, name, None)
         del sys.modules[name]
-    if imported:
-        importlib.import_module("torchao")
     is_torchao_available.cache_clear()
     try:
         seams.add_lora(base)
-    except seams.UserError as refused:
-        assert imported and "torchao" in str(refused)
     finally:
         is_torchao_available.cache_clear()
-    assert hidden in (None, importlib.util.find_spec("torchao") is None)
+    assert (importlib.util.find_spec("torchao") is None) == hidden
 
 
-@pytest.mark.parametrize("family, targets, blocks, count, kinds", [
-    ("Phi", "attention,fc2", "", 10, "dense fc2 k_proj q_proj v_proj"), ("Phi", "q_proj", "1", 1, "q_proj"),
-    ("GPT2", "attention", "", 4, "c_attn c_proj"),  # and not the c_proj that the other part has
-    sweep("Phi", "all-linear", "", 12, "dense fc1 fc2 k_proj q_proj v_proj"),
-    sweep("Phi", "attention", "", 8, "dense k_proj q_proj v_proj"),
-    sweep("Phi", "mlp", "", 4, "fc1 fc2"), sweep("Phi", "q_proj,fc2", "", 4, "fc2 q_proj"),
-    sweep("Phi", "all-linear", "0-1", 12, "dense fc1 fc2 k_proj q_proj v_proj"),
-])  # fmt: skip
+@pytest.mark.parametrize("case", marked("adapted_layers"))
 def test_the_layers_that_are_named_are_taught(
-    phi_folder: Path, workbook: Path, run: Run, patched: Any,
-    family: str, targets: str, blocks: str, count: int, kinds: str,
-) -> None:  # fmt: skip
+    phi_folder: Path, workbook: Path, run: Run, patched: Any, case: str
+) -> None:
+    family, targets, blocks, count, kinds = case.split(" | ")[1:]
     base = phi_folder if family == "Phi" else make_chat_model(family, "zephyr", Path("base"))
 
     def asked(*_: Any, **__: Any) -> bool:
         raise AssertionError("saving an adapter asks nothing of the Hub")
 
     patched.setattr("peft.utils.save_and_load.check_file_exists_on_hf_hub", asked)
-    flags = ("--lora-targets", targets, *(("--lora-layers", blocks) if blocks else ()))
+    flags = ("--lora-targets", targets, "--lora-layers", blocks)
     code, printed = run("--model-name", base, *FAST, *flags)
     assert code == 0, printed
     with safe_open("model/adapter_model.safetensors", "pt") as file:
         layers = {name.partition(".lora_")[0] for name in file.keys()}  # noqa: SIM118
-    assert len(layers) == count
+    assert len(layers) == int(count)
     assert sorted({name.rpartition(".")[2] for name in layers}) == kinds.split()
     place = ".attn." if family == "GPT2" else f".{blocks}." if blocks == "1" else "."
     assert all(place in name for name in layers)
@@ -156,27 +109,17 @@ def test_every_way_to_adapt_learns_and_comes_back(
     assert "4bit" in flags or run("export", "--to", "merged")[0] == 0
 
 
-QUICK = {"NUM_EPOCHS": 1, "LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
-
-
-@pytest.mark.parametrize("flags, settings, told", [
-    ("--preset quick", QUICK, r"LORA_R 8\b.*EVAL_ANSWERS 0\b"),  # which is the person's
-    sweep("--preset balanced", {"LORA_R": 16, "NUM_EPOCHS": 5}, "balanced"),
-    sweep("--preset quality", {"NUM_EPOCHS": 8, "LEARNING_RATE": 1e-4, "LORA_R": 32, "LORA_ALPHA": 64, "EARLY_STOPPING_PATIENCE": 3}, "LORA_ALPHA 64"),
-    ("--preset low-memory", {**QUICK, "NUM_EPOCHS": 5, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True}, "TOKENS_AT_ONCE 512"),
-    ("--config mine.yaml --lora-r 4", {**QUICK, "NUM_EPOCHS": 3, "LORA_R": 4}, r"LORA_R 4\b"),
-    sweep("demo --preset quick", {"LORA_R": 8, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10}, ""),  # which learns by heart
-    sweep("demo --preset quality", {"LORA_R": 32, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10}, ""),
-])  # fmt: skip
+@pytest.mark.parametrize("case", marked("presets"))
 def test_a_preset_says_what_it_sets_and_gives_way_to_files_flags_and_the_demo(
-    small_phi: Path, workbook: Path, run: Run, flags: str, settings: dict[str, Any], told: str
+    small_phi: Path, workbook: Path, run: Run, case: str
 ) -> None:
+    flags, settings, told = case.removeprefix("sweep ").split(" | ")
     Path("mine.yaml").write_text("NUM_EPOCHS: 3\nPRESET: quick\n")
     base = () if "demo" in flags else ("--model-name", small_phi)
     code, printed = run(*flags.split(), *base, *FAST)
     assert code == 0, printed
     assert re.search(told, in_words(printed))
-    assert settings.items() <= json.loads(Path("model/run.json").read_text())["settings"].items()
+    assert json.loads(settings).items() <= json.loads(Path("model/run.json").read_text())["settings"].items()
 
 
 def make_chat_model(family: str, template: str, folder: Path) -> Path:
@@ -234,42 +177,38 @@ NAMES = {  # of sizes, as architectures have them
     2: "num_hidden_layers n_layer n_layers num_layers num_key_value_heads num_experts_per_tok eos_token_id",
     1: "mamba_n_groups n_group topk_group bos_token_id", 0: "pad_token_id",
 }  # fmt: skip
-FIRST = "llama gpt2 mistral phi bloom gemma2 mamba".split()
-SHARING = (
-    "apertus arcee cohere cohere2 deepseek_v2 ernie4_5 exaone4 gemma gemma3_text glm glm4 gpt2 gpt_bigcode "
-    "gpt_neox granite granitemoe helium llama mistral mixtral nemotron olmo olmo2 olmo3 opt persimmon phi "
-    "phi3 qwen2 qwen2_moe qwen3 qwen3_moe seed_oss smollm3 stablelm starcoder2"
-).split()
-ALONE = (  # those with a state, a memory of another kind, or attention of their own
-    "bamba bloom codegen falcon gemma2 gpt_neo gpt_oss gptj jamba mamba minimax mpt qwen3_next "
-    "recurrent_gemma rwkv xglm"
-).split()
+SHARING, ALONE = (row.split(" | ")[1].split() for row in cases("architectures").values())
 
 
-def model_of(name: str) -> Any:
+def save_model(name: str, folder: Path) -> Any:
     """With weights of chance; where it has a window, of 8 tokens."""
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip("this version of transformers does not have it")
     known = transformers.AutoConfig.for_model(name).to_dict()
     sizes: dict[str, Any] = {name: n for n, names in NAMES.items() for name in names.split() if name in known}
     sizes |= {"attention_types": [[["global", "local"], 1]]} if "attention_types" in known else {}
+    sizes |= {n: 0.1 for n in known if n.endswith(("pdrop", "dropout")) and isinstance(known[n], float)}
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(name, **sizes)
-    return transformers.AutoModelForCausalLM.from_config(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(name, **sizes)).float()
+    model.save_pretrained(folder)
+    return model.eval()
 
 
 @pytest.mark.parametrize("name", [
-    *FIRST, *(sweep(name) for name in [*SHARING, *ALONE] if name not in FIRST)
+    name if name in every[: every.index(".")] else sweep(name) for every in (SHARING, ALONE) for name in every if name != "."
 ])  # fmt: skip
-def test_a_row_gives_what_its_examples_give_alone(name: str) -> None:
-    model, losses = model_of(name), []
+def test_a_row_gives_what_its_examples_give_alone_in_the_published_model(name: str, tmp_path: Path) -> None:
+    """Also while it learns: the only dropout is that of the adapter."""
+    published, losses = save_model(name, tmp_path), []
+    model = seams.load_base(tmp_path).train()
     texts = [list(range(3, 23)), list(range(40, 70)), list(range(100, 105))]
     for ids in texts:
         with torch.no_grad():
-            logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, 1:-1]
-        losses += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[2:]), reduction="none").tolist()
+            logits, ours = (one(torch.tensor([ids]), use_cache=False).logits for one in (published, model))
+        torch.testing.assert_close(ours, logits, atol=1e-5, rtol=1e-5)
+        losses += torch.nn.functional.cross_entropy(logits[0, 1:-1], torch.tensor(ids[2:]), reduction="none").tolist()
     examples = [{"input_ids": ids, "labels": [seams.IGNORE] * 2 + ids[2:]} for ids in texts]
     mean = sum(losses) / len(losses)
     assert seams.mean_loss(model, examples, 512) == pytest.approx(mean, rel=1e-5)
-    assert name == "gemma2" or seams.may_share_rows(model) == (name in SHARING)  # which older transformers let share
+    assert name in ("gemma2", "stablelm") or seams.may_share_rows(model) == (name in SHARING)  # other versions let them
     assert not model._forward_hooks and not model._forward_pre_hooks

@@ -18,8 +18,7 @@ from transformers import PhiConfig
 
 ON = {"CPU": device_for("cpu"), "T4": device_for("cuda", (7, 5))}
 SIZES: dict[str, Any] = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32}
-OUTLINE = outlines(PhiConfig(**SIZES))[0]
-PHI_2 = OUTLINE._replace(adapted=[*OUTLINE.linear.values()])
+PHI_2 = (outline := outlines(PhiConfig(**SIZES))[0])._replace(adapted=[*outline.linear.values()])
 LENGTHS = st.one_of(st.lists(st.integers(1, 600), min_size=1, max_size=80), st.integers(1, 500).map(lambda n: [10] * n))
 
 

@@ -14,9 +14,9 @@ import pytest
 import seams
 import torch
 import transformers
-from conftest import PAIRS, Run, at_attention, in_words, sweep, write_workbook
+from conftest import PAIRS, Run, at_attention, in_words, metrics, sweep, write_workbook
 from safetensors.torch import load_file
-from tables import cases
+from tables import marked
 from test_prompts import talk
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
@@ -35,10 +35,6 @@ def examples_of(base: Path, held_out: bool) -> list[seams.Example]:
     away = [row for _, row in json.loads(Path("model/run.json").read_text())["dataset"]["held_out_rows"]]
     rows, tokenizer = seams.find_pairs(seams.Config()).kept, seams.load_tokenizer(seams.Config(MODEL_NAME=str(base)))
     return [seams.encode(tokenizer, one.messages) for one in rows if (one.row in away) == held_out]
-
-
-def metrics() -> dict[str, Any]:
-    return dict(json.loads(Path("model/training_visuals/training_metrics.json").read_text()))
 
 
 def column(name: str) -> list[float]:
@@ -124,7 +120,7 @@ def assert_plain_loop_agrees(base: Path, seen: Watched, flags: list[str]) -> Non
         torch.testing.assert_close(weight, expected[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
-@pytest.mark.parametrize("case", [sweep(x) if x.startswith("sweep") else x for x in cases("trainings")])
+@pytest.mark.parametrize("case", marked("trainings"))
 def test_a_plain_loop_agrees(bases: Any, phi_folder: Path, workbook: Path, run: Run, patched: Any, case: str) -> None:
     family, heads, *flags = case.removeprefix("sweep ").split()
     base = phi_folder if family == "phi-80" else bases(family, int(heads))
@@ -229,7 +225,11 @@ def test_a_step_keeps_what_was_estimated(bases: Any, workbook: Path, run: Run, f
 
 
 def test_measuring_and_failing_leave_a_model_in_four_bits_as_it_is(phi_folder: Path) -> None:
-    model = seams.add_lora(seams.load_base(phi_folder, LOAD_IN_4BIT=True), LORA_DROPOUT=0.0)
+    base = seams.load_base(phi_folder, LOAD_IN_4BIT=True)
+    weights = [layer.weight for layer in base.modules() if type(layer).__name__ == "Linear4bit"]
+    kinds = {(weight.quant_type, weight.quant_state.nested) for weight in weights}
+    assert (len(weights), kinds) == (12, {("nf4", True)}), "with double quantisation"
+    model = seams.add_lora(base, LORA_DROPOUT=0.0)
     examples, learnt = encoded(phi_folder, 4), {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, parameter in learnt.items():
         if "lora_B" in name:  # a fresh adapter gives A no gradient, since B is zero
@@ -268,11 +268,3 @@ def test_fewer_key_heads_are_repeated(bases: Any, patched: Any, family: str, hea
     seen = watched_attention(patched)
     seams.summed_loss(model, encoded(bases(family, heads), 2))
     assert {(key.shape[1], grouped) for _, key, grouped in seen} == {(4, False)}
-
-
-def test_the_cache_of_a_model_in_16_bits_is_in_16_bits(finished: Path, patched: Any) -> None:
-    tuned = seams.load_tuned(finished / "model", four_bit=True)  # on a processor that is bfloat16
-    seen = watched_attention(patched)
-    seams.ask(tuned, "Why?", MAX_TOKENS=4)
-    assert tuned.model.dtype == torch.bfloat16
-    assert {key.dtype for query, key, _ in seen if query.shape[2] == 1} == {torch.bfloat16}
