@@ -122,8 +122,8 @@ class Config:
     # -- Training
     LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
     BATCH_SIZE: int = 4  # times the next number: the pairs that decide each step, here 16
-    GRADIENT_ACCUMULATION_STEPS: int = 4  # how many are computed at once depends on their tokens
-    TOKENS_AT_ONCE: int = 0  # in memory at once, at most; 0 = as many as fit and bring speed
+    GRADIENT_ACCUMULATION_STEPS: int = 4  # only its product with BATCH_SIZE counts
+    TOKENS_AT_ONCE: int = 0  # most tokens computed at once; 0 = as many as fit and make it faster
     NUM_EPOCHS: int = 5  # times the model sees every pair
     MAX_STEPS: int = 0  # stop after so many steps; 0 = as many as NUM_EPOCHS needs
     OPTIMIZER: str = "auto"  # auto = paged_adamw_32bit on an NVIDIA GPU, else adamw_torch
@@ -149,7 +149,7 @@ class Config:
     # -- Answering
     EVAL_ANSWERS: int = 20  # held-out questions asked before and after training; 0 = none, no exam
     EXAM_QUESTIONS: int = 20  # trained questions that the exam asks as they are and in other words
-    MAX_TOKENS: int = 256  # of an answer, at most
+    MAX_TOKENS: int = 256  # most tokens in an answer
     TEMPERATURE: float = 0.0  # randomness of answers: 0 = always the likeliest token; 0.7 is lively
     TOP_P: float = 1.0  # when sampling: draw from the likeliest tokens with this share together
     REPETITION_PENALTY: float = 1.0  # above 1, tokens that were used get less likely
@@ -216,7 +216,7 @@ class UserError(Exception):
 
 
 def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
-    """Print, also where the console lacks some characters, or is there no more."""
+    """Print, even if the console lacks some characters or is no longer there."""
     stream = file or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -243,7 +243,7 @@ def plural(count: float, noun: str) -> str:
 
 
 def say(label: str, text: str, file: TextIO | None = None) -> None:
-    """One decision or result under its label, wrapped for a terminal of 80 columns."""
+    """Log one decision or result, and print it beside its label, wrapped for 80 columns."""
     LOG.info("%-11s%s", label, text)
     wrapper = textwrap.TextWrapper(79, subsequent_indent=" " * 11, replace_whitespace=False)
     wrapper.break_long_words = wrapper.break_on_hyphens = False  # paths and flags are to be copied
@@ -297,7 +297,7 @@ def did_you_mean(wrong: str, known: Iterable[str]) -> str:
 
 
 def fold(text: str) -> str:
-    """Equal for texts that differ only in spaces, upper case or look-alike code points."""
+    """A form in which texts that differ only in spaces, case or look-alike code points are equal."""
     return " ".join(unicodedata.normalize("NFKC", str(text)).casefold().split())
 
 
@@ -333,7 +333,7 @@ def parse_setting(name: str, value: Any) -> Any:
 
 
 def checked(values: dict[str, Any]) -> Config:
-    """The settings as they are used; every fault in them is named at once."""
+    """Every setting parsed and checked; all faults are reported in one error."""
     cfg, problems = Config(), []
     for name, value in (vars(Config) | values).items():
         try:
@@ -372,7 +372,7 @@ def fsync(path: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    except OSError as error:  # some disks of other computers cannot, and Windows not for folders
+    except OSError as error:  # some network drives cannot, nor can Windows for folders
         if error.errno in (errno.EIO, errno.ENOSPC, errno.EDQUOT):
             raise
 
@@ -392,7 +392,7 @@ def atomic_write(final: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(final: Path, earlier: Path | None = None) -> Iterator[Path]:
-    """A folder to fill, which gets its name when complete; what had it becomes `earlier`, or goes."""
+    """A folder to fill, named when complete; the one it replaces moves to `earlier`, or is deleted."""
     staged, replaced = (final.with_name(f".{final.name}.{end}") for end in ("partial", "old"))
     if replaced.exists() and not final.exists():  # the program was killed between two renames
         replaced.rename(final)
@@ -2582,7 +2582,7 @@ class PreparedData:
 
 
 def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedData:
-    """Tokenize, drop what is too long, split; offline, `check` goes on without a tokenizer."""
+    """Tokenize, drop from `pairs` what is too long, split; offline, go on without a tokenizer."""
     tokenizer = None
     with suppress(UnreachableError) if offline else nullcontext():
         tokenizer = load_tokenizer(cfg)
@@ -2626,7 +2626,7 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
     if count < ENOUGH_PAIRS:
         say("Warning", f"{pairs} are few; with {ENOUGH_PAIRS} or more, answers become reliable.")
     copies = sum(note.reason.startswith("a copy") for note in data.pairs.dropped)
-    score = data.quality.good / max(1, data.quality.counted - copies)  # which harm nobody
+    score = data.quality.good / max(1, data.quality.counted - copies)  # copies harm nobody
     if score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
         raise UserError(
             f"The quality of {data.pairs.name} is {data.quality}: most rows are left out or look wrong.\n"
@@ -2643,7 +2643,7 @@ def memory_of(row: Sequence[Example]) -> int:
 
 
 def pack(examples: Sequence[Example], most: int) -> list[list[Example]]:
-    """The same examples in rows of at most so many tokens; a longer one has a row of its own."""
+    """The same examples in rows of at most `most` tokens; a longer one has a row of its own."""
     rows: list[list[Example]] = []
     room = 0
     for example in sorted(examples, key=tokens_in, reverse=True):
@@ -2662,7 +2662,9 @@ def shares_of_steps(examples: Sequence[Example], plan: Plan, seed: int) -> list[
         order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
         steps += [order[i : i + plan.pairs] for i in range(0, len(order), plan.pairs)]
     count = world_size()
-    nothing = Example(input_ids=[0], labels=[IGNORE])  # where pairs are fewer than processes
+    nothing = Example(
+        input_ids=[0], labels=[IGNORE]
+    )  # for a process that gets no pair of a short step
     steps = [sorted(step, key=tokens_in) for step in steps[: plan.steps]]
     return [step[process::count] or [nothing] for step in steps for process in range(count)]
 
@@ -2698,7 +2700,7 @@ def mean_loss(model: PeftModel, examples: Sequence[Example], tokens_at_once: int
 
 
 def log_path(cfg: Config, run: str = "") -> Path:
-    """The log of a training, which goes on when that is resumed, or a new one."""
+    """The log file of this run, which a resumed training continues; without a run, a new one."""
     return local_path(cfg.LOG_DIR) / f"finetune-{run or time.strftime('%Y-%m-%d_%H-%M-%S')}.log"
 
 
@@ -2726,7 +2728,7 @@ def nearest_existing(folder: Path) -> Path:
 
 
 def free_space(folder: Path, need: float) -> str:
-    """What a disk should have and has, as a sentence; nothing about one that does not say."""
+    """A sentence on the space that is needed and free; empty where the disk does not tell."""
     with suppress(OSError):
         free = shutil.disk_usage(nearest_existing(folder)).free
         return f"Up to {need / 1e6:,.1f} MB are needed there, {free / 1e6:,.1f} MB are free. "
@@ -2981,13 +2983,13 @@ class Checkpoints:
                 for old in [*self.valid([place], thorough=False)][NEWEST_KEPT:]:
                     if old.step != newest.best_step:
                         old.folder.with_suffix(".zip").unlink(missing_ok=True)
-                        # half of a deleted one must not look like a torn one
+                        # renamed first: a half-deleted checkpoint must not look like a damaged one
                         old.folder.rename(place / f"removed-{old.step}")
                 for leftover in (*place.glob("removed-*"), *place.glob("*.partial")):
                     remove(leftover)
 
 
-# -- When somebody wants an end
+# -- Stopping on a signal
 
 SAME_SIGNAL = 2  # seconds in which a second one is the same: Jupyter's stop button sends several
 
@@ -3004,29 +3006,29 @@ class Stopped(KeyboardInterrupt):
 def stop_signals() -> Iterator[list[int]]:
     """While this is open, the first signal is only noted; a later one ends the program."""
     noted: list[int] = []
-    until, usual = 0.0, {}
+    same_until, handlers = 0.0, {}
 
     def receive(number: int, _: Any) -> None:
-        nonlocal until
+        nonlocal same_until
         if not noted:
             noted.append(number)
-            until = time.monotonic() + SAME_SIGNAL
+            same_until = time.monotonic() + SAME_SIGNAL
             with suppress(RuntimeError):  # the signal may come in the middle of another output
                 show("\nStopping after this step, with a checkpoint; the next time at once.")
-        elif time.monotonic() > until:
+        elif time.monotonic() > same_until:
             raise Stopped(number)
 
     try:
         for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
-                usual[number] = signal.signal(number, receive)
+                handlers[number] = signal.signal(number, receive)
     except ValueError:
         say("Note", "outside the main thread, Ctrl+C cannot save; the newest checkpoint counts")
     try:
         yield noted
     finally:
-        for number, handler in usual.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
 
@@ -3046,7 +3048,7 @@ def halvings(most: int, least: int) -> list[int]:
 
 
 def as_many_as_fit(act: Callable[[Way], Result], ways: Sequence[Way]) -> Result:
-    """Do something in the first of these ways for which memory is enough."""
+    """Call `act` with the first of `ways` that fits into memory."""
     *others, last = ways
     for way in others:
         try:
@@ -3179,7 +3181,7 @@ class AnswerTrainer(Trainer):
         return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
 
     def run(self, start: Checkpoint | None) -> None:
-        """To the last step, or to the one in which a signal asks for an end."""
+        """Train to the last step, or to the end of the step in which a signal arrives."""
         try:
             with fused_lora_layers(self.cfg, self.adapted), padding_free(self.adapted):
                 self.train(resume_from_checkpoint=str(start.folder) if start else None)
@@ -3200,7 +3202,9 @@ class AnswerTrainer(Trainer):
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         import torch
 
-        state.compute_steps(args, args.max_steps)  # or else those of the checkpoint would hold
+        state.compute_steps(
+            args, args.max_steps
+        )  # otherwise the intervals in the checkpoint would apply
         self.session_start = state.global_step, self.stats.seconds
         if args.device.type != "cpu":  # a row too large for memory had better fail now
             most, shared = self.plan.tokens_at_once, may_share_rows(self.adapted)
@@ -3215,10 +3219,10 @@ class AnswerTrainer(Trainer):
         import torch
 
         self.step_began = time.perf_counter()
-        step, (*rows, last) = super().training_step, inputs["rows"]
+        train_on, (*rows, last) = super().training_step, inputs["rows"]
         with self.accelerator.no_sync(model):  # processes exchange their gradients once a step
-            losses = [step(model, row, num_items_in_batch) for row in rows]
-        loss: Any = sum([*losses, step(model, last, num_items_in_batch)])
+            losses = [train_on(model, row, num_items_in_batch) for row in rows]
+        loss: Any = sum([*losses, train_on(model, last, num_items_in_batch)])
         gradients = [p.grad for p in model.parameters() if p.grad is not None]
         if torch.isfinite(loss + torch.nn.utils.get_total_norm(gradients)):
             self.bad_steps = 0
@@ -3264,7 +3268,7 @@ class AnswerTrainer(Trainer):
         control.should_log |= control.should_evaluate or control.should_save  # all losses so far
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.has_to_save(control)  # a signal while it was measured or saved needs no further step
+        self.has_to_save(control)  # a signal that came during measuring or saving ends the run here
 
     def has_to_save(self, control: Any, overdue: bool = False) -> bool:
         """Whether it is time, or an end is asked for: in all processes after the same step."""
@@ -3288,7 +3292,7 @@ class AnswerTrainer(Trainer):
         return metrics
 
     def highest(self, *figures: float) -> list[float]:
-        """The highest of any process: all of them judge, save and stop alike."""
+        """The maximum of each figure over all processes, so that all of them decide alike."""
         import torch
 
         if world_size() == 1:
@@ -3312,7 +3316,7 @@ class AnswerTrainer(Trainer):
         self.accelerator.wait_for_everyone()
 
     def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # or else it was float16 then, and is not now
+        if self.accelerator.scaler is not None:  # a float16 run may be resumed without a scaler
             super()._load_scaler(checkpoint)
 
 
@@ -3325,7 +3329,7 @@ def diverges(history: Sequence[dict[str, float]]) -> bool:
 
 
 def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
-    """What the last entry of the log gives cause to say: each once, when it first holds."""
+    """A warning that the last log entry gives cause for, each only once; otherwise empty."""
     last, tenth = history[-1], max(10, steps // 10)
     if "eval_loss" in last:
         measured = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
@@ -3356,7 +3360,7 @@ def losses_in_bar(bar: Any, _: Any, __: Any, ___: Any, logs: Any, **____: Any) -
 def train_adapter(
     model: PeftModel, data: PreparedData, device: Device, plan: Plan, checkpoints: Checkpoints
 ) -> None:
-    """To the last step; where memory runs out, the same steps are done with less at once."""
+    """Train to the last step; if memory runs out, do the same steps with fewer tokens at once."""
     import transformers
 
     cfg = checkpoints.cfg
@@ -3650,7 +3654,7 @@ SHORT_FORMS |= {"with": "w/", "for": "4", "please": "pls", "between": "btw", "to
 
 
 def reworded(question: str, seed: int) -> tuple[str, str]:
-    """The question as somebody might type it, and the rule; empty where no rule changes it."""
+    """The question as somebody might type it, and the rule's name; two empty texts if none applies."""
     chance, plain = random.Random(f"{seed} {question}"), question.rstrip(" ?？!.")
     start = plain[:1].lower() + plain[1:]
     forms = {"in lower case": question.lower(), "without a question mark": plain}
@@ -3697,7 +3701,7 @@ def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
 
 
 def asking(pairs: Sequence[Pair], questions: Sequence[str]) -> list[Pair]:
-    """The same answers to other questions, where there are any."""
+    """The pairs with these questions in place of their own; without those whose new one is empty."""
     return [
         pair._replace(messages=[*pair.messages[:-2], user_message(text), pair.messages[-1]])
         for pair, text in zip(pairs, questions, strict=True)
@@ -3732,7 +3736,7 @@ def take_exam(
     held_out: Sequence[Pair],
     kept: Path | None = None,
 ) -> pandas.DataFrame:
-    """A row for each question; the parts that were answered before a kill are read from `kept`."""
+    """A row for each question; parts that an interrupted run has answered are read from `kept`."""
     import pandas
 
     done = answered_parts(kept)
@@ -3781,7 +3785,7 @@ def grade(answer: str, expected: str, overlap: float) -> str:
 
 
 def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pair]) -> list[str]:
-    """For each answer, the row whose answer it is much rather than its own; mostly none."""
+    """For each answer, the other row whose answer it resembles more than its own; mostly empty."""
     given, best = [*token_counts(tokenizer, table["after"])], table["overlap after"].fillna(0)
     own, rows, closest = table["expected"].map(bare), [""] * len(table), [*best.clip(RIVAL_FROM)]
     others = {bare(pair.answer): pair for pair in reversed(pairs)}
@@ -3795,7 +3799,7 @@ def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pai
 
 
 class Exam(NamedTuple):
-    """What came of it, for run.json."""
+    """The outcome of an exam, for run.json."""
 
     verdict: str
     text: str  # for the person
@@ -3872,7 +3876,7 @@ def more_training(cfg: Config) -> str:
 
 
 def sureness(exam: Exam) -> str:
-    """How far the share that was found may be from that of all questions (Wilson, 95 %)."""
+    """A sentence with the 95 % interval (Wilson) of the share of all questions that it knows."""
     asked, right = (exam.parts[AS_TAUGHT][name] for name in ("asked", "right"))
     if asked >= exam.trained:
         return f"All {asked} trained questions were asked."
@@ -3891,7 +3895,7 @@ EXAM, EXAM_PICTURE = "exam.json", "training_visuals/exam.png"
 SAMPLE, ROWS_IN_SAMPLE = "sample_rows.json", 16  # by which an export is measured
 SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
 REPORT_MARK = "made by finetune_colab.py"
-# On the person's own disk, which is nobody else's business
+# Settings that name places on this computer; public_place shortens them for others
 PLACES = "DATASET_PATH OUTPUT_DIR CHECKPOINT_DIR LOG_DIR CHECKPOINT_MIRROR RESUME_FROM_CHECKPOINT QUESTIONS EXPORT_DIR".split()
 
 
@@ -4213,7 +4217,9 @@ def write_book(path: Path, tables: dict[str, list[Sequence[Any]]]) -> None:
             column[0].font = Font(bold=True)
         if more > 0:
             sheet.append([f"and {more:,} more rows"])
-    content = io.BytesIO()  # on a full disk, a zip file would print what its own end could not do
+    content = (
+        io.BytesIO()
+    )  # in memory first: on a full disk, an open zip file prints an error when it is closed late
     book.save(content)
     with atomic_write(path) as staged:
         staged.write_bytes(content.getvalue())
@@ -4416,13 +4422,13 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[An
 
 
 def output_bytes(trainable: int) -> int:
-    """The finished model comes beside an earlier one, and so does its zip."""
+    """Disk space for the new model and its zip, while the earlier ones are still there."""
     return 2 * (4 * trainable + SMALL_FILES)
 
 
 @contextmanager
 def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> Iterator[None]:
-    """A full or lost disk as one message; a library in Rust raises no OSError."""
+    """Report a full or lost disk in one message; safetensors, in Rust, raises no OSError."""
     try:
         yield
     except Exception as error:
@@ -4433,7 +4439,7 @@ def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> 
 
 
 def own_files(folder: Path) -> list[str]:
-    """What a run.json that comes to this folder lists as its own, itself included."""
+    """The files that the run.json of this folder will list as its own, itself included."""
     found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
     return sorted([*found, "run.json"])
 
@@ -4473,7 +4479,7 @@ def foreign_files(folder: Path) -> set[str]:
 
 
 def place_for_earlier(final: Path, run: str) -> Path | None:
-    """Where the model goes that a new one replaces; nowhere when both are of the same run."""
+    """Where to move the model that a new one replaces; None if both are of the same run."""
     if record_of(final).get("run") == run and not foreign_files(final):
         return None
     previous = final.with_name(f"{final.name}.previous")
