@@ -2741,10 +2741,11 @@ def free_name(path: Path) -> Path:
     return next(name for name in itertools.chain([path], numbered) if not name.exists())
 
 
-def quarantine(path: Path, name: str, why: object) -> None:
+def quarantine(path: Path, name: str, why: object) -> Path:
     """Rename what is not used: nothing is deleted that somebody might want."""
     renamed = path.rename(free_name(path.with_name(name)))
     say("Checkpoint", f"{short_path(path)} is not used: {why}. It is now {renamed.name}.")
+    return renamed
 
 
 # -- Checkpoints: the Trainer writes them, COMMIT.json makes them count
@@ -2837,6 +2838,8 @@ def read_commit(folder: Path) -> Checkpoint:
         if local and typed and sealed["sha256"] == fingerprint(sealed["record"]):
             return Checkpoint(folder, **record)
     except Exception as error:
+        if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
+            raise
         LOG.info("%-11s%s: %r", "Checkpoint", folder, error)
     raise ValueError(f"its {COMMIT} is missing or damaged")
 
@@ -2860,14 +2863,19 @@ class Checkpoints:
             with suppress(ValueError):
                 changed = differences(self.identity, read_commit(other).identity)
                 say("New run", f"{short_path(other.parent)} is kept. What differs: {changed}")
-        for place in filter(Path.exists, () if self.cfg.RESUME else self.places):
+        is_first = is_main_process()  # the others then find what it has chosen, in the folder
+        resumes, named = self.cfg.RESUME or not is_first, self.cfg.RESUME_FROM_CHECKPOINT
+        source = local_path(named).resolve()
+        for place in filter(Path.exists, () if resumes else self.places):
             with warned(f"{place} is in the way") if place != self.folder else nullcontext():
-                quarantine(place, f"{place.name}.unused", "RESUME is off")
+                renamed = quarantine(place, f"{place.name}.unused", "RESUME is off")
+                if source.is_relative_to(place):
+                    source = renamed / source.relative_to(place)
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
-            found = [*itertools.islice(self.valid(self.places if self.cfg.RESUME else []), 1)]
-            if self.cfg.RESUME_FROM_CHECKPOINT:
-                found += self.named(Path(unpacked))
+            found = [*itertools.islice(self.valid(self.places if resumes else []), 1)]
+            if named and is_first:
+                found += self.named(source, Path(unpacked))
             self.last = max(found, key=lambda one: one.step, default=None)
             if self.last and self.last.folder != self.folder / f"checkpoint-{self.last.step}":
                 say("Checkpoint", f"step {self.last.step} is newer and is fetched from elsewhere")
@@ -2880,9 +2888,8 @@ class Checkpoints:
             say("Warning", "no checkpoint is valid, so the training starts from the beginning")
         return self.last
 
-    def named(self, unpacked: Path) -> list[Checkpoint]:
+    def named(self, place: Path, unpacked: Path) -> list[Checkpoint]:
         """The checkpoints in the folder or zip that RESUME_FROM_CHECKPOINT names."""
-        place = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
         advice = "Name a checkpoint-N of this run or a zip of it, or leave the setting out."
         with explained(f"RESUME_FROM_CHECKPOINT {place} cannot be used.", advice):
             if place.is_file():
@@ -2911,15 +2918,16 @@ class Checkpoints:
         """Valid checkpoints, newest first: by step, since clocks jump. Others get another name."""
         folders = [path for place in places for path in place.glob("checkpoint-*/")]
         steps = {path: int(path.name[11:]) for path in folders if path.name[11:].isdecimal()}
-        for folder in sorted(
-            steps, key=steps.__getitem__, reverse=True
-        ):  # of two with the same number, first the one here
+        newest = sorted(steps, key=steps.__getitem__, reverse=True)
+        for folder in newest:  # of two with the same number, first the one here
             try:
                 found = self.verify(folder, thorough)
                 if found.step != steps[folder]:
                     raise ValueError(f"it is a copy of checkpoint-{found.step}")
                 yield found
-            except (ValueError, OSError) as flaw:
+            except OSError as error:  # perhaps of a drive that is slow to answer
+                say("Warning", f"{folder} is not used, since it cannot be read: {error}")
+            except ValueError as flaw:
                 with warned(f"{folder} is not used: {flaw}, but keeps its name"):
                     quarantine(folder, f"incomplete-{steps[folder]}", flaw)
 
@@ -3060,10 +3068,16 @@ def as_many_as_fit(act: Callable[[Way], Result], ways: Sequence[Way]) -> Result:
     return act(last)
 
 
-def measured_loss(model: PeftModel, examples: Sequence[Example], most: int) -> float:
-    """The mean loss with as many tokens at once as fit."""
+def measured_loss(model: PeftModel, examples: Sequence[Example], most: int) -> float | None:
+    """The mean loss with as many tokens at once as fit; None if not even one example does."""
     ways = halvings(most, max(map(tokens_in, examples)))
-    loss = as_many_as_fit(functools.partial(mean_loss, model, examples), ways)
+    try:
+        loss = as_many_as_fit(functools.partial(mean_loss, model, examples), ways)
+    except (RuntimeError, MemoryError) as error:
+        if memory_fault(error) != "full" or world_size() > 1:
+            raise
+        say("Warning", "the validation does not fit into memory and is left out")
+        return None
     if not math.isfinite(loss):
         raise UserError(NOT_A_NUMBER)
     return loss
@@ -3281,6 +3295,8 @@ class AnswerTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
         loss = measured_loss(self.adapted, self.data.validation, self.plan.tokens_at_once)
+        if loss is None:
+            return {"eval_loss": math.inf}  # never the best
         metrics = {"eval_loss": max(self.highest(loss))}
         self.log(metrics)
         self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -3371,7 +3387,8 @@ def train_adapter(
     if data.validation and not checkpoints.last:
         with model.disable_adapter():
             first.base_loss = measured_loss(model, data.validation, plan.tokens_at_once)
-        say("Before", f"validation loss of the untrained model: {first.base_loss:.3f}")
+        if first.base_loss is not None:
+            say("Before", f"validation loss of the untrained model: {first.base_loss:.3f}")
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
     # the Trainer's NEFTune knows one example per row only
@@ -3935,7 +3952,7 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
     # of how many steps a logged loss is the mean; none is logged where a step was skipped
     steps = log["step"].diff().fillna(log["step"]).where(log["loss"].notna())
     return {
-        "train_loss": float((log["loss"] * steps).sum() / steps.sum()),
+        "train_loss": float((log["loss"] * steps).sum() / steps.sum()) if steps.sum() else None,
         "eval_loss": trained.final_loss,
         "base_eval_loss": trained.base_loss,
         "best_step": trained.best_step,

@@ -131,6 +131,18 @@ def test_a_lack_of_memory_while_measuring_costs_no_training(plain: Path, train: 
         assert found[name] == pytest.approx(expected[name], rel=1e-5)
 
 
+def test_a_validation_that_does_not_fit_at_all_is_left_out(train: Run, patched: Any) -> None:
+    def act(_: int) -> None:
+        if not torch.is_grad_enabled():
+            raise FULL
+
+    at_row(patched, act)  # M4
+    code, printed = train()
+    assert code == 0 and printed.count("is left out") > 2, printed  # before, and after steps 3 and 5
+    found = metrics()
+    assert (found["steps"], found["eval_loss"], found["base_eval_loss"], found["best_step"]) == (5, None, None, None)
+
+
 @pytest.mark.gpu
 def test_on_a_gpu_the_largest_row_is_tried_first(train: Run, patched: Any) -> None:  # M3
     lengths: list[int] = []
