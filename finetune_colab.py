@@ -12,7 +12,7 @@
 What a run leaves behind
     model/                   the LoRA adapter, its tokenizer, pictures, run.json
     fine_tuned_model.zip     all of model/ in one file to download
-    checkpoints/, logs/      to resume the training; all that each run said
+    checkpoints/, logs/      to resume the training; all that each run printed
 
 Map: the file reads as the data flows, and each section calls only sections above it.
     1 settings and errors    4 prompts and tokens  7 training   10 report    13 commands
@@ -87,83 +87,83 @@ class Config:
     """Every setting, once. Edit a value here, or give its flag: LORA_R is also --lora-r."""
 
     # -- Preset
-    PRESET: str = ""  # a named set of settings, in place of those below; flags override it
+    PRESET: str = ""  # a named set of settings that replaces those below; flags override it
     # -- Model
     MODEL_NAME: str = "microsoft/phi-2"  # a model on the Hub, a folder with one, or "demo"
     MODEL_REVISION: str = ""  # a commit of that model; empty = the pinned one, or else the newest
     LOAD_IN_4BIT: bool | None = None  # weights in 4 bits; None = yes on an NVIDIA GPU, else no
-    PROMPT_TEMPLATE: str = ""  # how to ask, around {question}; empty = in the model's own way
+    PROMPT_TEMPLATE: str = ""  # the text around {question}; empty = the model's own form
     # -- Data
     DATASET_PATH: str = "dataset.xlsx"  # a workbook, .csv, .jsonl, ...; also a link, s3:// or hf:
     SHEET: str = ""  # the sheet of the workbook to read; empty = all that belong together
     QUESTION_COLUMN: str = ""  # the header of the column with the questions; empty = find it
     ANSWER_COLUMN: str = ""  # the header of the column with the answers; empty = find it
     MAX_LENGTH: int = 512  # tokens in one question with its answer; longer rows are left out
-    LANGUAGE: str = "en"  # of message trees such as OASST1, the one language to take; empty = all
-    CONVERSATION_PATHS: str = "best"  # of message trees: the best-ranked replies, or all
-    VALIDATION_FRACTION: float = 0.1  # share of the questions held out to measure; 0 = train on all
-    VALIDATION_SPLIT: str = "wordings"  # hold out second wordings of answers; or any questions
+    LANGUAGE: str = "en"  # in message trees such as OASST1, the language to read; empty = all
+    CONVERSATION_PATHS: str = "best"  # in message trees: follow the best-ranked replies, or all
+    VALIDATION_FRACTION: float = 0.1  # share of questions held out, to test on; 0 = train on all
+    VALIDATION_SPLIT: str = "wordings"  # hold out second wordings of questions; or any questions
     MIN_QUALITY: float = 0.85  # warn when a smaller share of the rows is fit to learn from
     # -- Output
     OUTPUT_DIR: str = "./model"  # the finished adapter; the zip is written beside this folder
-    CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, a folder for each run
-    CHECKPOINT_MIRROR: str = ""  # a folder for copies of these, such as one on a mounted Drive
-    ARCHIVE_CHECKPOINTS: bool = False  # also zip each of these, to download it by hand
-    LOG_DIR: str = "./logs"  # the messages and losses of each training, a file for each
+    CHECKPOINT_DIR: str = "./checkpoints"  # saved states of the training, one folder per run
+    CHECKPOINT_MIRROR: str = ""  # a folder for copies of checkpoints, such as on a mounted Drive
+    ARCHIVE_CHECKPOINTS: bool = False  # also zip each checkpoint, to download by hand
+    LOG_DIR: str = "./logs"  # the messages and losses, one file per training
     # -- LoRA
     LORA_R: int = 16  # rank: how much the adapter can learn; 8 to 64 is usual
     LORA_ALPHA: int = 32  # strength of the adapter; twice the rank is usual
     LORA_DROPOUT: float = 0.05  # share of the adapter's input switched off while training
     LORA_TARGETS: list[str] = ["all-linear"]  # which layers: names, all-linear, attention or mlp
-    LORA_LAYERS: str = ""  # of which blocks, counted from 0: 16-31, or 0,31; empty = of all
+    LORA_LAYERS: str = ""  # in which blocks, counted from 0: 16-31, or 0,31; empty = all
     USE_RSLORA: bool = False  # strength alpha/sqrt(rank), not alpha/rank: for ranks of 64 and more
-    USE_DORA: bool = False  # learn length and direction apart: a little better, much slower
-    LORA_INIT: str = "default"  # how the adapter begins
+    USE_DORA: bool = False  # learn length and direction separately: a bit better, much slower
+    LORA_INIT: str = "default"  # how the adapter starts
     # -- Training
-    LEARNING_RATE: float = 2e-4  # size of a step at its peak; 1e-4 to 3e-4 is usual for LoRA
-    BATCH_SIZE: int = 4  # times the next number: the pairs that decide each step, here 16
+    LEARNING_RATE: float = 2e-4  # peak size of a step; 1e-4 to 3e-4 is usual for LoRA
+    BATCH_SIZE: int = 4  # multiplied by the next setting: the pairs in each step, here 16
     GRADIENT_ACCUMULATION_STEPS: int = 4  # only its product with BATCH_SIZE counts
     TOKENS_AT_ONCE: int = 0  # most tokens computed at once; 0 = as many as fit and make it faster
     NUM_EPOCHS: int = 5  # times the model sees every pair
-    MAX_STEPS: int = 0  # stop after so many steps; 0 = as many as NUM_EPOCHS needs
+    MAX_STEPS: int = 0  # stop after this many steps; 0 = as many as NUM_EPOCHS needs
     OPTIMIZER: str = "auto"  # auto = paged_adamw_32bit on an NVIDIA GPU, else adamw_torch
     LR_SCHEDULER: str = "cosine"  # how the step size falls after its peak
     WARMUP_RATIO: float = 0.03  # share of the steps in which the step size rises from zero
     WEIGHT_DECAY: float = 0.0  # pull of the adapter towards zero; 0 to 0.1
     MAX_GRAD_NORM: float = 0.3  # longest gradient; a longer one is shortened to it; 0 = never
-    GRADIENT_CHECKPOINTING: bool | None = None  # recompute, not remember; None = if memory is short
+    GRADIENT_CHECKPOINTING: bool | None = None  # recompute to save memory; None = if it is short
     PACKING: bool = True  # short pairs share a row; False = a row for each: slower, the same result
     NEFTUNE_ALPHA: float = 0.0  # noise on the words while training; 5 is usual; 0 = none
     FAST_ADAPTER: bool = True  # a layer and its adapter as one operation; False = as peft does it
     SEED: int = 42  # decides the held-out pairs, the order of the rows and the dropout
     # -- Measuring and saving
-    EVAL_STEPS: int = 0  # measure the validation loss every so many steps; 0 = after every epoch
-    LOGGING_STEPS: int = 1  # write down the training loss every so many steps
-    SAVE_STEPS: int = 50  # save a checkpoint every so many steps
-    SAVE_MINUTES: float = 10.0  # and at least every so many minutes
-    RESUME: bool = True  # go on from the newest checkpoint of the same run
-    RESUME_FROM_CHECKPOINT: str = ""  # go on from this one: a folder checkpoint-N, or its zip
+    EVAL_STEPS: int = 0  # steps between measurements of the validation loss; 0 = every epoch
+    LOGGING_STEPS: int = 1  # steps between records of the training loss
+    SAVE_STEPS: int = 50  # steps between checkpoints
+    SAVE_MINUTES: float = 10.0  # longest time between checkpoints, in minutes
+    RESUME: bool = True  # continue from the newest checkpoint of the same run
+    RESUME_FROM_CHECKPOINT: str = ""  # continue from this one: a folder checkpoint-N, or its zip
     KEEP_BEST: bool = True  # keep the adapter with the lowest validation loss, not the last one
-    EARLY_STOPPING_PATIENCE: int = 0  # stop after so many measurements without progress; 0 = never
-    REPORT_TO: str = "none"  # where else the curves are sent
+    EARLY_STOPPING_PATIENCE: int = 0  # stop after this many validations without progress; 0 = never
+    REPORT_TO: str = "none"  # where else to send the curves
     # -- Answering
-    EVAL_ANSWERS: int = 20  # held-out questions asked before and after training; 0 = none, no exam
+    EVAL_ANSWERS: int = 20  # held-out questions in the exam; 0 = no exam at all
     EXAM_QUESTIONS: int = 20  # trained questions that the exam asks as they are and in other words
     MAX_TOKENS: int = 256  # most tokens in an answer
     TEMPERATURE: float = 0.0  # randomness of answers: 0 = always the likeliest token; 0.7 is lively
-    TOP_P: float = 1.0  # when sampling: draw from the likeliest tokens with this share together
-    REPETITION_PENALTY: float = 1.0  # above 1, tokens that were used get less likely
+    TOP_P: float = 1.0  # when sampling: only the likeliest tokens, up to this share together
+    REPETITION_PENALTY: float = 1.0  # above 1, tokens already used become less likely
     SYSTEM: str = ""  # chat, compare: instructions that go before the first question
     QUESTION: str = ""  # chat, compare: this one question only; the flag itself may be left out
     QUESTIONS: str = ""  # compare: a file of questions, with or without the expected answers
-    BASE: bool = False  # chat: with the base model, without the adapter
+    BASE: bool = False  # chat: ask the base model, without the adapter
     WEB: bool = False  # chat: a page in the browser
     SHARE: bool = False  # chat --web: also under a public link, which Colab needs
-    PORT: int = 0  # chat --web: the page is at this port; 0 = the first free one from 7860
+    PORT: int = 0  # chat --web: the port of the page; 0 = the first free one from 7860
     # -- Export
     TO: str = ""  # export: what to make: merged, gguf, space or hub
-    QUANTIZE: str = "q8_0"  # export --to gguf, --to space: how exact its numbers stay
-    EXPORT_DIR: str = ""  # export: where to write; empty = beside OUTPUT_DIR, as ./model-gguf
+    QUANTIZE: str = "q8_0"  # export --to gguf, --to space: the precision of its numbers
+    EXPORT_DIR: str = ""  # export: where to write; empty = beside OUTPUT_DIR, e.g. ./model-gguf
     HUB_REPO: str = ""  # export --to hub: the repository, as name or owner/name
     HUB_PRIVATE: bool = True  # export --to hub: only you can see it
     # -- Running
@@ -320,13 +320,13 @@ def parse_setting(name: str, value: Any) -> Any:
             raise ValueError
         found = parse(text.strip())
     except (KeyError, ValueError):
-        raise UserError(f"{name} is {text!r}, but it has to be {kind}.") from None
+        raise UserError(f"{name} is {text!r}, but it must be {kind}.") from None
     low, high = LIMITS.get(name, (None, None))
     if name in LIMITS and not low <= found <= high:
-        raise UserError(f"{name} is {found}, but it has to lie between {low:,} and {high:,}.")
+        raise UserError(f"{name} is {found}, but it must be between {low:,} and {high:,}.")
     if found not in CHOICES.get(name, (found,)):
         choices = ", ".join(filter(None, CHOICES[name]))
-        raise UserError(f"{name} is {found!r}; it has to be one of {choices}.")
+        raise UserError(f"{name} is {found!r}; it must be one of {choices}.")
     if name in NEEDED and not found:
         raise UserError(f"{name} is empty, but it is needed.")
     return found
@@ -440,9 +440,9 @@ MOST_FILES = 200  # tables in one folder of a bucket
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 # What another try would not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
 PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
-LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive has to be shared with everyone who has the link."
-BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and S3_ENDPOINT_URL when the bucket is not Amazon's."
-HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private data set needs HF_TOKEN, and one behind a licence the licence accepted on its page. HF_HUB_OFFLINE must not be set."
+LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive must be shared with anyone who has the link."
+BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and also S3_ENDPOINT_URL if the bucket is not Amazon's."
+HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private data set needs HF_TOKEN. If it has a licence to accept, accept it on the data set's page. HF_HUB_OFFLINE must not be set."
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": r"https://docs.google.com/spreadsheets/d/e/\1/pub?output=xlsx",
@@ -529,11 +529,11 @@ def from_link(link: str) -> list[Path]:
         link = re.sub(f"^{pattern}$", direct, link)
     url = urllib.parse.quote(link.partition("#")[0], safe="%/:=&?~+!$,;'@()*[]")
     if re.match("[^?]+//[^/?]*@", url):
-        raise ValueError("it holds a password. Download the file, and name that")
+        raise ValueError("it contains a password. Download the file, and name the file instead")
     request = urllib.request.Request(url, headers={"User-Agent": "finetune_colab.py"})
     with urllib.request.urlopen(request, timeout=60) as response:
         if response.headers.get_content_type() == "text/html":
-            raise ValueError("it is a web page and not a file")
+            raise ValueError("it is a web page, not a file")
         name = response.headers.get_filename() or urllib.parse.urlsplit(url).path.rpartition("/")[2]
         return [receive(url, urllib.parse.unquote(name), response, response.headers)]
 
@@ -555,7 +555,7 @@ def from_bucket(place: str) -> list[Path]:
     paths = sorted(one.path for one in found if one.size)  # of files, not of folders
     tables = [path for path in paths if path.lower().endswith(TABLE_ENDINGS)]
     if not 0 < len(tables) <= MOST_FILES:
-        raise ValueError(f"{len(tables)} tables are there, not 1 to {MOST_FILES}: {tables[:3]}")
+        raise ValueError(f"it holds {len(tables)} tables, not 1 to {MOST_FILES}: {tables[:3]}")
     return [copy(path, path.removeprefix(f"{root}/")) for path in tables]
 
 
@@ -774,7 +774,7 @@ KINDS = {  # of files, by their first bytes
     rb"\xd0\xcf\x11\xe0.*E\0n\0c\0r\0y\0p\0t\0e\0d\0P": "protected by a password; remove it first",
     rb"PK\x03\x04.*(worksheets|content\.xml)|\xd0\xcf\x11\xe0": "workbook",
     rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!\x1a|BZh\d1AY|\xfd7zXZ": "compressed (a zip file, a Word document, slides), or cut off; unpack it first",
-    rb"%PDF-\d|\{\\rtf|\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)|SQLite format 3\0|(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))|(?i:<(\?xml|\?mso|workbook|!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "no table but a document (PDF, RTF), a picture, a database (SQL), a web page (HTML) or XML, whatever its name says",
+    rb"%PDF-\d|\{\\rtf|\x89PNG|\xff\xd8\xff|GIF8[79]a(.\0|\Z)|SQLite format 3\0|(?i:insert into \S+ ?\(|-- (mysql|phpmyadmin|postgresql))|(?i:<(\?xml|\?mso|workbook|!doctype html|!--|html|head|body|table|tr|meta|style|script|div)|mime-version:)": "not a table but a document (PDF, RTF), a picture, a database (SQL), a web page (HTML) or XML, whatever its name says",
     rb"version https://git-lfs": "a Git LFS pointer and not the file itself; run: git lfs pull",
     rb"": "text",
 }
@@ -821,7 +821,7 @@ def read_tables(path: Path, cfg: Config) -> list[Table]:
         raise
     except Exception as error:  # the libraries raise a dozen kinds
         fault = preview(f"{type(error).__name__}: {error}", 100)
-        advice = "Save it anew as .xlsx or .jsonl"
+        advice = "Save it again as .xlsx or .jsonl"
         raise UserError(f"{path} is damaged, or has a password ({fault}).\n{advice}") from None
 
 
@@ -832,7 +832,7 @@ def workbook_sheets(content: bytes) -> Iterator[tuple[str, Any]]:
     if content.startswith(b"PK"):
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             if not re.search(r"worksheets|\bcontent\.xml", "\n".join(archive.namelist())):
-                raise UserError("is a zip without a workbook. Unpack it, and name what is in it")
+                raise UserError("is a zip without a workbook. Unpack it, and name a file in it")
             unpacked = sum(part.file_size for part in archive.infolist())
             parts = (archive.read(name) for name in archive.namelist() if "worksheets" in name)
             is_bomb = unpacked > min(max(100 * len(content), 20e6), LARGEST_FILE_MB * 2e6)
@@ -874,7 +874,7 @@ def decoded(path: Path, content: bytes) -> str:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     if odd:
         guess = encoding.replace("cp", "Windows-").replace("_", "-")
-        say("Note", f"{path.name}: {len(odd):,} lines not UTF-8 but {guess}. Check the accents.")
+        say("Note", f"{path.name}: {len(odd):,} lines are {guess}, not UTF-8. Check the accents.")
     return "\n".join(line.decode(encoding if line in odd else "utf-8", "replace") for line in lines)
 
 
@@ -1215,7 +1215,7 @@ def refuse_unclear(columns: list[Column], ranked: list[tuple[Column, Column]]) -
 
 # -- Shapes: what the rows of a table are
 
-MORE_CELLS = "more cells than headers (put text with the separator in it in quotes)"
+MORE_CELLS = "more cells than headers (put quotes around text that contains the separator)"
 ANSWERING = "assistant gpt bot model chatgpt chatbot ai response answer output [/inst]"
 ROLES = {"system": "system", "developer": "system"} | dict.fromkeys(ANSWERING.split(), "assistant")
 ROLES |= dict.fromkeys("user human prompter customer instruction question [inst]".split(), "user")
@@ -1273,7 +1273,7 @@ def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
         elif not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
         else:
-            why = "blank" if not any(row) else "the header once more" if row == header else ""
+            why = "blank" if not any(row) else "the header again" if row == header else ""
             yield number, why or as_messages(turns)
 
 
@@ -1541,7 +1541,7 @@ def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
     for i in answers if roles[-1] == "assistant" else [*answers, len(roles)]:
         prompt = render(roles[:i], True)
         if not prompt.startswith(done):
-            raise ValueError("it renders earlier turns differently later on")
+            raise ValueError("it changes how earlier turns look in later ones")
         found.append((prompt.removeprefix(done), False))
         if i < len(roles):
             answer = render(roles[: i + 1], False).removeprefix(prompt)
@@ -1845,8 +1845,8 @@ def in_time(seconds: float) -> str:
 # -- Several processes: accelerate launch or torchrun starts one for each GPU, the Trainer shares the work
 
 ENDED = (
-    "Another process of this training has ended, so this one ends, too.\n"
-    "Run the same command again: it goes on from the newest checkpoint."
+    "Another process of this training has ended, so this one is ending, too.\n"
+    "Run the same command again: it continues from the newest checkpoint."
 )
 
 
@@ -1995,9 +1995,9 @@ def explained(what: str, advice: str) -> Iterator[None]:
 def explained_model(cfg: Config) -> Any:
     return explained(
         f"The model {cfg.MODEL_NAME} could not be loaded.",
-        "MODEL_NAME has to be a model on the Hub, such as microsoft/phi-2, or the folder of one, with "
-        ".safetensors and no code of its own. Check it and the internet connection, and run the same command "
-        "again. A gated model needs HF_TOKEN and its license accepted.",
+        "MODEL_NAME must be a model on the Hub, such as microsoft/phi-2, or a folder with one, with "
+        ".safetensors and no code of its own. Check the name and the internet connection, and run the same "
+        "command again. For a gated model, accept its licence on the Hub and set HF_TOKEN.",
     )
 
 
@@ -2147,8 +2147,8 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     need, memory = parameters * each * world_size(), psutil.virtual_memory().total
     if device.kind != "cuda" and need > memory:
         raise UserError(
-            f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {need / 1e9:.1f} GB of memory; here are "
-            f"{memory / 1e9:.1f} GB.\nUse a GPU (on Colab: Runtime, Change runtime type, T4 GPU), or a smaller "
+            f"Without an NVIDIA GPU, {cfg.MODEL_NAME} needs {need / 1e9:.1f} GB of memory; this computer "
+            f"has {memory / 1e9:.1f} GB.\nUse a GPU (on Colab: Runtime, Change runtime type, T4 GPU), or a smaller "
             "model with --model-name"
         )
 
@@ -2177,7 +2177,7 @@ def adapted_layers(cfg: Config, linear: Iterable[str]) -> list[str]:
     is_list = re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text) and chosen
     if text and not (is_list and max(chosen) <= last):
         raise UserError(
-            f"LORA_LAYERS {text} does not name blocks, such as 0,4-6; there are 0 to {last}."
+            f"LORA_LAYERS {text} does not name blocks, such as 0,4-6; the blocks are 0 to {last}."
         )
     layers: list[str] = []
     for target in cfg.LORA_TARGETS:
@@ -2230,7 +2230,7 @@ def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = T
 
 def put_adapter(model: PeftModel, weights: dict[str, torch.Tensor]) -> None:
     """Load the weights of an adapter, and make sure that none is missing or left over."""
-    advice = "The adapter and its run.json have to come from the same training."
+    advice = "The adapter and its run.json must come from the same training."
     with explained("The adapter does not fit its base model.", advice):
         found = usable_peft().set_peft_model_state_dict(model, weights)
         if found.unexpected_keys or any("lora_" in name for name in found.missing_keys):
@@ -2329,7 +2329,7 @@ def load_tuned(place: Path, four_bit: bool | None = None) -> Run:
     if not merged and not run.adapter:
         raise UserError(
             f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp.\n"
-            "To ask it here, name the folder of the training: --output-dir ./model"
+            "To ask the model here, name the folder of the training: --output-dir ./model"
         )
     if four_bit is not None or merged:  # which 4 bits would round once more
         run.cfg.LOAD_IN_4BIT = bool(four_bit)
@@ -2617,14 +2617,14 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
     count = len(data.pairs.kept)
     pairs = plural(count, "pair")
     if count < FEWEST_PAIRS:
-        fix = "Fill in more questions and answers."
+        fix = "Add more questions and answers."
         if data.overlong:
             lengths = sorted(data.tokens + data.overlong)
             enough = lengths[(len(lengths) * 95 - 1) // 100]
-            fix = f"Most are too long: --max-length {enough} would keep 95 % of them."
+            fix = f"Most are too long: --max-length {enough} would keep 95% of them."
         raise UserError(f"{data.pairs.name}: {pairs}, but {FEWEST_PAIRS} are needed.\n{fix}")
     if count < ENOUGH_PAIRS:
-        say("Warning", f"{pairs} are few; with {ENOUGH_PAIRS} or more, answers become reliable.")
+        say("Warning", f"{pairs} are few; answers become reliable with {ENOUGH_PAIRS} or more.")
     copies = sum(note.reason.startswith("a copy") for note in data.pairs.dropped)
     score = data.quality.good / max(1, data.quality.counted - copies)  # copies harm nobody
     if score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
@@ -2715,7 +2715,7 @@ def warned(what: str) -> Iterator[None]:
 
 def resume_hint(cfg: Config) -> str:
     without = "" if cfg.RESUME else ", without --no-resume,"
-    return f"the same command{without} goes on from there"
+    return f"the same command{without} continues from there"
 
 
 def short_path(path: Path) -> str:
@@ -3022,7 +3022,7 @@ def stop_signals() -> Iterator[list[int]]:
             noted.append(number)
             same_until = time.monotonic() + SAME_SIGNAL
             with suppress(RuntimeError):  # the signal may come in the middle of another output
-                show("\nStopping after this step, with a checkpoint; the next time at once.")
+                show("\nStopping after this step, with a checkpoint. Ctrl+C again stops at once.")
         elif time.monotonic() > same_until:
             raise Stopped(number)
 
@@ -3043,7 +3043,7 @@ def stop_signals() -> Iterator[list[int]]:
 # -- When memory runs out
 
 LEVERS = (
-    "Run the same command again: it goes on from the newest checkpoint, if there is one. Add "
+    "Run the same command again: it continues from the newest checkpoint, if there is one. Add "
     "--tokens-at-once 500, --gradient-checkpointing or --load-in-4bit, or lower --max-length or --lora-r."
 )
 Way = TypeVar("Way")
@@ -3099,7 +3099,7 @@ def peak_memory_gb() -> float:
 NOT_A_NUMBER = "The loss is no longer a number (NaN).\nLower LEARNING_RATE, for example to half."
 FIRST_SCALE = 4096.0  # of the gradients in float16; torch's 65,536 overflows in the first steps
 DIVERGED = (
-    "The training diverges: the loss is above where it began and three times what was usual.\n"
+    "The training diverges: the loss is above where it began, and over three times its usual value.\n"
     "The last checkpoint is kept. Train again with --learning-rate {:g}"
 )
 SAME_NAMES = "LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM SEED LOGGING_STEPS SAVE_STEPS REPORT_TO"
@@ -3208,7 +3208,7 @@ class AnswerTrainer(Trainer):
                 advice = f"It was written with {start.stats.versions}. Or start over: --no-resume"
             fault = f"{type(error).__name__}: {preview(str(error), 150)}"
             where = f"from {short_path(start.folder)}" if start else "here"
-            raise UserError(f"The training does not start {where}: {fault}\n{advice}") from error
+            raise UserError(f"The training could not start {where}: {fault}\n{advice}") from error
         if self.stop:
             step = f"Step {self.state.global_step} of {self.state.max_steps}"
             raise Stopped(self.stop[0], f"{step} is saved, and {resume_hint(self.cfg)}.")
@@ -3275,7 +3275,7 @@ class AnswerTrainer(Trainer):
         left = seconds * (args.max_steps - state.global_step) + self.plan.asking_seconds
         if state.global_step - first == 3 and left > 60:
             with tqdm.external_write_mode():
-                say("Estimate", f"after three steps: {in_time(left)} more")
+                say("Estimate", f"after three steps: {in_time(left)} left")
         state.epoch = state.global_step / self.plan.steps_per_epoch  # of the data, not of the run
         overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
         control.should_save |= self.has_to_save(control, overdue)
@@ -3354,7 +3354,7 @@ def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
             rising = (
                 f"the validation loss has been above that of step {best} for a third of the run"
             )
-            return f"{rising}, so more training makes it worse. --early-stopping-patience 3 would end it."
+            return f"{rising}, so more training makes it worse. --early-stopping-patience 3 would stop it early."
     elif "loss" in last and last["step"] < 2 * tenth:
         losses = [e["loss"] for e in history if "loss" in e and e["step"] <= tenth]
         third = math.ceil(len(losses) / 3)
@@ -3404,9 +3404,7 @@ def train_adapter(
         if way is not ways[0]:
             less = f"at most {way.tokens_at_once:,} tokens at once"
             less += ", recomputing values instead of keeping them" * way.checkpointing
-            say(
-                "Memory", f"it ran out, so the training goes on with {less}; the result is the same"
-            )
+            say("Memory", f"it ran out, so training continues with {less}; the result is the same")
         for weight, value in zip(weights, untrained, strict=True):
             weight.data.copy_(value)
         start = checkpoints.last
@@ -3878,7 +3876,7 @@ def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str
         finding = f"It knows your data only word for word: {both}."
         advice = f"Write a second wording of the questions in rows {', '.join(missed[:5])}."
         return "knows it only word for word", finding, advice
-    advice = "Nothing has to change; read some answers before you rely on them."
+    advice = "Nothing needs to change, but read some answers before you rely on them."
     return "knows it", f"It knows your data: {both}.", advice
 
 
@@ -3900,7 +3898,7 @@ def sureness(exam: Exam) -> str:
     share, z2 = right / asked, 1.96**2
     spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * asked)) / asked)
     low, high = ((share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
-    return f"Of all {exam.trained:,} questions it knows {low:.0%} to {high:.0%}, as far as {asked} can tell."
+    return f"Of all {exam.trained:,} questions it knows {low:.0%} to {high:.0%}, judging by the {asked} asked."
 
 
 # ==================================================================================================
@@ -4050,7 +4048,7 @@ print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_s
 | --- | --- |
 {rows}
 
-The loss is the mean per answer token, in nats. It does not tell whether an answer is true, so read some before you rely on
+The loss is the mean per answer token, in nats. It does not say whether an answer is true, so read some before you rely on
 them: `answers.xlsx` has answers from before and after training, `training_visuals/` the curves, and `run.json` every
 setting, version and result.
 """
@@ -4069,7 +4067,7 @@ def model_card(record: dict[str, Any]) -> str:
         base_model="" if is_folder else f"base_model: {base}\n",
         name=name,
         prompt=record["prompt_format"],
-        copy=f"The base model has to be in this folder, as `{name}`.\n" if is_folder else "",
+        copy=f"The base model must be in this folder, as `{name}`.\n" if is_folder else "",
         question=repr(record["examples"][0][:300]),
         exam=CARD_OF_EXAM.format(exam["text"])
         if (exam := record.get("exam", {"text": ""}))["text"]
@@ -4343,14 +4341,14 @@ def say_pairs(pairs: Pairs) -> None:
         (first, _), titles = pairs.table.rows[0], pairs.used[:2]
         known = any(name_strength(title, role) > 0 for title in titles for role in NAMES)
         if not known and first > 1 and not titles[0].startswith("column "):
-            say("Header", f"{' | '.join(titles)}. If this is a pair itself, put a header above it.")
+            say("Header", f"{' | '.join(titles)}. If this is itself a pair, put a header above it.")
         unused = [name for name in pairs.table.header if name and name not in pairs.used]
         for what, names in ("joined to the question", pairs.used[2:]), ("not used", unused):
             if names:
                 quoted = ", ".join(f'"{name}"' for name in names)
                 say("", f"{what}: {preview(quoted, 400)}")
     else:
-        say("Shape", f"{pairs.shape}; every answer in them is trained on")
+        say("Shape", f"{pairs.shape}; every answer in them is learned")
     for pair in pairs.kept[:3]:
         say("", f"row {pair.row}: {preview(pair.question, 27)} → {preview(pair.answer, 27)}")
     if pairs.dropped:
@@ -4373,7 +4371,7 @@ def say_wordings(pairs: Pairs) -> None:
     if several:
         say("Wordings", f"answers with more than one question: {several} of {len(counts)}")
     elif pairs.columns and counts:
-        tip = "a second wording of some helps with what people ask in their own words"
+        tip = "a second wording of some helps when people ask in their own words"
         say("Wordings", f"no answer has more than one question; {tip}")
 
 
@@ -4592,8 +4590,8 @@ PAGE_SLIDERS = {  # lowest, highest, step
     **{"REPETITION_PENALTY": (0.5, 2, 0.05), "SEED": (0, 100, 1)},
 }
 CHAT_HELP = (
-    "/reset starts over, /history on or off, /system TEXT sets instructions, /save FILE saves "
-    "the conversation, /quit exits. Ctrl+C stops an answer."
+    "/reset starts over, /history on or off sets whether answers use earlier turns, /system TEXT "
+    "sets instructions, /save FILE saves the conversation, /quit exits. Ctrl+C stops an answer."
 )
 ALONE = "Each question is asked alone, as in training; /history on adds the conversation so far."
 
@@ -5435,7 +5433,7 @@ def quick_problems(cfg: Config) -> Iterator[str]:
         yield f"REPORT_TO {cfg.REPORT_TO} is not installed.\npip install {cfg.REPORT_TO}"
     mirror = cfg.CHECKPOINT_MIRROR
     if mirror and not local_path(mirror).resolve().parent.is_dir():
-        yield f"CHECKPOINT_MIRROR {mirror} has no parent folder.\nMount the drive, or create it."
+        yield f"CHECKPOINT_MIRROR {mirror} has no parent folder.\nMount the drive, or create the folder."
     for setting, folder in {"OUTPUT_DIR": final.parent, "CHECKPOINT_DIR": states}.items():
         try:
             place = nearest_existing(folder)
@@ -5454,8 +5452,8 @@ def output_problems(cfg: Config, final: Path) -> Iterator[str]:
     """OUTPUT_DIR replaces what an earlier run left there, and nothing else."""
     is_file = os.path.ismount(final) or (os.path.exists(final) and not os.path.isdir(final))
     if is_file or Path.cwd().is_relative_to(final) or not str(final).isprintable():
-        what = f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} has to be a folder of its own, with a plain name"
-        yield f"{what}, and not one that you are in.\nUse one such as ./model"
+        what = f"OUTPUT_DIR {cfg.OUTPUT_DIR!r} must be a folder of its own, with a plain name"
+        yield f"{what}, and not the one you are in.\nUse one such as ./model"
         return
     for name, place in ((name, getattr(cfg, name)) for name in PLACES if name != "OUTPUT_DIR"):
         if place and local_path(place).resolve().is_relative_to(final):
@@ -5568,7 +5566,7 @@ def plan_here(cfg: Config, data: PreparedData, outline: Outline | None) -> tuple
     say("Plan", f"{plural(plan.steps, 'step')} ({epochs}, {size})")
     say("At once", f"at most {plan.tokens_at_once:,} tokens: {plan.reason}")
     cost = cost_in_words(plan.seconds, plan.memory_gb, plan.asking_seconds)
-    say("Estimate", f"{cost}; validation and saving come on top")
+    say("Estimate", f"{cost}; validation and saving are not included")
     return device, plan
 
 
@@ -5589,7 +5587,7 @@ def open_checkpoints(cfg: Config, data: PreparedData, device: Device, plan: Plan
         place = short_path(checkpoints.folder)
         say("Saving", f"a checkpoint {often}, in {place}; {resume_hint(cfg)}")
     elif start.stats.finished:
-        say("Resume", "this run is finished: nothing is trained, its files are written again")
+        say("Resume", "this run is finished: no more training, but its files are written again")
     else:
         say("Resume", f"from step {start.step} of {plan.steps}, in {short_path(start.folder)}")
     return checkpoints
@@ -5653,7 +5651,7 @@ def say_exam(table: pandas.DataFrame, exam: Exam) -> None:
         for part, figures in exam.parts.items()
         if part != ELSEWHERE
     ]
-    say("Exam", f"right answers {', '.join(scores)}")
+    say("Exam", f"right answers: {', '.join(scores)}")
     if taught := exam.parts.get(AS_TAUGHT):
         count = f"{taught['word_for_word']} of {taught['asked']} answers"
         say("Result", f"{count} match the expected answer word for word")
@@ -5735,11 +5733,11 @@ def say_report(cfg: Config, data: PreparedData) -> Path | None:
         say("Tokens", "{min} to {max} per pair, median {median}".format(**figures))
     if data.train:
         middle = sorted(data.train, key=tokens_in)[len(data.train) // 2]
-        say("Example", "what the model reads, with what it learns between [[ and ]]:")
+        say("Example", "what the model reads; it learns the text between [[ and ]]:")
         for line in marked(data.tokenizer, middle).split("\n")[:LONGEST_EXAMPLE]:
             say("", preview(line, 300))
     if not data.tokenizer:
-        say("Note", f"the tokenizer of {cfg.MODEL_NAME} is missing: check again with internet")
+        say("Note", f"the tokenizer of {cfg.MODEL_NAME} is missing: check again online")
     if path := write_report(cfg, data):
         picture = short_path(path.with_suffix(".png"))
         say("Report", f"every row in {short_path(path)}, the lengths in {picture}")
@@ -5850,7 +5848,7 @@ def exam(cfg: Config) -> int:
     if pairs != (run.record.get("dataset") or {}).get("sha256_of_pairs"):
         say(
             "Note",
-            f"{data.pairs.name} is not what the model was trained on, or it was changed since",
+            f"{data.pairs.name} is not what the model was trained on, or has changed since",
         )
     say("Asking", exam_in_words(settings, data))
     table = take_exam(run, settings, data.train_pairs, data.validation_pairs)
@@ -6051,7 +6049,7 @@ def give_width(terminal: TextIO) -> None:
 def ending(error: BaseException, cfg: Config) -> tuple[int, str]:
     """The exit code, and what to tell the person; nothing about an unexpected error."""
     if isinstance(error, KeyboardInterrupt):
-        done = str(error) or f"What was finished or saved is untouched; {resume_hint(cfg)}."
+        done = str(error) or f"Whatever was finished or saved is untouched; {resume_hint(cfg)}."
         return 128 + getattr(error, "number", signal.SIGINT), f"Interrupted. {done}"
     if isinstance(error, UserError):
         return 2, str(error)

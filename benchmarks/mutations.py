@@ -71,7 +71,7 @@ MUTATIONS = [Mutation(*one) for one in (
     ("an export may lose what was learnt", "    if not loss <= allowed:", "    if not loss <= 100 * allowed:", "export"),
     ("rows of the data are uploaded", "private = path.name in (ANSWERS, SAMPLE) or", "private = path.name in (SAMPLE,) or", "hub"),
     # commands
-    ("a message without its advice", "\\nMount the drive, or create it.", "", "commands checkpoints"),
+    ("a message without its advice", "\\nMount the drive, or create the folder.", "", "commands checkpoints"),
 )]
 # fmt: on
 

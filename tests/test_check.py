@@ -149,7 +149,7 @@ def test_the_example_is_a_pair_of_usual_length(run: Run, small_phi: Path) -> Non
 def test_without_a_tokenizer_the_rows_are_checked_and_nothing_is_counted(run: Run) -> None:
     code, told, text = check_rows(run, *PAIRS)
     assert (code, told["pairs_kept"], told["tokens"], written()) == (0, len(PAIRS), None, ["data.jsonl", *REPORT])
-    assert re.search("tokenizer of nobody/nothing .*with internet", in_words(text))
+    assert re.search("tokenizer of nobody/nothing .*online", in_words(text))
     assert not re.search("Plan|Estimate|Tokens|\\[\\[", text)
     assert {row[4] for row in sheet("Kept")[1:]} == {None}
 
