@@ -442,7 +442,7 @@ PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Error|DENIED|SIGNATURE|ACCESS_KEY|VALIDATION|[Oo]ffline|doesn't|data files|generating|nonnumeric"
 LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive must be shared with anyone who has the link."
 BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and also S3_ENDPOINT_URL if the bucket is not Amazon's."
-HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private data set needs HF_TOKEN. If it has a licence to accept, accept it on the data set's page. HF_HUB_OFFLINE must not be set."
+HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private dataset needs HF_TOKEN. If it has a licence to accept, accept it on the dataset's page. HF_HUB_OFFLINE must not be set."
 # Links that people copy lead to a page about the file; these lead to the file.
 DIRECT_LINKS = {
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": r"https://docs.google.com/spreadsheets/d/e/\1/pub?output=xlsx",
@@ -583,7 +583,7 @@ def bucket_client(bucket: str) -> Any:
 
 
 def from_hub(place: str) -> list[Path]:
-    """A file of a data set, or the rows of a split as parquet."""
+    """A file of a dataset, or the rows of a split as parquet."""
     from datasets import load_dataset_builder
     from huggingface_hub import hf_hub_download
 
@@ -2347,7 +2347,7 @@ def open_run(place: Path) -> Run:
 
     unpacked = tempfile.TemporaryDirectory(prefix="finetune", ignore_cleanup_errors=True)
     folder, files = place, "its run.json, tokenizer or adapter is missing or damaged"
-    advice = "Train a model first, or name the folder or the zip of a training with --output-dir."
+    advice = "Train a model first, or name the folder or the zip of a training run with --output-dir."
     with explained(f"{place} could not be loaded as a finished run: {files}.", advice):
         if not os.path.isdir(place):
             unzip(place, folder := Path(unpacked.name))
@@ -4691,7 +4691,7 @@ def converse(tuned: Run, cfg: Config) -> int:
 
 
 def save_chat(cfg: Config, messages: Messages, name: str) -> Path:
-    """As a line of JSON, in the form in which a training reads conversations."""
+    """As a line of JSON, in the form in which training reads conversations."""
     path = local_path(name)
     if not name or os.path.exists(path):
         raise UserError("/save needs the name of a new file, such as /save chat.jsonl")
@@ -4741,7 +4741,7 @@ def listed_questions(cfg: Config) -> list[Pair]:
 
 
 def questions_in_tables(path: Path, cfg: Config) -> list[Pair]:
-    """Pairs as a training finds them, and what else stands in the column of questions."""
+    """Pairs as training finds them, and what else stands in the column of questions."""
     found: list[Pair] = []
     try:
         parts = find_pairs(cfg).parts
@@ -5413,7 +5413,7 @@ LOG.setLevel(logging.INFO)
 LOG.propagate = False
 
 
-# -- What would stop a training, found before it begins
+# -- What would stop training, found before it begins
 
 
 def refuse_old_packages() -> None:
@@ -5472,7 +5472,7 @@ def output_problems(cfg: Config, final: Path) -> Iterator[str]:
 def examine(
     cfg: Config, offline: bool = False
 ) -> tuple[list[str], PreparedData | None, Outline | None]:
-    """All that would stop a training; the data in tokens, and the shape of the model."""
+    """All that would stop training; the data in tokens, and the shape of the model."""
     problems = [*quick_problems(cfg)] if is_main_process() else []
 
     def attempt(act: Callable[..., Result], *given: Any) -> Result | None:
