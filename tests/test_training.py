@@ -56,7 +56,7 @@ def test_the_adapter_on_disk_is_the_one_that_was_measured(
     train(*OVERSHOOTING, *flags.split(), model=model)
     losses, figures, saved = column("eval_loss"), metrics(), Path(ADAPTER).read_bytes()
     shutil.rmtree("model")  # as if it had been killed before this was written
-    assert "nothing is trained" in train(*OVERSHOOTING, *flags.split(), model=model)
+    assert "no more training" in train(*OVERSHOOTING, *flags.split(), model=model)
     assert (metrics(), Path(ADAPTER).read_bytes()) == (figures, saved)
     assert losses[0] == min(losses), "the case is not the one meant"
     assert (figures["steps"], figures["best_step"]) == (len(losses), best) == (steps, best)
