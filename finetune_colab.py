@@ -1338,7 +1338,7 @@ def turn_of(message: Message) -> tuple[str, str]:
 
 def turn(role: str, text: str | None) -> tuple[str, str]:
     """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
-    said = (text or "").strip()
+    said = (text or "").strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if "<" in said and re.search("<(tool_?call|function_?call)>", said):
         role = "a tool call"
     elif len(said) > 1_000_000:
@@ -1611,7 +1611,7 @@ def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
         left = Counter(answer for own in answers.values() for answer in own)
         for question in order:
             can_go = all(left[answer] > 1 for answer in answers[question])
-            left -= Counter(answers[question] if can_go else ())
+            left.subtract(answers[question] if can_go else ())
             (spare if can_go else last).append(question)
         order = spare + last
     held_out = set(order[:count])
@@ -2350,7 +2350,7 @@ def open_run(place: Path) -> Run:
                 "Delete it, if you trust the other files, or train again."
             )
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        settings = record["settings"]
+        settings = {"VALIDATION_SPLIT": "questions"} | record["settings"]  # as earlier editions
         known = TYPES.keys() & settings.keys() | {"MODEL_NAME"}
         cfg = checked({name: settings[name] for name in known})
         record["examples"] = [str(text) for text in record.get("examples") or []]
@@ -3234,7 +3234,7 @@ class AnswerTrainer(Trainer):
         figures = ", ".join(f"{name} {figure:.6g}" for name, figure in logs.items())
         LOG.info("%-11sstep %d, %s", "Measured", self.state.global_step, figures)
         if diverges(self.state.log_history):
-            raise UserError(DIVERGED.format(self.cfg.LEARNING_RATE / 10))
+            raise UserError(DIVERGED.format(slower(self.cfg, 10)))
         if sign := warning_sign(self.state.log_history, self.plan.steps):
             with tqdm.external_write_mode():
                 say("Warning", sign)
@@ -3307,12 +3307,18 @@ class AnswerTrainer(Trainer):
             super()._load_scaler(checkpoint)
 
 
+def slower(cfg: Config, divisor: int) -> float:
+    """A smaller learning rate, which the setting allows."""
+    return max(cfg.LEARNING_RATE / divisor, LIMITS["LEARNING_RATE"][0])
+
+
 def diverges(history: Sequence[dict[str, float]]) -> bool:
     """Whether ten losses in a row are above the first, and three times the median before them."""
-    losses = [entry["loss"] for entry in [history[0], *history[-60:]] if "loss" in entry]
+    losses = [entry["loss"] for entry in history[-60:] if "loss" in entry]
     if len(losses) < 20:
         return False
-    return min(losses[-10:]) > max(losses[0], 3 * sorted(losses[1:-10])[len(losses[1:-10]) // 2])
+    first = next(entry["loss"] for entry in history if "loss" in entry)
+    return min(losses[-10:]) > max(first, 3 * sorted(losses[:-10])[len(losses[:-10]) // 2])
 
 
 def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
@@ -3330,7 +3336,7 @@ def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
         losses = [e["loss"] for e in history if "loss" in e and e["step"] <= tenth]
         third = math.ceil(len(losses) / 3)
         is_first = [e["step"] >= tenth for e in history if "loss" in e].count(True) == 1
-        if is_first and sum(losses[-third:]) >= sum(losses[:third]):
+        if is_first and len(losses) > 5 and sum(losses[-third:]) >= sum(losses[:third]):
             flat = (
                 "the loss has not fallen in the first tenth of the run. If it stays so, try another"
             )
@@ -3682,7 +3688,8 @@ def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
         text = answer.partition("\n")[0]
         rare = [word for word in its_words if counts[word] == 1]
         on_the_subject = rare and all(word in fold(text) for word in rare)
-        short = len(text) < 3 * len(question) and fold(text) != fold(question)
+        numbers, its = (sorted(re.findall(r"\d+", one)) for one in (text, question))
+        short = len(text) < 3 * len(question) and fold(text) != fold(question) and numbers == its
         kept.append(text if text.endswith("?") and short and on_the_subject else "")
     return kept
 
@@ -3742,6 +3749,8 @@ def take_exam(
             raise
         say("Note", f"the exam ends here; answered: {', '.join(done)}")
     rows = [{"part": part} | row for part, found in done.items() for row in found]
+    if not rows:
+        raise UserError("There is nothing to ask.\nRaise --exam-questions or --eval-answers")
     table = pandas.DataFrame(rows, columns=["part", *COMPARED])
     rules = dict(reworded(pair.question, cfg.SEED) for pair in chosen)
     is_other = table["part"] == IN_OTHER_WORDS
@@ -3750,9 +3759,7 @@ def take_exam(
     table["right"] = list(map(grade, table["after"], table["expected"], table["overlap after"]))
     table["answer of"] = rows_of_answers(run.tokenizer, table, [*trained, *held_out])
     sheets = {pair.sheet for pair in trained}
-    for name in (
-        ("row", "answer of") if len(sheets) == 1 else ()
-    ):  # the only one goes without saying
+    for name in ("row", "answer of") if len(sheets) == 1 else ():  # which goes without saying
         table[name] = table[name].str.removesuffix(f" of {min(sheets)}")
     return table
 
@@ -3767,18 +3774,19 @@ def grade(answer: str, expected: str, overlap: float) -> str:
     """How right an answer is. One with another number is wrong, however much else is the same."""
     if bare(answer) == bare(expected):
         return RIGHT if answer == expected else ALMOST
-    same_numbers = re.findall(r"\d+", answer) == re.findall(r"\d+", expected)
-    return NEARLY if overlap >= NEARLY_FROM and same_numbers else WRONG
+    numbers, other = (re.findall(r"(?:(?<!\w)-)?\d+", text) for text in (answer, expected))
+    return NEARLY if overlap >= NEARLY_FROM and numbers == other else WRONG
 
 
 def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pair]) -> list[str]:
     """For each answer, the row whose answer it is much rather than its own; mostly none."""
-    given, best = [*token_counts(tokenizer, table["after"])], table["overlap after"].fillna(0)
-    own, rows, closest = table["expected"].map(bare), [""] * len(table), [*best.clip(RIVAL_FROM)]
+    closest = [*table["overlap after"].fillna(0).clip(RIVAL_FROM)]
+    given = [g for g in enumerate(token_counts(tokenizer, table["after"])) if closest[g[0]] < 1]
+    own, rows = table["expected"].map(bare), [""] * len(table)
     others = {bare(pair.answer): pair for pair in reversed(pairs)}
     texts = [pair.answer for pair in others.values()]
     for (text, pair), target in zip(others.items(), token_counts(tokenizer, texts), strict=True):
-        for i, counts in enumerate(given):
+        for i, counts in given:
             share = f1(counts, target)
             if share > closest[i] and text != own[i]:
                 rows[i], closest[i] = pair.place, share
@@ -3806,17 +3814,22 @@ def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
             "answers_of_rows": int((rows["answer of"] != "").sum()),
             **means.round(4).to_dict(),
         }
-    confused = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
+    taught = table[table["part"] == AS_TAUGHT]
+    confused = taught[taught["answer of"] != ""]
     mixed_up = list(zip("row " + confused["row"], confused["answer of"], strict=True))
     exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
     if AS_TAUGHT not in parts or not data.pairs.columns:  # conversations teach a manner, not facts
         return exam
     missed = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
-    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()])
+    wrong = taught[taught["right"] == WRONG]["expected"]
+    lengths = sorted(counts.total() for counts in token_counts(data.tokenizer, wrong))
+    cut_off = len(lengths) // 2 < sum(length > cfg.MAX_TOKENS for length in lengths)
+    needed = lengths[-1] + 1 if cut_off else 0  # by most, so that training alone cannot help
+    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()], needed)
     return exam._replace(verdict=verdict, text=f"{finding} {advice} {sureness(exam)}")
 
 
-def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str, str]:
+def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str], needed: int) -> tuple[str, str, str]:
     """The first rule that holds: its name, what it means, and what to do about it."""
     nothing = dict.fromkeys(("asked", "right", "answers_of_rows"), 0.0)
     nothing |= {"loss before": math.nan, "loss after": math.nan}
@@ -3825,14 +3838,16 @@ def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str
     )
     asked, right, confused = taught["asked"], taught["right"], len(exam.mixed_up)
     count = f"{right} of {asked} questions as taught"
-    both = f"{count}, {other['right']:.0f} of {other['asked']:.0f} in other words"
+    both = count
+    if other["asked"]:
+        both += f", {other['right']:.0f} of {other['asked']:.0f} in other words"
     known = right >= KNOWN * asked
     drift = elsewhere["loss after"] - elsewhere["loss before"]
     forgotten = drift > FORGOTTEN or elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
-    slower = "Train again with --learning-rate {:.1g}."
+    again = "Train again with --learning-rate {:.1g}."
     if taught["loss after"] > taught["loss before"] or (drift > FORGOTTEN and not known):
         finding = f"The training diverged: {both}."
-        return "diverged", finding, slower.format(cfg.LEARNING_RATE / 10)
+        return "diverged", finding, again.format(slower(cfg, 10))
     if confused and right >= max(KNOWN * (asked - confused), asked / 2):
         rows = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
         finding = f"It knows {count}, but mixes up {'; '.join([*rows][:3])}."
@@ -3840,10 +3855,13 @@ def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str
         return "mixes up rows", finding, advice
     if not known:
         finding = f"It has not learned your data yet: {both}."
-        return "has not learned it yet", finding, f"Train more: {more_training(cfg)}."
+        advice = f"Train more: {more_training(cfg)}."
+        if needed:
+            advice = f"Most other answers have no room: ask again with --max-tokens {needed}."
+        return "has not learned it yet", finding, advice
     if forgotten:
         finding = f"It knows your data ({count}), but has lost its general answers."
-        return "has lost its general answers", finding, slower.format(cfg.LEARNING_RATE / 3)
+        return "has lost its general answers", finding, again.format(slower(cfg, 3))
     if other["right"] < KNOWN_IN_OTHER_WORDS * other["asked"]:
         finding = f"It knows your data only word for word: {both}."
         advice = f"Write a second wording of the questions in rows {', '.join(missed[:5])}."
@@ -3857,7 +3875,7 @@ def more_training(cfg: Config) -> str:
         return "--learning-rate 2e-4"
     if cfg.MAX_STEPS:
         return f"--max-steps {2 * cfg.MAX_STEPS}"
-    if cfg.NUM_EPOCHS < 20:
+    if cfg.NUM_EPOCHS < 20 or cfg.LORA_R > 512:  # of which twice is too many
         return f"--num-epochs {2 * cfg.NUM_EPOCHS}"
     return f"--lora-r {2 * cfg.LORA_R}"
 
@@ -3869,7 +3887,7 @@ def sureness(exam: Exam) -> str:
         return f"All {asked} trained questions were asked."
     share, z2 = right / asked, 1.96**2
     spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * asked)) / asked)
-    low, high = ((share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
+    low, high = (max(0, share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
     return f"Of all {exam.trained:,} questions it knows {low:.0%} to {high:.0%}, as far as {asked} can tell."
 
 
@@ -4137,8 +4155,8 @@ def draw_answers(
             marks = {"color": ORANGE, "markersize": 5, "label": "the same in other words"}
             axes.plot(drawn["lowest"], rows, "D", **marks)
         place = {f"row {row}": y for y, row in enumerate(drawn["row"])}
-        for one, other in mixed_up:
-            ends = [place.get(one, 0), place.get(other, place.get(one, 0))]
+        for one, other in (rows for rows in mixed_up if rows[0] in place):
+            ends = [place[one], place.get(other, place[one])]
             axes.plot(drawn[after].iloc[ends], ends, "--", color=ORANGE)
         axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
         axes.set_yticks(rows, names, parse_math=False)
@@ -4536,7 +4554,7 @@ def add_exam(folder: Path, table: pandas.DataFrame, exam: Exam) -> None:
     record = record_of(folder) | {"exam": exam._asdict()}
     with atomic_write(folder / "README.md") as staged:
         staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
-    write_json(folder / "run.json", record | {"files": own_files(folder)})
+    write_json(folder / "run.json", record)
 
 
 # ==================================================================================================
@@ -5204,7 +5222,8 @@ def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
     files = {}
     for path in files_for_others(folder):
         name = path.relative_to(folder).as_posix()
-        private = path.name in (ANSWERS, EXAM, SAMPLE) or path.suffix == ".partial"
+        names = (Path(one).name for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE))
+        private = path.name in names or path.suffix == ".partial"
         if not private and "/." not in f"/{name}":
             files[name] = path
     say("Files", f"to upload to {cfg.HUB_REPO}; the rows of your data stay here:")
@@ -5569,7 +5588,7 @@ def save_and_report(
     assert last, "the Trainer saves its last step"
     trained = training_result(cfg, last)
     folder, archive = save_run(cfg, device, data, last)
-    if cfg.EVAL_ANSWERS:
+    if cfg.EVAL_ANSWERS and (cfg.EXAM_QUESTIONS or data.validation_pairs):
         with warned("there will be no answers.xlsx; the adapter is saved"):
             counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS, trained.best_step
             name = "-".join(map(str, ("exam", last.step, *counts)))
@@ -5609,7 +5628,7 @@ def say_exam(table: pandas.DataFrame, exam: Exam) -> None:
     for row in worst.to_dict("records"):
         say("Wrong", f"row {row['row']}: {preview(row['question'], 130)}")
         say("  expected", preview(row["expected"], 130))
-        say("  answered", preview(row["after"], 130))
+        say("  answered", preview(row["after"], 130) or "(nothing)")
     scores = [
         f"{part.lower()} {figures['right']} of {figures['asked']}"
         for part, figures in exam.parts.items()
@@ -5627,7 +5646,10 @@ def say_examples(table: pandas.DataFrame) -> None:
     for row in table.to_dict("records"):
         for name in ("question", "expected", "before", "after"):
             if row[name] or name != "expected":
-                say("Question" if name == "question" else f"  {name}", preview(row[name], 130))
+                say(
+                    "Question" if name == "question" else f"  {name}",
+                    preview(row[name], 130) or "(nothing)",
+                )
 
 
 def say_answers(table: pandas.DataFrame) -> None:
@@ -5787,25 +5809,29 @@ def compare_all(cfg: Config) -> int:
         return 2
     table = pandas.DataFrame(rows, columns=COMPARED)
     say_answers(table)
+    say("Saved", short_path(write_beside("compare", [".xlsx"], answer_tables(table))))
+    return 0
+
+
+def write_beside(name: str, endings: Sequence[str], tables: dict[str, list[Sequence[Any]]]) -> Path:
+    """A workbook in the current folder, under a name that is free with all endings."""
     try:
-        path = free_path("compare", [".xlsx"], lambda path: not path.exists())
-        write_book(path, answer_tables(table))
+        path = free_path(name, endings, lambda path: not path.exists())
+        write_book(path, tables)
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room for it.") from None
-    say("Saved", short_path(path))
-    return 0
+        raise UserError(f"{name}.xlsx cannot be written: {why}.\nMake room for it.") from None
+    return path
 
 
 def exam(cfg: Config) -> int:
     """Whether a finished run knows its data: a workbook, a picture and a verdict."""
     run = model_to_ask(cfg)
-    own = run.cfg.DATASET_PATH if cfg.DATASET_PATH == Config.DATASET_PATH else cfg.DATASET_PATH
-    names = "EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS SHEET QUESTION_COLUMN ANSWER_COLUMN".split()
-    given = {
-        name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)
-    }
-    settings = changed(run.cfg, DATASET_PATH=own, **given)
+    given = {name: getattr(cfg, name) for name in ("EXAM_QUESTIONS", "EVAL_ANSWERS", "MAX_TOKENS")}
+    for name in ("DATASET_PATH", "SHEET", "QUESTION_COLUMN", "ANSWER_COLUMN"):
+        if getattr(cfg, name) != getattr(Config, name):
+            given[name] = getattr(cfg, name)
+    settings = changed(run.cfg, **given)
     # with the tokenizer of the run, whose base may be elsewhere
     data = prepare_data(changed(settings, MODEL_NAME=str(run.folder)), find_pairs(settings))
     pairs = fingerprint([pair.messages for pair in data.pairs.kept])
@@ -5817,12 +5843,12 @@ def exam(cfg: Config) -> int:
     say("Asking", exam_in_words(settings, data))
     table = take_exam(run, settings, data.train_pairs, data.validation_pairs)
     found = examined(table, settings, data)
-    path = free_path("exam", [".xlsx", ".png"], lambda path: not path.exists())
-    write_book(path, exam_tables(table, found))
-    with warned("the picture could not be written"):
-        draw_exam(path.with_suffix(".png"), table, found)
     say_exam(table, found)
-    say("Saved", f"{short_path(path)}, with a picture in {short_path(path.with_suffix('.png'))}")
+    path = write_beside("exam", [".xlsx", ".png"], exam_tables(table, found))
+    say("Saved", short_path(path))
+    with warned("the picture could not be written"):
+        draw_exam(picture := path.with_suffix(".png"), table, found)
+        say("", f"with a picture in {short_path(picture)}")
     return 0
 
 
