@@ -3738,7 +3738,7 @@ def take_exam(
     chosen = [trained[i * len(trained) // count] for i in range(count)]  # from all over the data
     try:
         for part in (part for part in PARTS if part not in done):
-            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS if part == ELSEWHERE else cfg.MAX_TOKENS)
+            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS) if part == ELSEWHERE else cfg.MAX_TOKENS
             pairs = questions_of(part, run, cfg, chosen, held_out)
             asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
             done[part] = list(asked)
@@ -3765,7 +3765,7 @@ def take_exam(
 
 
 def answered_parts(kept: Path | None) -> dict[str, list[dict[str, Any]]]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept else {}
     return {}
 
@@ -5590,8 +5590,8 @@ def save_and_report(
     folder, archive = save_run(cfg, device, data, last)
     if cfg.EVAL_ANSWERS and (cfg.EXAM_QUESTIONS or data.validation_pairs):
         with warned("there will be no answers.xlsx; the adapter is saved"):
-            counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS, trained.best_step
-            name = "-".join(map(str, ("exam", last.step, *counts)))
+            counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS
+            name = "-".join(map(str, ("exam", checksum(trained.adapter)[:12], *counts)))
             kept = checkpoints.folder / f"{name}.json"
             run = Run(cfg, data.tokenizer, model)
             if len(answered_parts(kept)) < len(PARTS):
