@@ -171,6 +171,7 @@ class Config:
     JSON: bool = False  # check: the findings as one JSON object, for programs
 
     def __init__(self, **changes: Any) -> None:
+        self.given: frozenset[str] = frozenset()  # names from the command line and the file
         vars(self).update({name: getattr(Config, name) for name in TYPES} | changes)
 
 
@@ -220,8 +221,7 @@ def show(text: str, file: TextIO | None = None, end: str = "\n") -> None:
     stream = file or sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        text = text.encode(encoding, "replace").decode(encoding)
-        print(text, file=stream, end=end, flush=True)
+        print(text.encode(encoding, "replace").decode(encoding), file=stream, end=end, flush=True)
     except (OSError, ValueError):  # a window that was closed costs nobody the training
         with suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
@@ -1338,7 +1338,7 @@ def turn_of(message: Message) -> tuple[str, str]:
 
 def turn(role: str, text: str | None) -> tuple[str, str]:
     """Who speaks, and what. For the role of a turn that cannot be taken stands the reason."""
-    said = (text or "").strip()
+    said = (text or "").strip().encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     if "<" in said and re.search("<(tool_?call|function_?call)>", said):
         role = "a tool call"
     elif len(said) > 1_000_000:
@@ -1611,7 +1611,7 @@ def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
         left = Counter(answer for own in answers.values() for answer in own)
         for question in order:
             can_go = all(left[answer] > 1 for answer in answers[question])
-            left -= Counter(answers[question] if can_go else ())
+            left.subtract(answers[question] if can_go else ())
             (spare if can_go else last).append(question)
         order = spare + last
     held_out = set(order[:count])
@@ -2347,7 +2347,9 @@ def open_run(place: Path) -> Run:
 
     unpacked = tempfile.TemporaryDirectory(prefix="finetune", ignore_cleanup_errors=True)
     folder, files = place, "its run.json, tokenizer or adapter is missing or damaged"
-    advice = "Train a model first, or name the folder or the zip of a training run with --output-dir."
+    advice = (
+        "Train a model first, or name the folder or the zip of a training run with --output-dir."
+    )
     with explained(f"{place} could not be loaded as a finished run: {files}.", advice):
         if not os.path.isdir(place):
             unzip(place, folder := Path(unpacked.name))
@@ -2359,7 +2361,7 @@ def open_run(place: Path) -> Run:
                 "Delete it, if you trust the other files, or train again."
             )
         record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        settings = record["settings"]
+        settings = {"VALIDATION_SPLIT": "questions"} | record["settings"]  # as earlier editions
         known = TYPES.keys() & settings.keys() | {"MODEL_NAME"}
         cfg = checked({name: settings[name] for name in known})
         record["examples"] = [str(text) for text in record.get("examples") or []]
@@ -3261,7 +3263,7 @@ class AnswerTrainer(Trainer):
         figures = ", ".join(f"{name} {figure:.6g}" for name, figure in logs.items())
         LOG.info("%-11sstep %d, %s", "Measured", self.state.global_step, figures)
         if diverges(self.state.log_history):
-            raise UserError(DIVERGED.format(self.cfg.LEARNING_RATE / 10))
+            raise UserError(DIVERGED.format(slower(self.cfg, 10)))
         if sign := warning_sign(self.state.log_history, self.plan.steps):
             with tqdm.external_write_mode():
                 say("Warning", sign)
@@ -3336,12 +3338,18 @@ class AnswerTrainer(Trainer):
             super()._load_scaler(checkpoint)
 
 
+def slower(cfg: Config, divisor: int) -> float:
+    """A smaller learning rate, which the setting allows."""
+    return max(cfg.LEARNING_RATE / divisor, LIMITS["LEARNING_RATE"][0])
+
+
 def diverges(history: Sequence[dict[str, float]]) -> bool:
     """Whether ten losses in a row are above the first, and three times the median before them."""
-    losses = [entry["loss"] for entry in [history[0], *history[-60:]] if "loss" in entry]
+    losses = [entry["loss"] for entry in history[-60:] if "loss" in entry]
     if len(losses) < 20:
         return False
-    return min(losses[-10:]) > max(losses[0], 3 * sorted(losses[1:-10])[len(losses[1:-10]) // 2])
+    first = next(entry["loss"] for entry in history if "loss" in entry)
+    return min(losses[-10:]) > max(first, 3 * sorted(losses[:-10])[len(losses[:-10]) // 2])
 
 
 def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
@@ -3359,7 +3367,7 @@ def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
         losses = [e["loss"] for e in history if "loss" in e and e["step"] <= tenth]
         third = math.ceil(len(losses) / 3)
         is_first = [e["step"] >= tenth for e in history if "loss" in e].count(True) == 1
-        if is_first and sum(losses[-third:]) >= sum(losses[:third]):
+        if is_first and len(losses) > 5 and sum(losses[-third:]) >= sum(losses[:third]):
             flat = (
                 "the loss has not fallen in the first tenth of the run. If it stays so, try another"
             )
@@ -3710,7 +3718,8 @@ def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
         text = answer.partition("\n")[0]
         rare = [word for word in its_words if counts[word] == 1]
         on_the_subject = rare and all(word in fold(text) for word in rare)
-        short = len(text) < 3 * len(question) and fold(text) != fold(question)
+        numbers, its = (sorted(re.findall(r"\d+", one)) for one in (text, question))
+        short = len(text) < 3 * len(question) and fold(text) != fold(question) and numbers == its
         kept.append(text if text.endswith("?") and short and on_the_subject else "")
     return kept
 
@@ -3759,7 +3768,7 @@ def take_exam(
     chosen = [trained[i * len(trained) // count] for i in range(count)]  # from all over the data
     try:
         for part in (part for part in PARTS if part not in done):
-            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS if part == ELSEWHERE else cfg.MAX_TOKENS)
+            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS) if part == ELSEWHERE else cfg.MAX_TOKENS
             pairs = questions_of(part, run, cfg, chosen, held_out)
             asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
             done[part] = list(asked)
@@ -3770,6 +3779,8 @@ def take_exam(
             raise
         say("Note", f"the exam ends here; answered: {', '.join(done)}")
     rows = [{"part": part} | row for part, found in done.items() for row in found]
+    if not rows:
+        raise UserError("There is nothing to ask.\nRaise --exam-questions or --eval-answers")
     table = pandas.DataFrame(rows, columns=["part", *COMPARED])
     rules = dict(reworded(pair.question, cfg.SEED) for pair in chosen)
     is_other = table["part"] == IN_OTHER_WORDS
@@ -3778,15 +3789,13 @@ def take_exam(
     table["right"] = list(map(grade, table["after"], table["expected"], table["overlap after"]))
     table["answer of"] = rows_of_answers(run.tokenizer, table, [*trained, *held_out])
     sheets = {pair.sheet for pair in trained}
-    for name in (
-        ("row", "answer of") if len(sheets) == 1 else ()
-    ):  # the only one goes without saying
+    for name in ("row", "answer of") if len(sheets) == 1 else ():  # which goes without saying
         table[name] = table[name].str.removesuffix(f" of {min(sheets)}")
     return table
 
 
 def answered_parts(kept: Path | None) -> dict[str, list[dict[str, Any]]]:
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, TypeError):
         return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept else {}
     return {}
 
@@ -3795,18 +3804,19 @@ def grade(answer: str, expected: str, overlap: float) -> str:
     """How right an answer is. One with another number is wrong, however much else is the same."""
     if bare(answer) == bare(expected):
         return RIGHT if answer == expected else ALMOST
-    same_numbers = re.findall(r"\d+", answer) == re.findall(r"\d+", expected)
-    return NEARLY if overlap >= NEARLY_FROM and same_numbers else WRONG
+    numbers, other = (re.findall(r"(?:(?<!\w)-)?\d+", text) for text in (answer, expected))
+    return NEARLY if overlap >= NEARLY_FROM and numbers == other else WRONG
 
 
 def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pair]) -> list[str]:
     """For each answer, the other row whose answer it resembles more than its own; mostly empty."""
-    given, best = [*token_counts(tokenizer, table["after"])], table["overlap after"].fillna(0)
-    own, rows, closest = table["expected"].map(bare), [""] * len(table), [*best.clip(RIVAL_FROM)]
+    closest = [*table["overlap after"].fillna(0).clip(RIVAL_FROM)]
+    given = [g for g in enumerate(token_counts(tokenizer, table["after"])) if closest[g[0]] < 1]
+    own, rows = table["expected"].map(bare), [""] * len(table)
     others = {bare(pair.answer): pair for pair in reversed(pairs)}
     texts = [pair.answer for pair in others.values()]
     for (text, pair), target in zip(others.items(), token_counts(tokenizer, texts), strict=True):
-        for i, counts in enumerate(given):
+        for i, counts in given:
             share = f1(counts, target)
             if share > closest[i] and text != own[i]:
                 rows[i], closest[i] = pair.place, share
@@ -3834,17 +3844,22 @@ def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
             "answers_of_rows": int((rows["answer of"] != "").sum()),
             **means.round(4).to_dict(),
         }
-    confused = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
+    taught = table[table["part"] == AS_TAUGHT]
+    confused = taught[taught["answer of"] != ""]
     mixed_up = list(zip("row " + confused["row"], confused["answer of"], strict=True))
     exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
     if AS_TAUGHT not in parts or not data.pairs.columns:  # conversations teach a manner, not facts
         return exam
     missed = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
-    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()])
+    wrong = taught[taught["right"] == WRONG]["expected"]
+    lengths = sorted(counts.total() for counts in token_counts(data.tokenizer, wrong))
+    cut_off = len(lengths) // 2 < sum(length > cfg.MAX_TOKENS for length in lengths)
+    needed = lengths[-1] + 1 if cut_off else 0  # by most, so that training alone cannot help
+    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()], needed)
     return exam._replace(verdict=verdict, text=f"{finding} {advice} {sureness(exam)}")
 
 
-def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str, str]:
+def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str], needed: int) -> tuple[str, str, str]:
     """The first rule that holds: its name, what it means, and what to do about it."""
     nothing = dict.fromkeys(("asked", "right", "answers_of_rows"), 0.0)
     nothing |= {"loss before": math.nan, "loss after": math.nan}
@@ -3853,14 +3868,16 @@ def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str
     )
     asked, right, confused = taught["asked"], taught["right"], len(exam.mixed_up)
     count = f"{right} of {asked} questions as taught"
-    both = f"{count}, {other['right']:.0f} of {other['asked']:.0f} in other words"
+    both = count
+    if other["asked"]:
+        both += f", {other['right']:.0f} of {other['asked']:.0f} in other words"
     known = right >= KNOWN * asked
     drift = elsewhere["loss after"] - elsewhere["loss before"]
     forgotten = drift > FORGOTTEN or elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
-    slower = "Train again with --learning-rate {:.1g}."
+    again = "Train again with --learning-rate {:.1g}."
     if taught["loss after"] > taught["loss before"] or (drift > FORGOTTEN and not known):
         finding = f"The training diverged: {both}."
-        return "diverged", finding, slower.format(cfg.LEARNING_RATE / 10)
+        return "diverged", finding, again.format(slower(cfg, 10))
     if confused and right >= max(KNOWN * (asked - confused), asked / 2):
         rows = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
         finding = f"It knows {count}, but mixes up {'; '.join([*rows][:3])}."
@@ -3868,15 +3885,20 @@ def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str]) -> tuple[str, str
         return "mixes up rows", finding, advice
     if not known:
         finding = f"It has not learned your data yet: {both}."
-        return "has not learned it yet", finding, f"Train more: {more_training(cfg)}."
+        advice = f"Train more: {more_training(cfg)}."
+        if needed:
+            advice = f"Most other answers have no room: ask again with --max-tokens {needed}."
+        return "has not learned it yet", finding, advice
     if forgotten:
         finding = f"It knows your data ({count}), but has lost its general answers."
-        return "has lost its general answers", finding, slower.format(cfg.LEARNING_RATE / 3)
+        return "has lost its general answers", finding, again.format(slower(cfg, 3))
     if other["right"] < KNOWN_IN_OTHER_WORDS * other["asked"]:
         finding = f"It knows your data only word for word: {both}."
         advice = f"Write a second wording of the questions in rows {', '.join(missed[:5])}."
         return "knows it only word for word", finding, advice
     advice = "Nothing needs to change, but read some answers before you rely on them."
+    if missed:
+        advice = f"A second wording would help rows {', '.join(missed[:5])}."
     return "knows it", f"It knows your data: {both}.", advice
 
 
@@ -3885,7 +3907,7 @@ def more_training(cfg: Config) -> str:
         return "--learning-rate 2e-4"
     if cfg.MAX_STEPS:
         return f"--max-steps {2 * cfg.MAX_STEPS}"
-    if cfg.NUM_EPOCHS < 20:
+    if cfg.NUM_EPOCHS < 20 or cfg.LORA_R > 512:  # of which twice is too many
         return f"--num-epochs {2 * cfg.NUM_EPOCHS}"
     return f"--lora-r {2 * cfg.LORA_R}"
 
@@ -3897,7 +3919,7 @@ def sureness(exam: Exam) -> str:
         return f"All {asked} trained questions were asked."
     share, z2 = right / asked, 1.96**2
     spread = math.sqrt(z2 * (share * (1 - share) + z2 / (4 * asked)) / asked)
-    low, high = ((share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
+    low, high = (max(0, share + z2 / (2 * asked) + d) / (1 + z2 / asked) for d in (-spread, spread))
     return f"Of all {exam.trained:,} questions it knows {low:.0%} to {high:.0%}, judging by the {asked} asked."
 
 
@@ -3920,7 +3942,8 @@ PLACES = "DATASET_PATH OUTPUT_DIR CHECKPOINT_DIR LOG_DIR CHECKPOINT_MIRROR RESUM
 def public_settings(cfg: Config) -> dict[str, Any]:
     """The settings as others may read them: without keys, and without folders of this computer."""
     public = {name: public_place(getattr(cfg, name)) for name in PLACES}
-    return vars(cfg) | public | {"MODEL_NAME": base_name(cfg)}
+    own = {name: getattr(cfg, name) for name in TYPES}
+    return own | public | {"MODEL_NAME": base_name(cfg)}
 
 
 def public_place(place: str) -> str:
@@ -4171,8 +4194,8 @@ def draw_answers(
             marks = {"color": ORANGE, "markersize": 5, "label": "the same in other words"}
             axes.plot(drawn["lowest"], rows, "D", **marks)
         place = {f"row {row}": y for y, row in enumerate(drawn["row"])}
-        for one, other in mixed_up:
-            ends = [place.get(one, 0), place.get(other, place.get(one, 0))]
+        for one, other in (rows for rows in mixed_up if rows[0] in place):
+            ends = [place[one], place.get(other, place[one])]
             axes.plot(drawn[after].iloc[ends], ends, "--", color=ORANGE)
         axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
         axes.set_yticks(rows, names, parse_math=False)
@@ -4572,7 +4595,7 @@ def add_exam(folder: Path, table: pandas.DataFrame, exam: Exam) -> None:
     record = record_of(folder) | {"exam": exam._asdict()}
     with atomic_write(folder / "README.md") as staged:
         staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
-    write_json(folder / "run.json", record | {"files": own_files(folder)})
+    write_json(folder / "run.json", record)
 
 
 # ==================================================================================================
@@ -5240,7 +5263,8 @@ def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
     files = {}
     for path in files_for_others(folder):
         name = path.relative_to(folder).as_posix()
-        private = path.name in (ANSWERS, EXAM, SAMPLE) or path.suffix == ".partial"
+        names = (Path(one).name for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE))
+        private = path.name in names or path.suffix == ".partial"
         if not private and "/." not in f"/{name}":
             files[name] = path
     say("Files", f"to upload to {cfg.HUB_REPO}; the rows of your data stay here:")
@@ -5605,10 +5629,10 @@ def save_and_report(
     assert last, "the Trainer saves its last step"
     trained = training_result(cfg, last)
     folder, archive = save_run(cfg, device, data, last)
-    if cfg.EVAL_ANSWERS:
+    if cfg.EVAL_ANSWERS and (cfg.EXAM_QUESTIONS or data.validation_pairs):
         with warned("there will be no answers.xlsx; the adapter is saved"):
-            counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS, trained.best_step
-            name = "-".join(map(str, ("exam", last.step, *counts)))
+            counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS
+            name = "-".join(map(str, ("exam", checksum(trained.adapter)[:12], *counts)))
             kept = checkpoints.folder / f"{name}.json"
             run = Run(cfg, data.tokenizer, model)
             if len(answered_parts(kept)) < len(PARTS):
@@ -5645,7 +5669,7 @@ def say_exam(table: pandas.DataFrame, exam: Exam) -> None:
     for row in worst.to_dict("records"):
         say("Wrong", f"row {row['row']}: {preview(row['question'], 130)}")
         say("  expected", preview(row["expected"], 130))
-        say("  answered", preview(row["after"], 130))
+        say("  answered", preview(row["after"], 130) or "(nothing)")
     scores = [
         f"{part.lower()} {figures['right']} of {figures['asked']}"
         for part, figures in exam.parts.items()
@@ -5663,7 +5687,10 @@ def say_examples(table: pandas.DataFrame) -> None:
     for row in table.to_dict("records"):
         for name in ("question", "expected", "before", "after"):
             if row[name] or name != "expected":
-                say("Question" if name == "question" else f"  {name}", preview(row[name], 130))
+                say(
+                    "Question" if name == "question" else f"  {name}",
+                    preview(row[name], 130) or "(nothing)",
+                )
 
 
 def say_answers(table: pandas.DataFrame) -> None:
@@ -5823,42 +5850,47 @@ def compare_all(cfg: Config) -> int:
         return 2
     table = pandas.DataFrame(rows, columns=COMPARED)
     say_answers(table)
+    say("Saved", short_path(write_beside("compare", [".xlsx"], answer_tables(table))))
+    return 0
+
+
+def write_beside(name: str, endings: Sequence[str], tables: dict[str, list[Sequence[Any]]]) -> Path:
+    """A workbook in the current folder, under a name that is free with all endings."""
     try:
-        path = free_path("compare", [".xlsx"], lambda path: not path.exists())
-        write_book(path, answer_tables(table))
+        path = free_path(name, endings, lambda path: not path.exists())
+        write_book(path, tables)
     except OSError as error:
         why = error.strerror or error
-        raise UserError(f"compare.xlsx cannot be written: {why}.\nMake room for it.") from None
-    say("Saved", short_path(path))
-    return 0
+        raise UserError(f"{name}.xlsx cannot be written: {why}.\nMake room for it.") from None
+    return path
 
 
 def exam(cfg: Config) -> int:
     """Whether a finished run knows its data: a workbook, a picture and a verdict."""
-    run = model_to_ask(cfg)
-    own = run.cfg.DATASET_PATH if cfg.DATASET_PATH == Config.DATASET_PATH else cfg.DATASET_PATH
-    names = "EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS SHEET QUESTION_COLUMN ANSWER_COLUMN".split()
-    given = {
-        name: getattr(cfg, name) for name in names if getattr(cfg, name) != getattr(Config, name)
-    }
-    settings = changed(run.cfg, DATASET_PATH=own, **given)
+    opened = open_run(local_path(cfg.OUTPUT_DIR))  # its data may be refused before its weights load
+    names = (
+        "DATASET_PATH SHEET QUESTION_COLUMN ANSWER_COLUMN EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS"
+    )
+    own = {name: getattr(cfg, name) for name in names.split() if name in cfg.given}
+    settings = changed(opened.cfg, **own)
+    if settings.DATASET_PATH.endswith("/…"):
+        raise UserError("run.json does not keep the link to its data.\nGive it with --dataset-path")
     # with the tokenizer of the run, whose base may be elsewhere
-    data = prepare_data(changed(settings, MODEL_NAME=str(run.folder)), find_pairs(settings))
+    data = prepare_data(changed(settings, MODEL_NAME=str(opened.folder)), find_pairs(settings))
     pairs = fingerprint([pair.messages for pair in data.pairs.kept])
-    if pairs != (run.record.get("dataset") or {}).get("sha256_of_pairs"):
-        say(
-            "Note",
-            f"{data.pairs.name} is not what the model was trained on, or has changed since",
-        )
+    if pairs != (opened.record.get("dataset") or {}).get("sha256_of_pairs"):
+        other = "is not what the model was trained on, or has changed since"
+        say("Note", f"{data.pairs.name} {other}")
+    run = model_to_ask(cfg)
     say("Asking", exam_in_words(settings, data))
     table = take_exam(run, settings, data.train_pairs, data.validation_pairs)
     found = examined(table, settings, data)
-    path = free_path("exam", [".xlsx", ".png"], lambda path: not path.exists())
-    write_book(path, exam_tables(table, found))
-    with warned("the picture could not be written"):
-        draw_exam(path.with_suffix(".png"), table, found)
     say_exam(table, found)
-    say("Saved", f"{short_path(path)}, with a picture in {short_path(path.with_suffix('.png'))}")
+    path = write_beside("exam", [".xlsx", ".png"], exam_tables(table, found))
+    say("Saved", short_path(path))
+    with warned("the picture could not be written"):
+        draw_exam(picture := path.with_suffix(".png"), table, found)
+        say("", f"with a picture in {short_path(picture)}")
     return 0
 
 
@@ -5897,7 +5929,7 @@ ONLY_WITH = {  # settings that would do nothing with any other command
 SMALL_ADAPTER = {"LORA_TARGETS": ["attention"], "LORA_R": 8, "LORA_ALPHA": 16}
 LARGE_ADAPTER = {"LORA_R": 32, "LORA_ALPHA": 64, "LEARNING_RATE": 1e-4}
 PRESETS: dict[str, dict[str, Any]] = {  # of others than the defaults
-    "quick": {"NUM_EPOCHS": 1, **SMALL_ADAPTER, "EVAL_ANSWERS": 5},
+    "quick": {"NUM_EPOCHS": 1, **SMALL_ADAPTER, "EVAL_ANSWERS": 5, "EXAM_QUESTIONS": 5},
     "quality": {"NUM_EPOCHS": 8, **LARGE_ADAPTER, "EARLY_STOPPING_PATIENCE": 3},
     "low-memory": {**SMALL_ADAPTER, "TOKENS_AT_ONCE": 512, "GRADIENT_CHECKPOINTING": True},
 }
@@ -5991,6 +6023,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
             if command not in commands and getattr(cfg, name) != getattr(Config, name):
                 raise UserError(f"{name} ({flag(name)}) is for {commands}, not for {command}.")
     cfg.WEB |= cfg.SHARE  # what is shared is the page
+    cfg.given = frozenset(own)
     return command, cfg
 
 

@@ -46,7 +46,7 @@ def train(folder: Path, model: object, rows: Any, flags: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("verdict, toy, flags, advice", [
-    ("knows it", True, "--max-steps 90 --learning-rate 1e-2", "Nothing"),
+    ("knows it", True, "--max-steps 90 --learning-rate 1e-2", "second wording"),
     ("has not learned it yet", True, "--max-steps 3 --learning-rate 1e-3", "--max-steps 6"),
     ("has lost its general answers", False, "--max-steps 90 --learning-rate 1e-2", "--learning-rate 0.003"),
     ("diverged", False, "--max-steps 15 --learning-rate 1", "--learning-rate 0.1"),
@@ -195,7 +195,7 @@ def test_every_answer_keeps_a_question_to_be_trained_on_if_that_is_possible(
 @pytest.mark.parametrize("flags, message", [
     ("--max-steps 20 --learning-rate 1e-8", "has not fallen in the first tenth"),
     ("--max-steps 80 --learning-rate 1 --warmup-ratio 0.9 --lora-alpha 128", "above that of step.*third of the run"),
-    ("--max-steps 20 --learning-rate 1e-2", ""),
+    ("--max-steps 20 --learning-rate 1e-2", ""), ("--max-steps 20 --learning-rate 1e-2 --logging-steps 10", ""),
 ])  # fmt: skip
 def test_trouble_is_said_once_while_it_trains(
     flags: str, message: str, small_phi: Path, workbook: Path, run: Run
@@ -229,3 +229,15 @@ def test_check_says_how_many_answers_have_several_questions(folder: Path, run: R
     for rows, words in ((PAIRS, "no answer has more"), ([*PAIRS, *more], f"more than one question: 3 of {len(PAIRS)}")):
         write_workbook(folder / "dataset.xlsx", [HEADER, *rows])
         assert words in in_words(run("check", "--model-name", "demo")[1])
+
+
+def test_the_exam_has_its_own_counts_and_says_when_answers_have_no_room(folder: Path, run: Run) -> None:
+    write_workbook(folder / "dataset.xlsx", [HEADER, *FACTS])
+    assert call(folder, "--model-name", "demo", "--max-steps", 3, "--eval-answers", 0) == 0
+    for flags, expected, words in (
+        ("--eval-answers 20 --max-tokens 2", 0, r"and 1 held-out question.* no room: ask again with --max-tokens \d\d"),
+        ("--exam-questions 0 --eval-answers 0", 2, "nothing to ask"),
+    ):
+        code, printed = run("exam", *flags.split())
+        assert (code, bool(re.search(words, in_words(printed)))) == (expected, True), printed
+    assert sorted(path.name for path in folder.glob("exam*")) == ["exam.png", "exam.xlsx"]
