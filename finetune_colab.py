@@ -1697,11 +1697,8 @@ GPUS = {  # compute capability; operations per second, bytes per second, free by
 }
 # Tokens at once beyond which it gets no faster; usable share of free memory; bytes for the libraries
 LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
-ANSWERS_AT_ONCE = {
-    "cuda": 24,
-    "mps": 8,
-    "cpu": 8,
-}  # each has a key-value cache: 0.3 MB per token with phi-2
+# Each has a key-value cache: 0.3 MB per token with phi-2
+ANSWERS_AT_ONCE = {"cuda": 24, "mps": 10, "cpu": 10}
 LAUNCH = 11e-6  # seconds that Colab's processor takes to launch one GPU kernel
 
 
@@ -1822,17 +1819,23 @@ def plan_run(
     return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
 
 
+def most_tokens(longest: int) -> int:
+    """How long an answer in the exam may get: what goes on for longer is wrong anyway."""
+    return 16 + longest * 3 // 2
+
+
 def asking_tokens(cfg: Config, device: Device, pairs: int, longest: int) -> float:
     """Tokens that are generated one after another for the exam, in all of its batches.
 
-    Untrained, the model generates as long as it may; tuned, as long as what it has learned.
+    Untrained, the model generates until it is cut off; tuned, about as much as it has learned.
     """
-    base, tuned, size = cfg.MAX_TOKENS, min(cfg.MAX_TOKENS, longest), ANSWERS_AT_ONCE[device.kind]
+    base, size = min(cfg.MAX_TOKENS, most_tokens(longest)), ANSWERS_AT_ONCE[device.kind]
+    tuned = min(base, longest)
     held_out, asked, general = (
         math.ceil(min(count, pairs) / size) * bool(cfg.EVAL_ANSWERS)
         for count in (cfg.EVAL_ANSWERS, cfg.EXAM_QUESTIONS, min(10, cfg.EXAM_QUESTIONS))
     )
-    short = 48 * asked + 3 * 64 * general  # paraphrases, and what anybody might ask
+    short = 48 * asked + (64 + 2 * most_tokens(64)) * general  # paraphrases, and general questions
     return (held_out + asked) * (base + tuned) + 2 * asked * tuned + short
 
 
@@ -3768,8 +3771,10 @@ def take_exam(
     chosen = [trained[i * len(trained) // count] for i in range(count)]  # from all over the data
     try:
         for part in (part for part in PARTS if part not in done):
-            limit = min(cfg.MAX_TOKENS, GENERAL_TOKENS) if part == ELSEWHERE else cfg.MAX_TOKENS
             pairs = questions_of(part, run, cfg, chosen, held_out)
+            expected = token_counts(run.tokenizer, [pair.answer for pair in pairs])
+            longest = max((counts.total() for counts in expected), default=0)
+            limit = min(cfg.MAX_TOKENS, most_tokens(longest))
             asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
             done[part] = list(asked)
             if kept:
