@@ -5940,7 +5940,7 @@ PRESETS: dict[str, dict[str, Any]] = {  # of others than the defaults
 }
 DEMO = {  # what the demo model needs to memorize its data, which costs it the held-out questions
     **{"MODEL_NAME": DEMO_MODEL, "LEARNING_RATE": 1e-2, "BATCH_SIZE": 10, "KEEP_BEST": False},
-    **{"GRADIENT_ACCUMULATION_STEPS": 1, "MAX_STEPS": 600, "EVAL_STEPS": 100, "SAVE_STEPS": 600},
+    **{"GRADIENT_ACCUMULATION_STEPS": 1, "MAX_STEPS": 500, "EVAL_STEPS": 100, "SAVE_STEPS": 500},
 }
 USUAL = (  # the settings that --help shows
     "DATASET_PATH QUESTION_COLUMN ANSWER_COLUMN OUTPUT_DIR LEARNING_RATE NUM_EPOCHS PRESET".split()
