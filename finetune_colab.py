@@ -1122,7 +1122,7 @@ class Column:
         self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(place)
         self.cells = [text for cell in raw if (text := one_text(cell))]
         self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
-        self.sample = preview(self.cells[0]) if self.cells else "(empty, or a list)"
+        self.sample = preview(self.cells[0]) if self.cells else "(the column is empty, or lists)"
         self.distinct, count = len(set(self.cells)), max(1, len(self.cells))
         self.asking = sum(map(asks, self.cells)) / count
         self.words = sum(map(word_count, self.cells)) / count

@@ -148,7 +148,7 @@ def test_what_would_fail_later_is_found_by_check(case: Any, problems: Problems, 
     assert contents(folder) == before
 
 
-@pytest.mark.parametrize("case", cases_of("commands") + cases_of("commands_to_come"))
+@pytest.mark.parametrize("case", cases_of("commands"))
 def test_what_is_said_and_left_behind(case: Any, folder: Path, run: Run, small_phi: Path, patched: Patch) -> None:
     faults, argv, code, pattern = case
     write_workbook(folder / "book.xlsx", [HEADER, *PAIRS])
