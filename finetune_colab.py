@@ -3778,7 +3778,8 @@ def take_exam(
             asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
             done[part] = list(asked)
             if kept:
-                write_json(kept, done)
+                with warned("after an interruption the exam will start over"):
+                    write_json(kept, done)
     except KeyboardInterrupt:
         if not any(done.values()):
             raise
