@@ -2763,7 +2763,7 @@ DECIDING = (
 COMMIT = "COMMIT.json"
 BEST_ADAPTER = "best_adapter.safetensors"  # with it, one checkpoint is enough to end the run
 BYTES_PER_WEIGHT = 16  # its value, that of the best adapter, and two figures of the optimizer
-NEWEST_KEPT = 2  # and the best one
+CHECKPOINTS_KEPT = 2  # the newest ones, and the best
 
 
 def fingerprint(content: Any) -> str:
@@ -2993,7 +2993,7 @@ class Checkpoints:
                 if place != self.folder:
                     place.parent.mkdir(exist_ok=True)  # no parents=True: a drive may be unmounted
                     self.copy(newest, place)
-                for old in [*self.valid([place], thorough=False)][NEWEST_KEPT:]:
+                for old in [*self.valid([place], thorough=False)][CHECKPOINTS_KEPT:]:
                     if old.step != newest.best_step:
                         old.folder.with_suffix(".zip").unlink(missing_ok=True)
                         # renamed first: a half-deleted checkpoint must not look like a damaged one
@@ -4107,7 +4107,7 @@ def model_card(record: dict[str, Any]) -> str:
 
 # -- Pictures, in blue and orange, which everybody can tell apart
 
-BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"
+BLUE, ORANGE, GREY = "#1f6fb2", "#d9730d", "#6b6b6b"  # colours of every curve and dot
 MOST_ROWS_DRAWN = 40
 
 

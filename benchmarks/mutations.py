@@ -56,7 +56,7 @@ MUTATIONS = [Mutation(*one) for one in (
     ("a pickle is loaded", "folder.iterdir() if path.suffix.lower() in PICKLES]", "folder.iterdir() if path.suffix.lower() in ()]", "safety"),
     # training
     ("loss per row instead of per token", "return total / num_items_in_batch", "return total / len(targets)", "steps training"),
-    ("one checkpoint is kept instead of two", "NEWEST_KEPT = 2", "NEWEST_KEPT = 1", "checkpoints"),
+    ("one checkpoint is kept instead of two", "CHECKPOINTS_KEPT = 2", "CHECKPOINTS_KEPT = 1", "checkpoints"),
     ("a flipped bit is not seen", "(thorough and checksum(path) != digest)", "(thorough and not digest)", "checkpoints"),
     ("the first signal ends at once", "        if not noted:\n", "        if noted:\n", "checkpoints"),
     ("an adapter with NaN is saved", "if not all(torch.isfinite(p).all()", "if not any(torch.isfinite(p).all()", "memory training"),
