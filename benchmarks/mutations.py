@@ -46,7 +46,7 @@ MUTATIONS = [Mutation(*one) for one in (
     ("one of two contradicting rows goes unnoticed", "zip(same, [*same[1:], same[0]], strict=True)", "zip(same[1:], same, strict=False)", "quality"),
     # prompts and tokens
     ("the model never learns to stop", "found.append((turn if end else turn + tokenizer.eos_token, True))", "found.append((turn[: -len(end[0])] if end else turn, True))", "prompts"),
-    ("one question too many is held out", "set(distinct[: max(1, round(", "set(distinct[: 1 + max(1, round(", "prompts training"),
+    ("one question too many is held out", "count = max(1, round(cfg.VALIDATION", "count = 1 + max(1, round(cfg.VALIDATION", "exam training"),
     # device and plan
     ("bfloat16 on a T4", "native = capability >= (8, 0)", "native = capability >= (7, 5)", "plan"),
     ("the last step of an epoch is lost", "epoch = math.ceil(len(lengths) / pairs)", "epoch = max(1, len(lengths) // pairs)", "plan training"),
@@ -62,14 +62,14 @@ MUTATIONS = [Mutation(*one) for one in (
     ("an adapter with NaN is saved", "if not all(torch.isfinite(p).all()", "if not any(torch.isfinite(p).all()", "memory training"),
     ("the last adapter instead of the best", '(BEST_ADAPTER if BEST_ADAPTER in self.files else ADAPTER)', "ADAPTER", "checkpoints training"),
     # answers, report
-    ("the overlap is halved", "return 2 * (found & target).total()", "return (found & target).total()", "answers"),
+    ("the overlap is halved", "return 2 * (one & other).total()", "return (one & other).total()", "answers"),
     ("links are followed into the zip", "if path.is_file() and not path.is_symlink()]", "if path.is_file()]", "safety hub"),
     ("formulas reach the workbook", """text = f"'{text}\"""", 'text = f"{text}"', "check answers safety"),
     # asking
     ("a chat forgets what was said", 'messages += [question, {"role": "assistant", "content": answer}] if answer else []', "messages.clear()", "chat"),
     # export
     ("an export may lose what was learnt", "    if not loss <= allowed:", "    if not loss <= 100 * allowed:", "export"),
-    ("rows of the data are uploaded", "private = path.name in (ANSWERS, SAMPLE) or", "private = path.name in (SAMPLE,) or", "hub"),
+    ("rows of the data are uploaded", "for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE)", "for one in (SAMPLE,)", "hub"),
     # commands
     ("a message without its advice", "\\nMount the drive, or create the folder.", "", "commands checkpoints"),
 )]
