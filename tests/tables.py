@@ -314,7 +314,7 @@ def marked(name: str) -> list[Any]:
     return [sweep(case) if case.startswith("sweep ") else case for case in cases(name).values()]
 
 
-def rows(name: str) -> list[Any]:
+def rows_of(name: str) -> list[Any]:
     """The columns behind the names of a table, "" for "-"; "sweep" before a name is for the long run."""
     found = []
     for title, case in cases(name).items():

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from conftest import PAIRS, Patch, Run, in_words
-from tables import rows
+from tables import rows_of
 
 USER, LARGE = "ada", 10_000_000  # bytes; like the Hub, it also takes for large what is no text
 ROUTE = r"/(?:api/)?(?:(model|space)s/)?(\w+/\w+)(?:\.git/info/lfs/objects)?(?:/(\w+))?(?:/main)?"  # kind, name, step
@@ -216,7 +216,7 @@ def test_a_model_arrives_without_what_is_private(name: str, hub: Hub, upload: Up
     assert "base_model" not in front  # it is in a folder, not on the Hub
 
 
-@pytest.mark.parametrize("there, flags, ends", rows("visibility"))
+@pytest.mark.parametrize("there, flags, ends", rows_of("visibility"))
 def test_only_what_is_said_to_be_public_can_be_seen(
     there: str, flags: str, ends: str, hub: Hub, upload: Upload
 ) -> None:
@@ -265,7 +265,7 @@ def test_what_had_arrived_before_the_connection_broke_is_not_sent_again(hub: Hub
     assert set(hub.sent) == set(hub.objects) - arrived
 
 
-@pytest.mark.parametrize("status, message", rows("refused_commits"))
+@pytest.mark.parametrize("status, message", rows_of("refused_commits"))
 def test_a_commit_that_is_refused_leaves_nothing_half(status: str, message: str, hub: Hub, upload: Upload) -> None:
     hub.commit_fault = int(status), message.replace("TOKEN", TOKEN)
     code, printed = upload()
@@ -276,7 +276,7 @@ def test_a_commit_that_is_refused_leaves_nothing_half(status: str, message: str,
     assert (hub.repositories[PLACE].files, len(hub.sent)) == (shown_to_others(), sent)
 
 
-@pytest.mark.parametrize("flags, told, token", rows("refused_uploads"))
+@pytest.mark.parametrize("flags, told, token", rows_of("refused_uploads"))
 def test_what_cannot_be_uploaded_is_one_message(flags: str, told: str, token: str, hub: Hub, upload: Upload) -> None:
     code, printed = upload(flags, token.replace("TOKEN", TOKEN).replace("VT", "\v"))
     assert code == 2 and re.search(told, printed)

@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from seams import ROOT, SCRIPT, Config, UserError, load_base, load_tokenizer, load_tuned
-from tables import HEADER, csv_file, rows
+from tables import HEADER, csv_file, rows_of
 from transformers import AutoModelForCausalLM
 
 ADAPTER, ZIP = "adapter_model.safetensors", "fine_tuned_model.zip"
@@ -87,7 +87,7 @@ Path("canary").touch()
 """
 
 
-@pytest.mark.parametrize("name, changes, then", rows("bases"))  # V3
+@pytest.mark.parametrize("name, changes, then", rows_of("bases"))  # V3
 def test_a_base_brings_its_weights_and_no_code(
     name: str, changes: str, then: str, small_phi: Path, folder: Path, monkeypatch: Patch
 ) -> None:

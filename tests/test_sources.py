@@ -24,7 +24,7 @@ from conftest import PAIRS, Patch, Run, in_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seams import ROOT, Config, UserError, find_pairs
-from tables import HEADER, cases, csv_file, jsonl, parquet, records, rows, texts
+from tables import HEADER, cases, csv_file, jsonl, parquet, records, rows_of, texts
 
 CSV, ONE = csv_file([HEADER, *PAIRS]), b"question,answer\nWhy?,So.\n"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-secret-access-key"}
@@ -158,7 +158,7 @@ def put(root: Path, files: dict[str, bytes]) -> None:
         (root / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("place, files, expected", rows("places"))
+@pytest.mark.parametrize("place, files, expected", rows_of("places"))
 def test_files_are_found_joined_or_chosen(place: str, files: str, expected: str, net: Net) -> None:
     (net.bucket / "a.csv").unlink()
     for name, _, content in (one.partition(" = ") for one in filter(None, files.split("; "))):
