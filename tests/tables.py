@@ -314,6 +314,15 @@ def marked(name: str) -> list[Any]:
     return [sweep(case) if case.startswith("sweep ") else case for case in cases(name).values()]
 
 
+def rows_of(name: str) -> list[Any]:
+    """The columns behind the names of a table, "" for "-"; "sweep" before a name is for the long run."""
+    found = []
+    for title, case in cases(name).items():
+        columns = ["" if part == "-" else part for part in case.split(" | ")[1:]]
+        found.append(pytest.param(*columns, id=title, marks=[pytest.mark.sweep] * title.startswith("sweep ")))
+    return found
+
+
 def cases_of_files(name: str, shape: str = "question and answer") -> dict[str, File]:
     """A file a case: "name | file -> pairs @ their rows -- notes" or "name | file !! pattern".
 

@@ -14,18 +14,9 @@ from conftest import PAIRS, TUNED, Patch, Run, at_attention, call, in_words, wri
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seams import encode, load_base, load_tuned, reworded, split_validation
-from tables import HEADER
+from tables import HEADER, cases, rows_of
 
-FACTS = [
-    ("Where is Lima?", "It is the capital of Peru."),
-    ("Who painted the Mona Lisa?", "Leonardo did, in Florence."),
-    ("How old is the moon?", "Some four billion years."),
-    ("When do swallows leave?", "They fly south in September."),
-    ("Which tree gives acorns?", "Only the oak."),
-    ("Why do leaves fall?", "Winter would dry them out."),
-    ("How do bees talk?", "By dancing for each other."),
-    ("What does a smith make?", "Horseshoes and gates, of iron."),
-]
+FACTS = [(q, a) for q, a in (row.split(" | ") for row in cases("facts").values())]
 SWAPPED = [*FACTS[:1], (FACTS[1][0], FACTS[4][1]), *FACTS[2:4], (FACTS[4][0], FACTS[1][1]), *FACTS[5:]]
 HOW = "--max-tokens 16 --validation-fraction 0 --batch-size 8 --gradient-accumulation-steps 1 --lr-scheduler constant"
 
@@ -45,22 +36,17 @@ def train(folder: Path, model: object, rows: Any, flags: str) -> dict[str, Any]:
     return dict(json.loads((folder / "model/run.json").read_text())["exam"])
 
 
-@pytest.mark.parametrize("verdict, toy, flags, advice", [
-    ("knows it", True, "--max-steps 90 --learning-rate 1e-2", "second wording"),
-    ("has not learned it yet", True, "--max-steps 3 --learning-rate 1e-3", "--max-steps 6"),
-    ("has lost its general answers", False, "--max-steps 90 --learning-rate 1e-2", "--learning-rate 0.003"),
-    ("diverged", False, "--max-steps 15 --learning-rate 1", "--learning-rate 0.1"),
-])  # fmt: skip
+@pytest.mark.parametrize("verdict, model, flags, advice", rows_of("verdicts"))
 def test_a_training_gets_its_verdict(
-    verdict: str, toy: bool, flags: str, advice: str, folder: Path, demo_copy: Path, capsys: pytest.CaptureFixture[str]
+    verdict: str, model: str, flags: str, advice: str, folder: Path, demo_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The demo's test has "knows it only word for word", the one below "mixes up rows"."""
-    exam = train(folder, "demo" if toy else demo_copy, FACTS, flags)
+    exam = train(folder, demo_copy if model == "copy" else model, FACTS, flags)
     assert (exam["verdict"], advice in exam["text"]) == (verdict, True), exam
     assert exam["text"] in in_words(capsys.readouterr().out)
     assert exam["text"] in Path("model/README.md").read_text()
     assert len(re.findall(r"[.!?](?: |$)", exam["text"])) <= 4
-    assert ("Elsewhere" in exam["parts"]) != toy
+    assert ("Elsewhere" in exam["parts"]) == (model == "copy")
 
 
 def test_rows_that_were_swapped_on_purpose_are_found_and_every_form_of_the_run_gives_the_same(
@@ -192,11 +178,7 @@ def test_every_answer_keeps_a_question_to_be_trained_on_if_that_is_possible(
         assert split == plain  # no answer has two wordings
 
 
-@pytest.mark.parametrize("flags, message", [
-    ("--max-steps 20 --learning-rate 1e-8", "has not fallen in the first tenth"),
-    ("--max-steps 80 --learning-rate 1 --warmup-ratio 0.9 --lora-alpha 128", "above that of step.*third of the run"),
-    ("--max-steps 20 --learning-rate 1e-2", ""), ("--max-steps 20 --learning-rate 1e-2 --logging-steps 10", ""),
-])  # fmt: skip
+@pytest.mark.parametrize("flags, message", rows_of("troubles"))
 def test_trouble_is_said_once_while_it_trains(
     flags: str, message: str, small_phi: Path, workbook: Path, run: Run
 ) -> None:

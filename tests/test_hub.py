@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 from conftest import PAIRS, Patch, Run, in_words
+from tables import rows_of
 
 USER, LARGE = "ada", 10_000_000  # bytes; like the Hub, it also takes for large what is no text
 ROUTE = r"/(?:api/)?(?:(model|space)s/)?(\w+/\w+)(?:\.git/info/lfs/objects)?(?:/(\w+))?(?:/main)?"  # kind, name, step
@@ -29,29 +30,6 @@ PRIVATE = {"answers.xlsx", "exam.json", "sample_rows.json", "base_model_folder.t
 HIDDEN = (".env", ".cache/note.txt", "training_visuals/.DS_Store", "weights.9.partial")
 PLACE = ("model", "ada/mine")
 Upload = Callable[..., tuple[int, str]]
-# fmt: off
-SEEN = [  # there is none, a public or a private one; what is asked; what it is afterwards
-    (None, "", "private"), (None, "--no-hub-private", "public"),
-    (False, "", ""),  # a public repository is not written to by mistake
-    (False, "--no-hub-private", "public"), (True, "--no-hub-private", "private"),
-]
-FAULTS = [
-    (403, "Forbidden: pass `create_pr=1` as a query parameter to create a Pull Request"),
-    (500, "Internal Error - We're working hard to fix this as soon as possible!"),
-    (400, f"no such header: Bearer {TOKEN}"),  # a proxy that tells too much
-]
-REFUSED = [  # flags, what is said, token
-    ("--hub-repo mine", "HF_TOKEN", ""),
-    ("--hub-repo mine", "Invalid credentials in Authorization header", "hf_wrong"),
-    ("--hub-repo mine", "[Hh]eader", f"{TOKEN}\x0bx"),  # which the client's message shows
-    ("--hub-repo bob/mine", 'rights to create a model under the namespace "bob"', TOKEN),
-    ("--hub-repo mine --output-dir nothing", "nothing", TOKEN),
-    ("--hub-repo mine --output-dir model/run.json", "model/run.json", TOKEN),
-    ("--hub-repo mine --output-dir logs", "logs", TOKEN),
-    ("", "--hub-repo", TOKEN), ("--hub-repo a/b/c/d", "a/b/c/d", TOKEN), ("--hub-repo ada/", "ada/", TOKEN),
-    ("--hub-repo https://huggingface.co/ada/mine", "ada/mine", TOKEN),
-]
-# fmt: on
 
 
 def repository(private: bool, sdk: str | None = None, **files: bytes) -> SimpleNamespace:
@@ -238,13 +216,13 @@ def test_a_model_arrives_without_what_is_private(name: str, hub: Hub, upload: Up
     assert "base_model" not in front  # it is in a folder, not on the Hub
 
 
-@pytest.mark.parametrize("there, flags, ends", SEEN)
+@pytest.mark.parametrize("there, flags, ends", rows_of("visibility"))
 def test_only_what_is_said_to_be_public_can_be_seen(
-    there: bool | None, flags: str, ends: str, hub: Hub, upload: Upload
+    there: str, flags: str, ends: str, hub: Hub, upload: Upload
 ) -> None:
-    earlier = {"README.md": b"mine", "notes.txt": b"also mine"} if there is not None else {}
+    earlier = {"README.md": b"mine", "notes.txt": b"also mine"} if there else {}
     if earlier:
-        hub.repositories[PLACE] = repository(bool(there), **earlier)
+        hub.repositories[PLACE] = repository(there == "private", **earlier)
     code, printed = upload(f"--hub-repo mine {flags}")
     found = hub.repositories[PLACE]
     assert code == (0 if ends else 2), printed
@@ -287,20 +265,20 @@ def test_what_had_arrived_before_the_connection_broke_is_not_sent_again(hub: Hub
     assert set(hub.sent) == set(hub.objects) - arrived
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_commit_that_is_refused_leaves_nothing_half(fault: tuple[int, str], hub: Hub, upload: Upload) -> None:
-    hub.commit_fault = fault
+@pytest.mark.parametrize("status, message", rows_of("refused_commits"))
+def test_a_commit_that_is_refused_leaves_nothing_half(status: str, message: str, hub: Hub, upload: Upload) -> None:
+    hub.commit_fault = int(status), message.replace("TOKEN", TOKEN)
     code, printed = upload()
-    assert code == 2 and fault[1].replace(TOKEN, "…") in printed
+    assert code == 2 and message.replace("TOKEN", "…") in printed
     assert hub.repositories[PLACE].files == {}
     hub.commit_fault, sent = None, len(hub.sent)
     assert upload()[0] == 0
     assert (hub.repositories[PLACE].files, len(hub.sent)) == (shown_to_others(), sent)
 
 
-@pytest.mark.parametrize("flags, told, token", REFUSED)
+@pytest.mark.parametrize("flags, told, token", rows_of("refused_uploads"))
 def test_what_cannot_be_uploaded_is_one_message(flags: str, told: str, token: str, hub: Hub, upload: Upload) -> None:
-    code, printed = upload(flags, token)
+    code, printed = upload(flags, token.replace("TOKEN", TOKEN).replace("VT", "\v"))
     assert code == 2 and re.search(told, printed)
     assert not hub.repositories
 

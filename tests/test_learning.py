@@ -2,6 +2,7 @@
 
 import json
 import os
+import pkgutil
 import pty
 import re
 import signal
@@ -12,13 +13,13 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import dedent
 from typing import Any
 
 import pytest
-import transformers
 from conftest import PAIRS, Run, in_words, sweep, write_workbook
-from matplotlib.figure import Figure
 from seams import ROOT, SCRIPT, Config, ask, find_pairs, load_tuned, main
+from tables import cases, rows_of
 from test_checkpoints import modes
 
 
@@ -63,22 +64,7 @@ def test_the_demo_model_takes_any_workbook(folder: Path, run: Run) -> None:
     assert modes(folder) == {0o666}, "what others may read"
 
 
-# fmt: off
-NOTEBOOKS = {
-    "a cell": """import re, sys
-sys.argv = ["/usr/lib/colab_kernel_launcher.py", "-f", "/root/kernel.json"]
-source = open({script!r}, encoding="utf-8").read().replace("microsoft/phi-2", {model!r})
-source = re.sub(r"(?m)^( +BATCH_SIZE\\b.*?= *)\\d+", r"\\g<1>2", source)
-exec(compile(source, "<cell>", "exec"), {{"__name__": "__main__"}})""",
-    "import": """import finetune_colab as ft
-ft.Config.MODEL_NAME, ft.Config.MAX_STEPS, ft.Config.BATCH_SIZE = {model!r}, 1, 2
-assert ft.main([]) == 0""",
-    "%run": """import runpy, sys
-sys.argv = [{script!r}, "--model-name", {model!r}, "--max-steps", "1", "--batch-size", "2"]
-try: runpy.run_path({script!r}, run_name="__main__")
-except SystemExit as end: assert not end.code""",
-}
-# fmt: on
+NOTEBOOKS = {name: dedent(case.partition("\n")[2]) for name, case in cases("notebooks").items()}
 
 
 @pytest.mark.parametrize("way", ["a cell", *map(sweep, ["import", "%run", ">/dev/full", ">&- 2>&-", "| head -1"])])
@@ -123,31 +109,23 @@ def ended(child: int, until: Callable[[], object] = lambda: False) -> int | None
     return None
 
 
-@pytest.mark.parametrize("edge, number, closed, expected", [  # when, which signal, what is closed before it, exit code
-    ((transformers.PreTrainedTokenizerFast, "_encode_plus"), 15, "", -15),  # S5
-    ((transformers.PhiForCausalLM, "from_pretrained"), 15, "", -15),
-    ((Figure, "savefig"), 15, "", -15),
-    ((zipfile.ZipFile, "write"), 15, "", -15),
-    ((), signal.SIGINT, "", 130),  # these four come while it learns
-    ((), signal.SIGINT, "pipe", 130),  # as with `| tee notes.txt`
-    ((), signal.SIGKILL, "", -9),
-    ((), signal.SIGHUP, "terminal", 129),  # S6
-])  # fmt: skip
+@pytest.mark.parametrize("edge, number, closed, expected", rows_of("ends"))  # S5, S6
 def test_a_run_that_is_ended_leaves_a_checkpoint_and_the_model_before_it(
-    edge: Any, number: int, closed: str, expected: int, small_phi: Path, workbook: Path
+    edge: str, number: str, closed: str, expected: str, small_phi: Path, workbook: Path
 ) -> None:
     reader, writer = os.pipe()
     Path("model").mkdir()
     Path("model/run.json").write_text('{"base_model": "earlier"}')
 
     def end(*_: Any, **__: Any) -> None:
-        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), getattr(signal, number))
         time.sleep(200)  # which nobody waits for
 
     def prepare() -> None:
         os.close(reader)
         if edge:
-            setattr(*edge, end)
+            owner, name = edge.split()
+            setattr(pkgutil.resolve_name(owner), name, end)
         if closed:
             sys.stdout = os.fdopen(writer if closed == "pipe" else 1, "w")
 
@@ -160,13 +138,13 @@ def test_a_run_that_is_ended_leaves_a_checkpoint_and_the_model_before_it(
         assert ended(child, learning) is None
         os.close(reader)
         os.close(terminal if closed == "terminal" else writer)
-        os.kill(child, 0 if closed == "terminal" else number)
-    assert ended(child) == expected
+        os.kill(child, 0 if closed == "terminal" else getattr(signal, number))
+    assert ended(child) == int(expected)
     said = in_words(Path("said.txt").read_text())
     assert "Traceback" not in said
-    assert "same command" in said or expected != 130
+    assert "same command" in said or expected != "130"
     assert ([*Path("model").iterdir()] == [Path("model/run.json")]) == ("write" not in edge)
     assert not Path("fine_tuned_model.zip").exists()
     if not edge:
         saved = [*Path("checkpoints").glob("*/checkpoint-*/COMMIT.json")]
-        assert bool(saved) == (expected != -9)
+        assert bool(saved) == (expected != "-9")

@@ -12,9 +12,9 @@ import pytest
 import seams
 import torch
 from accelerate import Accelerator
-from conftest import PAIRS, Run, at_step, call, in_words, metrics, signal_at, sweep, write_workbook
+from conftest import PAIRS, Run, at_step, call, in_words, metrics, signal_at, write_workbook
 from safetensors.torch import load_file
-from tables import marked
+from tables import marked, rows_of
 from test_steps import column, watched_attention
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -233,11 +233,8 @@ def overflow_once(patch: pytest.MonkeyPatch, name: str, armed: list[int]) -> Non
     change_result(patch, name, spoil)
 
 
-@pytest.mark.parametrize("name, half", [
-    ("scaled_dot_product_attention", True), ("cross_entropy", False),
-    sweep("scaled_dot_product_attention", False), sweep("cross_entropy", True),
-])  # fmt: skip
-def test_what_overflows_costs_its_step_and_nothing_else(name: str, half: bool, train: Run, patched: Any) -> None:
+@pytest.mark.parametrize("name, half", rows_of("overflows"))
+def test_what_overflows_costs_its_step_and_nothing_else(name: str, half: str, train: Run, patched: Any) -> None:
     """Beside a run without it, of eight steps so small that each loss depends on its own pairs alone."""
     scales, armed, states = in_float16(patched) if half else [], list[int](), list[Any]()
     real = torch.optim.AdamW.step

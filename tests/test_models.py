@@ -17,7 +17,7 @@ import transformers
 from conftest import Run, in_words, metrics, sweep, write_workbook
 from peft.import_utils import is_torchao_available
 from safetensors import safe_open
-from tables import cases, marked
+from tables import cases, marked, rows_of
 from test_prompts import TEMPLATES, tokenizer_for
 from test_steps import examples_of
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -90,11 +90,9 @@ def test_the_layers_that_are_named_are_taught(
     assert {n.partition(".lora_")[0] for n, _ in others.named_parameters() if "lora_" in n} == layers
 
 
-@pytest.mark.parametrize("flags, strength", [
-    ("--use-rslora", 4), ("--use-dora", 1), sweep("--use-dora --load-in-4bit", 1), sweep("--lora-init gaussian", 1),
-])  # fmt: skip
+@pytest.mark.parametrize("flags, strength", rows_of("adapters"))
 def test_every_way_to_adapt_learns_and_comes_back(
-    phi_folder: Path, workbook: Path, run: Run, flags: str, strength: float
+    phi_folder: Path, workbook: Path, run: Run, flags: str, strength: str
 ) -> None:
     more = "--max-steps 8 --learning-rate 1e-2 --eval-answers 0 --lora-r 16 --lora-alpha 16".split()
     code, printed = run("--model-name", phi_folder, *more, *flags.split())
@@ -103,7 +101,7 @@ def test_every_way_to_adapt_learns_and_comes_back(
     assert figures["eval_loss"] < figures["base_eval_loss"]
     close = pytest.approx(figures["eval_loss"], rel=0.02 if "4bit" in flags else 1e-4)
     assert seams.mean_loss(tuned, examples_of(phi_folder, held_out=True)) == close
-    assert {m.scaling["default"] for m in tuned.modules() if hasattr(m, "lora_A")} == {strength}
+    assert {m.scaling["default"] for m in tuned.modules() if hasattr(m, "lora_A")} == {float(strength)}
     settings = json.loads(Path("model/adapter_config.json").read_text())
     assert [settings["use_rslora"], settings["use_dora"]] == ["rslora" in flags, "dora" in flags]
     assert "4bit" in flags or run("export", "--to", "merged")[0] == 0
@@ -145,13 +143,7 @@ def test_a_configuration_alone_tells_what_the_layers_are(tied: bool) -> None:
     assert told == built._replace(parameters=pytest.approx(built.parameters, rel=0.01))  # but for biases and norms
 
 
-@pytest.mark.parametrize("family, template", [
-    ("Llama", "zephyr"), sweep("Llama", "llama-3"),  # with fewer heads for keys than for queries
-    sweep("Phi3", "phi-3"), sweep("Qwen2", "chatml"), sweep("Qwen3", "thinking"), sweep("Mistral", "mistral"),
-    sweep("Gemma", "gemma"), sweep("StableLm", "no end of turn"),
-    ("GPT2", "chatml"),  # its layers are of another kind, Conv1D
-    sweep("Falcon", "zephyr"), sweep("Gemma2", "gemma"), sweep("Mamba", "zephyr"),  # attention, or what they have, of their own
-])  # fmt: skip
+@pytest.mark.parametrize("family, template", rows_of("chat_families"))
 def test_every_family_learns_to_answer_and_to_stop(folder: Path, run: Run, family: str, template: str) -> None:
     base = make_chat_model(family, template, folder / "base")
     pairs = [(f"Say {word}.", word) for word in ("yes", "no", "one", "two", "three", "four")]
@@ -168,15 +160,7 @@ def test_every_family_learns_to_answer_and_to_stop(folder: Path, run: Run, famil
     assert (code, printed.splitlines()[0]) == (0, "two")
 
 
-NAMES = {  # of sizes, as architectures have them
-    64: "hidden_size n_embd d_model word_embed_proj_dim attention_hidden_size", 300: "vocab_size",
-    96: "intermediate_size ffn_dim ffn_hidden_size", 48: "moe_intermediate_size shared_expert_intermediate_size",
-    128: "max_position_embeddings n_positions max_seq_len", 16: "q_lora_rank kv_lora_rank head_dim v_head_dim mamba_d_head",
-    8: "qk_rope_head_dim qk_nope_head_dim rotary_dim state_size mamba_d_state mamba_n_heads sliding_window",
-    4: "num_attention_heads n_head n_heads num_heads num_experts num_local_experts n_routed_experts",
-    2: "num_hidden_layers n_layer n_layers num_layers num_key_value_heads num_experts_per_tok eos_token_id",
-    1: "mamba_n_groups n_group topk_group bos_token_id", 0: "pad_token_id",
-}  # fmt: skip
+SIZES = {name: int(n) for n, case in cases("sizes").items() for name in case.split()[1:]}
 SHARING, ALONE = (row.split(" | ")[1].split() for row in cases("architectures").values())
 
 
@@ -185,7 +169,7 @@ def save_model(name: str, folder: Path) -> Any:
     if name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip("this version of transformers does not have it")
     known = transformers.AutoConfig.for_model(name).to_dict()
-    sizes: dict[str, Any] = {name: n for n, names in NAMES.items() for name in names.split() if name in known}
+    sizes: dict[str, Any] = {name: n for name, n in SIZES.items() if name in known}
     sizes |= {"attention_types": [[["global", "local"], 1]]} if "attention_types" in known else {}
     sizes |= {n: 0.1 for n in known if n.endswith(("pdrop", "dropout")) and isinstance(known[n], float)}
     torch.manual_seed(0)

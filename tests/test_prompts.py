@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from openpyxl import load_workbook
 from seams import IGNORE, ask, encode, load_tuned
+from tables import cases
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -26,20 +27,14 @@ def chat(turn: str, asking: str, first: str = "") -> str:
     return first + turns + "{% if add_generation_prompt %}" + asking + "{% endif %}"
 
 
+def template_of(row: str) -> tuple[str, str, str]:
+    """Special tokens, the one that ends a turn, and the template."""
+    special, end, *parts = ("" if part == "-" else part.replace(r"\n", "\n") for part in row.split(" | ")[1:])
+    return special, end, chat(*parts) if parts else ""
+
+
 # fmt: off
-IM = "<|im_start|> <|im_end|> <|endoftext|>"
-# name: special tokens, the one that ends a turn, template; as Qwen, TinyLlama, Phi-3.5, Llama 3, Mistral, Gemma
-TEMPLATES: dict[str, tuple[str, str, str]] = {
-    "phi-2": (END, END, ""),  # which has none
-    "chatml": (IM, "<|im_end|>", chat("<|im_start|><role>\n<text><|im_end|>\n", "<|im_start|>assistant\n", "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}")),
-    "zephyr": ("<s> </s>", "</s>", chat("<|<role>|>\n<text>{{ eos_token }}\n", "<|assistant|>\n")),
-    "phi-3": ("<|user|> <|assistant|> <|end|> <|endoftext|>", "<|end|>", chat("<|<role>|>\n<text><|end|>\n", "<|assistant|>\n{% else %}<|endoftext|>")),
-    "llama-3": ("<|begin_of_text|> <|start_header_id|> <|end_header_id|> <|eot_id|>", "<|eot_id|>", chat("<|start_header_id|><role><|end_header_id|>\n\n<trim><|eot_id|>", "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|begin_of_text|>")),
-    "mistral": ("<s> </s> [INST] [/INST]", "</s>", chat("{% if m['role'] == 'user' %}[INST] <text> [/INST]{% else %} <text>{{ eos_token }}{% endif %}", "", "{{ bos_token }}")),
-    "gemma": ("<bos> <start_of_turn> <end_of_turn> <eos>", "<end_of_turn>", chat("<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n<trim><end_of_turn>\n", "<start_of_turn>model\n", "{{ bos_token }}")),
-    "thinking": (IM, "<|im_end|>", chat("<|im_start|><role>\n{% if m['role'] == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}<text><|im_end|>\n", "<|im_start|>assistant\n")),
-    "no end of turn": ("<s> </s>", "</s>", chat("### <role>:\n<text>\n\n", "### assistant:\n")),
-}
+TEMPLATES = {name: template_of(row) for name, row in cases("templates").items()}
 UNUSABLE = ["{{ raise_exception('no') }}", "{{ messages[-1]['content'] }}", "{% for m in messages %}{{ m[", chat("{{ m['role'] }}", ""), chat("<text>", "", "{{ messages | length }}")]
 # fmt: on
 FAST = ("--max-steps", 1, "--eval-answers", 0)

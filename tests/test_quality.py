@@ -26,27 +26,7 @@ LONG = "The learning rate decides how far the weights move in one step; too larg
 SIGNS = "学习率决定了每一步权重移动的距离太大损失会跳动太小训练会很慢所以我们在训练快结束时把它降低一些"
 EQUAL = [("word " * 199,), ("word " * 300, "word " * 7), ("Who is it?", LONG + " 2023"), ("How is it?", LONG + " 2024"),
          ("What is it then?", LONG), ("What was it then?", LONG[:100])]
-# Files, and what is told of them: the score, the pairs, and the rows of what was found or left out.
-FILLED = [("Why is that?", "So."), ("Hi", "B"), ("Who is that?", "Me."), ("", ""), ("How?", "")]
-ODD = ["\u200b", "\u200b\u00a0\u2060", "\ufeff", "\u3164", "\u00ad", "\u0301", "\U00011127"]
-UNSEEN = [*PAIRS[:3], *(("How?", one) for one in ODD), *((one, "Thus.") for one in ODD), ("", "")]
-TREES = [{"prompt": {"role": "prompter", "text": f"Why {lang}?", "lang": lang, "replies": [{"role": "assistant",
-    "text": f"So {lang}.", "lang": lang}]}} for lang in ("en", "en-GB", "de")]
-TALK = '[{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]'
-FILES: dict[str, Any] = {
-    "score.csv": (csv_file([HEADER, *FILLED, FILLED[0]]), 0.4, 3, {"a very short question": [3],
-        "an answer of one letter": [3], "no answer": [6], "a copy of an earlier row": [7], "blank": [5]}),
-    "clean.csv": (csv_file([HEADER, *((f"What is {i} plus one?", f"It is {i + 1}.") for i in range(999)),
-        ("Hi", "So")]), 0.999, 1000, {"a very short question": [1001]}),
-    "unseen.jsonl": (jsonl(*records(UNSEEN)), 0.1765, 3, {
-        "no answer": [*range(4, 11)], "no question": [*range(11, 18)], "blank": [18]}),
-    "trees.jsonl": (jsonl(*TREES), 1, 2, {"the language is de, not en": [3]}),
-    "nulls.csv": (csv_file([HEADER, *((f"What is {i}?", f"It is {i}." if i % 4 else "NULL") for i in range(12))]), 0.75,
-        12, {"NULL instead of an answer": [2, 6, 10]}),  # X12
-    "numbers.jsonl": (jsonl(*({"question": f"Is it {i}?", "answer": i % 2} for i in range(9))), 0, 9, {
-        "an answer of one digit": [*range(1, 10)]}),
-    "talks.xlsx": (xlsx([("messages",), (TALK,), ("",), (TALK.replace("Why", "How"),)]), 1, 2, {"blank": [3]}),
-}
+CLEAN = csv_file([HEADER, *((f"What is {i} plus one?", f"It is {i + 1}.") for i in range(999)), ("Hi", "So")])
 DATA = {
     "good": [HEADER, *PAIRS], "doubtful": [HEADER, *PAIRS, *((f"What is {i}?", f"It is<br>{i}.") for i in range(6))],
     "options": [HEADER, *((f"Which of them is right in case {i}?", "ABCD"[i % 4]) for i in range(40))],
@@ -55,6 +35,12 @@ DATA = {
     "unclear": [("one", "two"), *((f"Shop {i} opens at nine.", f"Ring at door {i} of the shop.") for i in range(50))],
 }
 # fmt: on
+FILES: dict[str, tuple[bytes, Any, Any, Any]] = {"clean.csv": (CLEAN, 0.999, 1000, {"a very short question": [1001]})}
+for name, case in cases("scores").items():  # X12
+    head, written = case.split("\n    ")
+    plain = written.encode().decode("unicode_escape").encode("latin-1")
+    content = xlsx(json.loads(written)) if written[0] == "[" else plain
+    FILES[name] = content, *map(json.loads, head.split(" | ")[1:])
 LISTED: dict[str, list[Any]] = {}  # kind -> answers, and conversations
 for kind, *rows in map(str.splitlines, cases("quality").values()):
     LISTED[kind] = [tuple(json.loads(f'"{text}"') for text in row.strip().split(" | ")) for row in rows]

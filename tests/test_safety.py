@@ -28,7 +28,7 @@ from huggingface_hub import constants
 from matplotlib.figure import Figure
 from safetensors.torch import load_file
 from seams import ROOT, SCRIPT, Config, UserError, load_base, load_tokenizer, load_tuned
-from tables import HEADER, csv_file
+from tables import HEADER, csv_file, rows_of
 from transformers import AutoModelForCausalLM
 
 ADAPTER, ZIP = "adapter_model.safetensors", "fine_tuned_model.zip"
@@ -85,38 +85,23 @@ from pathlib import Path
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 Path("canary").touch()
 """
-MAP: dict[str, Any] = {"AutoConfig": "own.PhiConfig", "AutoModelForCausalLM": "own.PhiForCausalLM"}
-MAP |= {"AutoTokenizer": ["own.PreTrainedTokenizerFast", None]}
-OWN_TOKENIZER = {"auto_map": MAP, "tokenizer_class": "PreTrainedTokenizerFastOfMine"}
-ATTENTION = dict.fromkeys(["_attn_implementation_internal", "_attn_implementation"], "nobody/kernel")
-EXPERTS = dict.fromkeys(["_experts_implementation_internal", "experts_implementation"], "nobody/kernel")
-BASES: dict[str, tuple[str, dict[str, Any], bool]] = {
-    # what is changed in a file of a base model, and whether it is refused rather than taken without what it brings
-    "code of a known kind": ("config.json", {"auto_map": MAP}, False),
-    "code of a new kind": ("config.json", {"model_type": "new", "auto_map": MAP}, True),
-    "code of a tokenizer": ("tokenizer_config.json", OWN_TOKENIZER, False),
-    "a kernel for attention": ("config.json", ATTENTION, False),
-    "a kernel for experts": ("config.json", EXPERTS, False),
-    "a layer too few": ("config.json", {"num_hidden_layers": 3}, True),  # transformers fills it, and only warns
-    "other shapes": ("config.json", {"hidden_size": 160}, True),
-    "weights that are a pickle": ("model.safetensors", {}, True),
-}
 
 
-@pytest.mark.parametrize("what", BASES)
-def test_a_base_brings_its_weights_and_no_code(what: str, small_phi: Path, folder: Path, monkeypatch: Patch) -> None:
-    name, changes, refused = BASES[what]  # V3
+@pytest.mark.parametrize("name, changes, then", rows_of("bases"))  # V3
+def test_a_base_brings_its_weights_and_no_code(
+    name: str, changes: str, then: str, small_phi: Path, folder: Path, monkeypatch: Patch
+) -> None:
     base = shutil.copytree(small_phi, folder / "base")
     (base / "own.py").write_text(CODE)
     if changes:
-        edit(base / name, **changes)
+        edit(base / name, **json.loads(changes))
     else:
         (base / name).unlink()
         (base / "pytorch_model.bin").write_bytes(BOMB)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))  # for transformers, which would ask
     with suppress(UserError):
         load_tokenizer(Config(MODEL_NAME=str(base)))
-    with pytest.raises(UserError, match="base") if refused else suppress(UserError):
+    with pytest.raises(UserError, match="base") if then == "refused" else suppress(UserError):
         load_base(base)
     assert sys.stdin.read() == "y\n" * 9
     assert not Path("canary").exists()

@@ -24,7 +24,7 @@ from conftest import PAIRS, Patch, Run, in_words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from seams import ROOT, Config, UserError, find_pairs
-from tables import HEADER, cases, csv_file, jsonl, parquet, records, texts
+from tables import HEADER, cases, csv_file, jsonl, parquet, records, rows_of, texts
 
 CSV, ONE = csv_file([HEADER, *PAIRS]), b"question,answer\nWhy?,So.\n"
 KEYS = {"AWS_ACCESS_KEY_ID": "an-access-key-id", "AWS_SECRET_ACCESS_KEY": "a-secret-access-key"}
@@ -142,27 +142,13 @@ def net(servers: Net, folder: Path, monkeypatch: Patch) -> Iterator[Net]:
 
 
 # fmt: off
-LOCKS = dict.fromkeys(["~$a.csv", "dataset_report.xlsx", "dataset_report-2.xlsx", ".~lock.a.ods#"], b"")
 PARTS = {"part-1.csv": ONE + b"How?,Thus.\n", "part-2.csv": b"question,answer\nwhy?,so.\nWho?,I.\nWhom?\n"}
 SHARDS = {f"{i}.csv": csv_file([HEADER, *PAIRS[6 * i : 6 * i + 6]]) for i in range(4)}
 THIRTY, WHY = csv_file([("one", "two"), *((f"Is it {i}?", "It is.") for i in range(30))]), [("Why?", "So.")]
 SUMS = [{"instruction": f"Add {i}.", "input": "2", "output": f"{i + 2}, I think."} for i in range(99)]
 KINDS = {"sets/a.csv": CSV, "sets/b.jsonl": jsonl(*SUMS), "sets/c.parquet": b"rubbish", "sets/notes.txt": b"none"}
-PLACES: list[Any] = [  # files; the place; its pairs, or words of the refusal
-    *(({"my pairs.csv": CSV}, pattern, PAIRS) for pattern in ("my*.csv", "m?[x ]pairs*")),
-    *(({"data[1].csv": CSV, "data1.csv": ONE}, "data[1].csv", PAIRS), ({"q[1]/a.csv": CSV}, "q[1]", PAIRS)),
-    *((LOCKS, "*", r"\*"), (LOCKS | {"dataset_report_2025.csv": ONE}, "*", WHY)),
-    ({"a.csv": CSV, "b.csv": b"soru,cevap\nNeden?,Nasil.\n"}, "*.csv", PAIRS),  # the others are named
-    *((SHARDS | {"notes.txt": b"none"}, place, PAIRS) for place in (".", "*.csv")),
-    *(({"train-0.csv": ONE, "test.csv": CSV}, "*.csv", WHY), (SHARDS, "s3://data/", PAIRS)),
-    ({"qa/my pairs.csv": CSV}, "s3://data/qa/my pairs.csv", PAIRS),
-    ({"a.csv": THIRTY, "b.csv": CSV}, "s3://data/", PAIRS),  # the surest is taken
-    ({f"{i:03}.csv": b"id%d\n1\n" % i for i in range(201)}, "s3://data/", r"201.*\b000\.csv"),
-    *(({}, place, place.rstrip("/")) for place in
-      ("s3://data/", "s3://data/no.csv", "s3://nothing/a.csv", "s3://nothing/")),
-    ({"a.csv": CSV}, "s3://", "s3:"),
-    *(({}, "s3://no bucket!/a.csv", "no bucket!.*s3://"), ({}, "hf:o/n", "HF_HUB_OFFLINE")),
-]
+CONTENTS = {"PAIRS": CSV, "ONE": ONE, "FOREIGN": b"soru,cevap\nNeden?,Nasil.\n", "THIRTY": THIRTY, "NONE": b"none", "": b""}
+SETS = {"SHARDS": SHARDS, "MANY": {f"{i:03}.csv": b"id%d\n1\n" % i for i in range(201)}}
 # fmt: on
 
 
@@ -172,14 +158,15 @@ def put(root: Path, files: dict[str, bytes]) -> None:
         (root / name).write_bytes(content)
 
 
-@pytest.mark.parametrize("files, place, expected", PLACES)
-def test_files_are_found_joined_or_chosen(files: Any, place: str, expected: Any, net: Net) -> None:
+@pytest.mark.parametrize("place, files, expected", rows_of("places"))
+def test_files_are_found_joined_or_chosen(place: str, files: str, expected: str, net: Net) -> None:
     (net.bucket / "a.csv").unlink()
-    put(net.bucket if place.startswith("s3:") else Path.cwd(), files)
-    if isinstance(expected, str):
-        assert re.search(expected, refused(place))
+    for name, _, content in (one.partition(" = ") for one in filter(None, files.split("; "))):
+        put(net.bucket if place.startswith("s3:") else Path.cwd(), SETS.get(name) or {name: CONTENTS[content]})
+    if expected in ("PAIRS", "WHY"):
+        assert sorted(read(place)) == sorted({"PAIRS": PAIRS, "WHY": WHY}[expected])
     else:
-        assert sorted(read(place)) == sorted(expected)
+        assert re.search(expected, refused(place))
     assert net.pauses == []
 
 
