@@ -171,7 +171,7 @@ class Config:
     JSON: bool = False  # check: the findings as one JSON object, for programs
 
     def __init__(self, **changes: Any) -> None:
-        self.given: frozenset[str] = frozenset()  # names from the command line and the file
+        self._given: frozenset[str] = frozenset()  # names from the command line and the file
         vars(self).update({name: getattr(Config, name) for name in TYPES} | changes)
 
 
@@ -1122,7 +1122,7 @@ class Column:
         self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(place)
         self.cells = [text for cell in raw if (text := one_text(cell))]
         self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
-        self.sample = preview(self.cells[0]) if self.cells else "(the column is empty, or lists)"
+        self.sample = preview(self.cells[0]) if self.cells else "(the column is empty, or a list)"
         self.distinct, count = len(set(self.cells)), max(1, len(self.cells))
         self.asking = sum(map(asks, self.cells)) / count
         self.words = sum(map(word_count, self.cells)) / count
@@ -5877,7 +5877,7 @@ def exam(cfg: Config) -> int:
     names = (
         "DATASET_PATH SHEET QUESTION_COLUMN ANSWER_COLUMN EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS"
     )
-    own = {name: getattr(cfg, name) for name in names.split() if name in cfg.given}
+    own = {name: getattr(cfg, name) for name in names.split() if name in cfg._given}
     settings = changed(opened.cfg, **own)
     if settings.DATASET_PATH.endswith("/…"):
         raise UserError("run.json does not keep the link to its data.\nGive it with --dataset-path")
@@ -6029,7 +6029,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
             if command not in commands and getattr(cfg, name) != getattr(Config, name):
                 raise UserError(f"{name} ({flag(name)}) is for {commands}, not for {command}.")
     cfg.WEB |= cfg.SHARE  # what is shared is the page
-    cfg.given = frozenset(own)
+    cfg._given = frozenset(own)
     return command, cfg
 
 

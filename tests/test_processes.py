@@ -110,7 +110,8 @@ def test_several_train_as_one_does_and_one_speaks(count: int, by: str, home: Pat
     printed = launch(several.name, count, by=by)
     assert_same_training(several, alone)
     written = [
-        {re.sub(r"_\d\.pth", ".pth", str(path.relative_to(one))) for path in one.rglob("*")} for one in (several, alone)
+        {re.sub(r"_\d(?=\.pth)|(?<=exam-)\w+", "", str(path.relative_to(one))) for path in one.rglob("*")}
+        for one in (several, alone)
     ]
     written = [{path for path in one if not path.endswith(".log")} for one in written]
     assert written[0] == written[1]
