@@ -1699,6 +1699,8 @@ GPUS = {  # compute capability; operations per second, bytes per second, free by
 LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
 # Each has a key-value cache: 0.3 MB per token with phi-2
 ANSWERS_AT_ONCE = {"cuda": 24, "mps": 10, "cpu": 10}
+MOST_GENERAL = 10  # questions of the exam that have nothing to do with the data
+GENERAL_TOKENS, PARAPHRASE_TOKENS = 64, 48  # in what the base model says for the exam, at most
 LAUNCH = 11e-6  # seconds that Colab's processor takes to launch one GPU kernel
 
 
@@ -1833,10 +1835,11 @@ def asking_tokens(cfg: Config, device: Device, pairs: int, longest: int) -> floa
     tuned = min(base, longest)
     held_out, asked, general = (
         math.ceil(min(count, pairs) / size) * bool(cfg.EVAL_ANSWERS)
-        for count in (cfg.EVAL_ANSWERS, cfg.EXAM_QUESTIONS, min(10, cfg.EXAM_QUESTIONS))
+        for count in (cfg.EVAL_ANSWERS, cfg.EXAM_QUESTIONS, min(MOST_GENERAL, cfg.EXAM_QUESTIONS))
     )
-    short = 48 * asked + (64 + 2 * most_tokens(64)) * general  # paraphrases, and general questions
-    return (held_out + asked) * (base + tuned) + 2 * asked * tuned + short
+    elsewhere = (GENERAL_TOKENS + 2 * most_tokens(GENERAL_TOKENS)) * general
+    in_other_words = PARAPHRASE_TOKENS * asked + 2 * asked * tuned
+    return (held_out + asked) * (base + tuned) + in_other_words + elsewhere
 
 
 def in_time(seconds: float) -> str:
@@ -3594,9 +3597,9 @@ def ask_group(
 ) -> list[dict[str, Any]]:
     tokenizer, rows = tuned.tokenizer, list[dict[str, Any]]()
     for pair, _ in group:
-        start = {"cut off": 0, "tokens": 0, "seconds": 0.0, "row": ""}
-        start["row"] = pair.place.removeprefix("row ") if pair.row else ""
-        rows.append(start | {"question": pair.question, "expected": pair.answer})
+        number = pair.place.removeprefix("row ") if pair.row else ""
+        texts = {"row": number, "question": pair.question, "expected": pair.answer}
+        rows.append({**texts, "cut off": 0, "tokens": 0, "seconds": 0.0})
     sides = {"before": tuned.untuned()} if with_base else {}
     for when, side in (sides | {"after": nullcontext(tuned.model)}).items():
         with side as model:
@@ -3661,7 +3664,6 @@ RIVAL_FROM = 0.5  # overlap with the answer of another row
 KNOWN, KNOWN_IN_OTHER_WORDS = 0.8, 0.6  # shares of right answers
 FORGOTTEN = 2.0  # nats per token that the base's own answers may lose in likelihood
 PARROTED = 0.5  # share of general questions that get an answer from the data
-GENERAL_TOKENS, PARAPHRASE_TOKENS = 64, 48  # in an answer, at most
 GENERAL = (  # a tuned model should still answer these much as its base does
     "What is the capital of France?",
     "How many days does a leap year have?",
@@ -3720,10 +3722,13 @@ def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
     for answer, question, its_words in zip(found, questions, words, strict=True):
         text = answer.partition("\n")[0]
         rare = [word for word in its_words if counts[word] == 1]
-        on_the_subject = rare and all(word in fold(text) for word in rare)
-        numbers, its = (sorted(re.findall(r"\d+", one)) for one in (text, question))
-        short = len(text) < 3 * len(question) and fold(text) != fold(question) and numbers == its
-        kept.append(text if text.endswith("?") and short and on_the_subject else "")
+        numbers, its_numbers = (sorted(re.findall(r"\d+", one)) for one in (text, question))
+        on_the_subject = (
+            rare and all(word in fold(text) for word in rare) and numbers == its_numbers
+        )
+        is_new_question = text.endswith("?") and fold(text) != fold(question)
+        is_short = len(text) < 3 * len(question)
+        kept.append(text if is_new_question and is_short and on_the_subject else "")
     return kept
 
 
@@ -3748,7 +3753,7 @@ def questions_of(
         questions = [pair.question for pair in chosen]
         pairs = asking(chosen, [reworded(question, cfg.SEED)[0] for question in questions])
         return pairs + (asking(chosen, paraphrased(run, questions, cfg)) if not toy else [])
-    general = GENERAL[: 0 if toy else len(chosen)]
+    general = GENERAL[: 0 if toy else min(MOST_GENERAL, len(chosen))]
     own = base_answers(run, general, cfg, GENERAL_TOKENS)
     return [
         Pair([user_message(question), {"role": "assistant", "content": answer}], "", 0)
