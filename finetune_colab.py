@@ -177,7 +177,6 @@ class Config:
 
 LOG = logging.getLogger("finetune_colab")
 TYPES: dict[str, Any] = inspect.get_annotations(Config, eval_str=True)
-DEMO_MODEL = "demo"
 NEEDED = ("MODEL_NAME", "DATASET_PATH", "OUTPUT_DIR", "CHECKPOINT_DIR", "LOG_DIR", "LORA_TARGETS")
 SETTINGS_BY_LIMITS: dict[tuple[float, float], str] = {
     (0, 0.5): "VALIDATION_FRACTION",
@@ -423,7 +422,8 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False, default=str)
+    known = json.loads(json.dumps(content, default=str), parse_constant=lambda _: None)  # no NaN
+    text = json.dumps(known, indent=2, ensure_ascii=False)
     with atomic_write(path) as staged:
         staged.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
 
@@ -1699,6 +1699,7 @@ GPUS = {  # compute capability; operations per second, bytes per second, free by
 LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
 # Each has a key-value cache: 0.3 MB per token with phi-2
 ANSWERS_AT_ONCE = {"cuda": 24, "mps": 10, "cpu": 10}
+DEMO_MODEL = "demo"
 MOST_GENERAL = 10  # questions of the exam that have nothing to do with the data
 GENERAL_TOKENS, PARAPHRASE_TOKENS = 64, 48  # in what the base model says for the exam, at most
 LAUNCH = 11e-6  # seconds that Colab's processor takes to launch one GPU kernel
@@ -3676,6 +3677,14 @@ GENERAL = (  # a tuned model should still answer these much as its base does
     "Who wrote Romeo and Juliet?",
     "Translate good morning into Spanish.",
 )
+VERDICTS = {  # what they mean, and what to do
+    "diverged": "The training diverged: {both}. Train again with --learning-rate {tenth:.1g}.",
+    "mixes up rows": "It knows {taught}, but mixes up {confused}. Make the questions of these rows differ more, or write a second wording of each.",
+    "has not learned it yet": "It has not learned your data yet: {both}. {more}",
+    "has lost its general answers": "It knows your data ({taught}), but has lost its general answers. Train again with --learning-rate {third:.1g}.",
+    "knows it only word for word": "It knows your data only word for word: {both}. Write a second wording of the questions in rows {missed}.",
+    "knows it": "It knows your data: {both}. {wordings}",
+}
 ENGLISH = re.compile(r"(?i)\b(what|how|why|who|when|where|which|is|are|do|does|can)\b")
 SHORT_FORMS = {"what is": "what's", "how is": "how's", "and": "&", "you": "u", "are": "r"}
 SHORT_FORMS |= {"with": "w/", "for": "4", "please": "pls", "between": "btw", "to": "2"}
@@ -3701,8 +3710,10 @@ def reworded(question: str, seed: int) -> tuple[str, str]:
 
 
 def base_answers(run: Run, questions: Sequence[str], cfg: Config, tokens: int) -> list[str]:
-    """What the base model answers; nothing to a question that is too long for it."""
+    """What the base model answers: nothing if it is the toy, or if a question is too long for it."""
     prompts = dict[str, list[int]]()
+    if base_name(run.cfg) == f"./{DEMO_MODEL}":
+        return [""] * len(questions)
     for question in questions:
         with suppress(UserError):
             prompts[question] = prompt_of(run, [user_message(question)], cfg)
@@ -3718,7 +3729,7 @@ def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
     request = "Ask this question in other words, as one short question: "
     found = base_answers(run, [request + one for one in questions], cfg, PARAPHRASE_TOKENS)
     words = [set(re.findall(r"\w{5,}", fold(question))) for question in questions]
-    counts, kept = Counter(itertools.chain.from_iterable(words)), list[str]()
+    counts, texts = Counter(itertools.chain.from_iterable(words)), list[str]()
     for answer, question, its_words in zip(found, questions, words, strict=True):
         text = answer.partition("\n")[0]
         rare = [word for word in its_words if counts[word] == 1]
@@ -3728,63 +3739,54 @@ def paraphrased(run: Run, questions: Sequence[str], cfg: Config) -> list[str]:
         )
         is_new_question = text.endswith("?") and fold(text) != fold(question)
         is_short = len(text) < 3 * len(question)
-        kept.append(text if is_new_question and is_short and on_the_subject else "")
-    return kept
-
-
-def asking(pairs: Sequence[Pair], questions: Sequence[str]) -> list[Pair]:
-    """The pairs with these questions in place of their own; without those whose new one is empty."""
-    return [
-        pair._replace(messages=[*pair.messages[:-2], user_message(text), pair.messages[-1]])
-        for pair, text in zip(pairs, questions, strict=True)
-        if text
-    ]
+        texts.append(text if is_new_question and is_short and on_the_subject else "")
+    return texts
 
 
 def questions_of(
-    part: str, run: Run, cfg: Config, chosen: list[Pair], held_out: Sequence[Pair]
-) -> list[Pair]:
-    toy = base_name(run.cfg) == f"./{DEMO_MODEL}"  # without words of its own or general answers
+    part: str, run: Run, cfg: Config, chosen: list[Pair], held_out: list[Pair]
+) -> tuple[list[Pair], dict[str, str]]:
+    """The questions of a part, and the rules by which some were changed."""
     if part == AS_TAUGHT:
-        return chosen
+        return chosen, {}
     if part == HELD_OUT:
-        return [*held_out[: cfg.EVAL_ANSWERS]]
-    if part == IN_OTHER_WORDS:
-        questions = [pair.question for pair in chosen]
-        pairs = asking(chosen, [reworded(question, cfg.SEED)[0] for question in questions])
-        return pairs + (asking(chosen, paraphrased(run, questions, cfg)) if not toy else [])
-    general = GENERAL[: 0 if toy else min(MOST_GENERAL, len(chosen))]
-    own = base_answers(run, general, cfg, GENERAL_TOKENS)
-    return [
-        Pair([user_message(question), {"role": "assistant", "content": answer}], "", 0)
-        for question, answer in zip(general, own, strict=True)
+        return held_out[: cfg.EVAL_ANSWERS], {}
+    if part == ELSEWHERE:
+        general = GENERAL[: min(MOST_GENERAL, len(chosen))]
+        own = base_answers(run, general, cfg, GENERAL_TOKENS)
+        pairs = [
+            Pair([user_message(question), {"role": "assistant", "content": answer}], "", 0)
+            for question, answer in zip(general, own, strict=True)
+            if answer
+        ]
+        return pairs, {}
+    questions = [pair.question for pair in chosen]
+    forms = [reworded(question, cfg.SEED) for question in questions]
+    forms += [(text, "by the base model") for text in paraphrased(run, questions, cfg)]
+    pairs = [
+        pair._replace(messages=[*pair.messages[:-2], user_message(text), pair.messages[-1]])
+        for pair, (text, _) in zip(chosen + chosen, forms, strict=True)
+        if text
     ]
+    return pairs, dict(forms)
 
 
-def take_exam(
-    run: Run,
-    cfg: Config,
-    trained: Sequence[Pair],
-    held_out: Sequence[Pair],
-    kept: Path | None = None,
-) -> pandas.DataFrame:
-    """A row for each question; parts that an interrupted run has answered are read from `kept`."""
-    import pandas
-
-    done = answered_parts(kept)
+def take_exam(run: Run, cfg: Config, data: PreparedData, resume: Path | None = None) -> Exam:
+    """Ask and judge; the parts that were answered before an interruption are in the file `resume`."""
+    trained, done = data.train_pairs, answered_parts(resume)
     count = min(cfg.EXAM_QUESTIONS, len(trained))
     chosen = [trained[i * len(trained) // count] for i in range(count)]  # from all over the data
     try:
         for part in (part for part in PARTS if part not in done):
-            pairs = questions_of(part, run, cfg, chosen, held_out)
+            pairs, rules = questions_of(part, run, cfg, chosen, data.validation_pairs)
             expected = token_counts(run.tokenizer, [pair.answer for pair in pairs])
             longest = max((counts.total() for counts in expected), default=0)
-            limit = min(cfg.MAX_TOKENS, most_tokens(longest))
-            asked = ask_both(run, pairs, Config(MAX_TOKENS=limit), part != IN_OTHER_WORDS)
-            done[part] = list(asked)
-            if kept:
+            limit = Config(MAX_TOKENS=min(cfg.MAX_TOKENS, most_tokens(longest)))
+            found = ask_both(run, pairs, limit, with_base=part != IN_OTHER_WORDS)
+            done[part] = [row | {"changed": rules.get(row["question"])} for row in found]
+            if resume:
                 with warned("after an interruption the exam will start over"):
-                    write_json(kept, done)
+                    write_json(resume, done)
     except KeyboardInterrupt:
         if not any(done.values()):
             raise
@@ -3792,22 +3794,12 @@ def take_exam(
     rows = [{"part": part} | row for part, found in done.items() for row in found]
     if not rows:
         raise UserError("There is nothing to ask.\nRaise --exam-questions or --eval-answers")
-    table = pandas.DataFrame(rows, columns=["part", *COMPARED])
-    rules = dict(reworded(pair.question, cfg.SEED) for pair in chosen)
-    is_other = table["part"] == IN_OTHER_WORDS
-    table["changed"] = [rules.get(q, "by the base model") for q in table["question"]]
-    table["changed"] = table["changed"].where(is_other)
-    table["right"] = list(map(grade, table["after"], table["expected"], table["overlap after"]))
-    table["answer of"] = rows_of_answers(run.tokenizer, table, [*trained, *held_out])
-    sheets = {pair.sheet for pair in trained}
-    for name in ("row", "answer of") if len(sheets) == 1 else ():  # which goes without saying
-        table[name] = table[name].str.removesuffix(f" of {min(sheets)}")
-    return table
+    return judged(rows, cfg, data)
 
 
-def answered_parts(kept: Path | None) -> dict[str, list[dict[str, Any]]]:
+def answered_parts(resume: Path | None) -> dict[str, list[dict[str, Any]]]:
     with suppress(OSError, ValueError, TypeError):
-        return dict(json.loads(kept.read_text(encoding="utf-8"))) if kept else {}
+        return dict(json.loads(resume.read_text(encoding="utf-8"))) if resume else {}
     return {}
 
 
@@ -3835,16 +3827,27 @@ def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pai
 
 
 class Exam(NamedTuple):
-    """The outcome of an exam, for run.json."""
+    """The outcome of an exam; all but the table is in run.json."""
 
-    verdict: str
-    text: str  # for the person
+    table: pandas.DataFrame  # a row for each question
     trained: int  # questions in the data
     parts: dict[str, dict[str, float]]  # figures of each
     mixed_up: list[tuple[str, str]]  # rows
+    verdict: str = ""
+    text: str = ""  # for the person
 
 
-def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
+def judged(found: list[dict[str, Any]], cfg: Config, data: PreparedData) -> Exam:
+    """How right each answer is, the figures of each part, and the verdict."""
+    import pandas
+
+    table = pandas.DataFrame(found, columns=["part", *COMPARED, "changed"])
+    table["right"] = list(map(grade, table["after"], table["expected"], table["overlap after"]))
+    every = data.train_pairs + data.validation_pairs
+    table["answer of"] = rows_of_answers(data.tokenizer, table, every)
+    sheets = {pair.sheet for pair in data.train_pairs}
+    for name in ("row", "answer of") if len(sheets) == 1 else ():  # which goes without saying
+        table[name] = table[name].str.removesuffix(f" of {min(sheets)}")
     parts = {}
     for part, rows in table.groupby("part", sort=False):
         means = rows.mean(numeric_only=True).filter(regex="overlap|loss").dropna()
@@ -3855,72 +3858,76 @@ def examined(table: pandas.DataFrame, cfg: Config, data: PreparedData) -> Exam:
             "answers_of_rows": int((rows["answer of"] != "").sum()),
             **means.round(4).to_dict(),
         }
-    taught = table[table["part"] == AS_TAUGHT]
-    confused = taught[taught["answer of"] != ""]
+    confused = table[(table["part"] == AS_TAUGHT) & (table["answer of"] != "")]
     mixed_up = list(zip("row " + confused["row"], confused["answer of"], strict=True))
-    exam = Exam("", "", len(data.train_pairs), parts, mixed_up)
+    exam = Exam(table, len(data.train_pairs), parts, mixed_up)
     if AS_TAUGHT not in parts or not data.pairs.columns:  # conversations teach a manner, not facts
         return exam
-    missed = table[(table["part"] == IN_OTHER_WORDS) & (table["right"] == WRONG)]["row"]
-    wrong = taught[taught["right"] == WRONG]["expected"]
-    lengths = sorted(counts.total() for counts in token_counts(data.tokenizer, wrong))
-    cut_off = len(lengths) // 2 < sum(length > cfg.MAX_TOKENS for length in lengths)
-    needed = lengths[-1] + 1 if cut_off else 0  # by most, so that training alone cannot help
-    verdict, finding, advice = verdict_of(exam, cfg, [*missed.unique()], needed)
-    return exam._replace(verdict=verdict, text=f"{finding} {advice} {sureness(exam)}")
+    exam = exam._replace(verdict=verdict_of(parts, len(mixed_up)))
+    text = verdict_in_words(exam, cfg, data.tokenizer)
+    return exam._replace(text=f"{text} {sureness(exam)}")
 
 
-def verdict_of(exam: Exam, cfg: Config, missed: Sequence[str], needed: int) -> tuple[str, str, str]:
-    """The first rule that holds: its name, what it means, and what to do about it."""
-    nothing = dict.fromkeys(("asked", "right", "answers_of_rows"), 0.0)
-    nothing |= {"loss before": math.nan, "loss after": math.nan}
-    taught, other, elsewhere = (
-        nothing | exam.parts.get(part, {}) for part in (AS_TAUGHT, IN_OTHER_WORDS, ELSEWHERE)
+def verdict_of(parts: dict[str, dict[str, float]], mixed_up: int) -> str:
+    """The first of the rules that holds."""
+    taught, other, elsewhere = (  # of what was not measured, no rule holds
+        defaultdict(lambda: math.nan, parts.get(part, {}))
+        for part in (AS_TAUGHT, IN_OTHER_WORDS, ELSEWHERE)
     )
-    asked, right, confused = taught["asked"], taught["right"], len(exam.mixed_up)
-    count = f"{right} of {asked} questions as taught"
-    both = count
-    if other["asked"]:
-        both += f", {other['right']:.0f} of {other['asked']:.0f} in other words"
-    known = right >= KNOWN * asked
-    drift = elsewhere["loss after"] - elsewhere["loss before"]
-    forgotten = drift > FORGOTTEN or elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
-    again = "Train again with --learning-rate {:.1g}."
-    if taught["loss after"] > taught["loss before"] or (drift > FORGOTTEN and not known):
-        finding = f"The training diverged: {both}."
-        return "diverged", finding, again.format(slower(cfg, 10))
-    if confused and right >= max(KNOWN * (asked - confused), asked / 2):
-        rows = dict.fromkeys(" and ".join(sorted(pair)) for pair in exam.mixed_up)
-        finding = f"It knows {count}, but mixes up {'; '.join([*rows][:3])}."
-        advice = "Make the questions of these rows differ more, or write a second wording of each."
-        return "mixes up rows", finding, advice
-    if not known:
-        finding = f"It has not learned your data yet: {both}."
-        advice = f"Train more: {more_training(cfg)}."
-        if needed:
-            advice = f"Most other answers have no room: ask again with --max-tokens {needed}."
-        return "has not learned it yet", finding, advice
-    if forgotten:
-        finding = f"It knows your data ({count}), but has lost its general answers."
-        return "has lost its general answers", finding, again.format(slower(cfg, 3))
-    if other["right"] < KNOWN_IN_OTHER_WORDS * other["asked"]:
-        finding = f"It knows your data only word for word: {both}."
-        advice = f"Write a second wording of the questions in rows {', '.join(missed[:5])}."
-        return "knows it only word for word", finding, advice
-    advice = "Nothing needs to change, but read some answers before you rely on them."
+    asked, right = taught["asked"], taught["right"]
+    is_known = right >= KNOWN * asked
+    is_known_but_for_those = right >= max(KNOWN * (asked - mixed_up), asked / 2)
+    has_drifted = elsewhere["loss after"] - elsewhere["loss before"] > FORGOTTEN
+    parrots = elsewhere["answers_of_rows"] > PARROTED * elsewhere["asked"]
+    rules = {
+        "diverged": taught["loss after"] > taught["loss before"] or (has_drifted and not is_known),
+        "mixes up rows": mixed_up > 0 and is_known_but_for_those,
+        "has not learned it yet": not is_known,
+        "has lost its general answers": has_drifted or parrots,
+        "knows it only word for word": other["right"] < KNOWN_IN_OTHER_WORDS * other["asked"],
+        "knows it": True,
+    }
+    return next(verdict for verdict, holds in rules.items() if holds)
+
+
+def verdict_in_words(exam: Exam, cfg: Config, tokenizer: Any) -> str:
+    """What the verdict means, and what to do about it."""
+    wrong = exam.table[exam.table["right"] == WRONG]
+    expected = token_counts(tokenizer, wrong[wrong["part"] == AS_TAUGHT]["expected"])
+    missed = ", ".join(wrong[wrong["part"] == IN_OTHER_WORDS]["row"].unique()[:5])
+    confused = dict.fromkeys(" and ".join(sorted(rows)) for rows in exam.mixed_up)
+    taught = both = "{right} of {asked} questions as taught".format(**exam.parts[AS_TAUGHT])
+    if IN_OTHER_WORDS in exam.parts:
+        both += ", {right} of {asked} in other words".format(**exam.parts[IN_OTHER_WORDS])
+    wordings = "Nothing needs to change, but read some answers before you rely on them."
     if missed:
-        advice = f"A second wording would help rows {', '.join(missed[:5])}."
-    return "knows it", f"It knows your data: {both}.", advice
+        wordings = f"A second wording would help rows {missed}."
+    return VERDICTS[exam.verdict].format(
+        taught=taught,
+        both=both,
+        confused="; ".join([*confused][:3]),
+        missed=missed,
+        more=more_training(cfg, [counts.total() for counts in expected]),
+        tenth=slower(cfg, 10),
+        third=slower(cfg, 3),
+        wordings=wordings,
+    )
 
 
-def more_training(cfg: Config) -> str:
+def more_training(cfg: Config, lengths: Sequence[int]) -> str:
+    """Advice where answers are wrong, with the lengths of those expected, in tokens."""
+    too_long = [length for length in lengths if length > cfg.MAX_TOKENS]
+    if 2 * len(too_long) > len(lengths):  # training alone cannot help
+        return f"Most other answers have no room: ask again with --max-tokens {max(too_long) + 1}."
     if cfg.LEARNING_RATE < 1e-4:
-        return "--learning-rate 2e-4"
-    if cfg.MAX_STEPS:
-        return f"--max-steps {2 * cfg.MAX_STEPS}"
-    if cfg.NUM_EPOCHS < 20 or cfg.LORA_R > 512:  # of which twice is too many
-        return f"--num-epochs {2 * cfg.NUM_EPOCHS}"
-    return f"--lora-r {2 * cfg.LORA_R}"
+        more = "--learning-rate 2e-4"
+    elif cfg.MAX_STEPS:
+        more = f"--max-steps {2 * cfg.MAX_STEPS}"
+    elif cfg.NUM_EPOCHS < 20 or cfg.LORA_R > 512:  # of which twice is too many
+        more = f"--num-epochs {2 * cfg.NUM_EPOCHS}"
+    else:
+        more = f"--lora-r {2 * cfg.LORA_R}"
+    return f"Train more: {more}."
 
 
 def sureness(exam: Exam) -> str:
@@ -3972,17 +3979,14 @@ LOGGED = ["step", "epoch", "loss", "eval_loss", "learning_rate", "grad_norm"]
 def training_log(trained: TrainingResult) -> pandas.DataFrame:
     import pandas
 
-    log = pandas.DataFrame(trained.history).reindex(columns=LOGGED)
-    return log.dropna(subset=["loss", "eval_loss"], how="all")
+    return pandas.DataFrame(trained.history).reindex(columns=LOGGED)
 
 
 def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
-    import pandas
-
-    stats, log = trained.stats, pandas.DataFrame(trained.history).reindex(columns=LOGGED)
-    log = log.dropna(subset=["learning_rate"])
+    stats, log = trained.stats, training_log(trained).dropna(subset=["learning_rate"])
     # of how many steps a logged loss is the mean; none is logged where a step was skipped
     steps = log["step"].diff().fillna(log["step"]).where(log["loss"].notna())
+    layers = {name.rpartition(".")[2] for name in layers_in(trained.adapter)}
     return {
         "train_loss": float((log["loss"] * steps).sum() / steps.sum()) if steps.sum() else None,
         "eval_loss": trained.final_loss,
@@ -4000,9 +4004,7 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
         "estimated_seconds": stats.estimated_seconds,
         "peak_memory_gb": round(stats.peak_memory_gb, 3) or None,
         "estimated_memory_gb": stats.estimated_memory_gb,
-        "adapted_layers": ", ".join(
-            sorted({name.rpartition(".")[2] for name in layers_in(trained.adapter)})
-        ),
+        "adapted_layers": ", ".join(sorted(layers)),
         "trainable_parameters": stats.trainable,
         "trainable_percent": round(100 * stats.trainable / stats.parameters, 4),
     }
@@ -4086,14 +4088,13 @@ The loss is the mean per answer token, in nats. It does not say whether an answe
 them: `answers.xlsx` has answers from before and after training, `training_visuals/` the curves, and `run.json` every
 setting, version and result.
 """
-CARD_OF_EXAM = "## Does it know the data?\n\n{}\n\n"
 
 
 def model_card(record: dict[str, Any]) -> str:
     """run.json for people, with a question from the training data."""
-    base, rows = record["base_model"], []
+    base, exam = record["base_model"], record.get("exam", {}).get("text")
     name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
-    is_folder = base.startswith("./")
+    is_folder, rows = base.startswith("./"), []
     for figure, value in record["results"].items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         rows.append(f"| `{figure}` | {'none' if value is None else shown} |")
@@ -4103,11 +4104,16 @@ def model_card(record: dict[str, Any]) -> str:
         prompt=record["prompt_format"],
         copy=f"The base model must be in this folder, as `{name}`.\n" if is_folder else "",
         question=repr(record["examples"][0][:300]),
-        exam=CARD_OF_EXAM.format(exam["text"])
-        if (exam := record.get("exam", {"text": ""}))["text"]
-        else "",
+        exam=f"## Does it know the data?\n\n{exam}\n\n" if exam else "",
         rows="\n".join(rows),
     )
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """What a run was and what came of it: for people, and as run.json for later commands."""
+    with atomic_write(folder / "README.md") as staged:
+        staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+    write_json(folder / "run.json", record)
 
 
 # -- Pictures, in blue and orange, which everybody can tell apart
@@ -4152,14 +4158,14 @@ def draw_training_curves(path: Path, log: pandas.DataFrame, trained: TrainingRes
     losses, best = log.dropna(subset=["loss"]), trained.best_step
     smooth = losses["loss"].rolling(2 * (len(losses) // 40) + 1, center=True, min_periods=1).mean()
     line = {"color": BLUE, "marker": "o" if len(losses) < 3 else None}  # one point is no line
-    kept = f"best step ({best})" if best else "last step"
+    chosen = f"best step ({best})" if best else "last step"
     rows = {"nrows": 2, "sharex": True, "height_ratios": [3, 1]}
-    title, meaning = "Loss while training: lower is better", f"kept: the adapter of the {kept}"
+    title, meaning = "Loss while training: lower is better", f"kept: the adapter of the {chosen}"
     with picture(path, title, meaning, 6, **rows) as (top, bottom):
         seaborn.lineplot(losses, x="step", y="loss", color=BLUE, alpha=0.3, linewidth=1, ax=top)
         top.plot(losses["step"], smooth, label="training", **line)
         if best:
-            top.axvline(best, color=ORANGE, linestyle=":", label=kept)
+            top.axvline(best, color=ORANGE, linestyle=":", label=chosen)
         draw_validation(top, "step", log, trained)
         seaborn.lineplot(losses, x="step", y="learning_rate", ax=bottom, **line)
         top.set_xlabel("")
@@ -4205,8 +4211,7 @@ def draw_answers(
             marks = {"color": ORANGE, "markersize": 5, "label": "the same in other words"}
             axes.plot(drawn["lowest"], rows, "D", **marks)
         place = {f"row {row}": y for y, row in enumerate(drawn["row"])}
-        for one, other in (rows for rows in mixed_up if rows[0] in place):
-            ends = [place[one], place.get(other, place[one])]
+        for ends in ([place[row] for row in pair if row in place] for pair in mixed_up):
             axes.plot(drawn[after].iloc[ends], ends, "--", color=ORANGE)
         axes.set(xlabel=f"overlap {FIGURES_OF_ANSWERS['overlap']}", xlim=(-0.03, 1.03))
         axes.set_yticks(rows, names, parse_math=False)
@@ -4266,9 +4271,8 @@ def write_book(path: Path, tables: dict[str, list[Sequence[Any]]]) -> None:
             column[0].font = Font(bold=True)
         if more > 0:
             sheet.append([f"and {more:,} more rows"])
-    content = (
-        io.BytesIO()
-    )  # in memory first: on a full disk, an open zip file prints an error when it is closed late
+    # in memory first: on a full disk, an open zip file prints an error when it is closed late
+    content = io.BytesIO()
     book.save(content)
     with atomic_write(path) as staged:
         staged.write_bytes(content.getvalue())
@@ -4276,6 +4280,8 @@ def write_book(path: Path, tables: dict[str, list[Sequence[Any]]]) -> None:
 
 def safe_cell(value: Any) -> Any:
     """What a cell can hold, and no program takes for a formula."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # no program for workbooks knows NaN
     if not isinstance(value, str):
         return value
     text = printable(value)
@@ -4294,11 +4300,18 @@ def may_be_replaced(path: Path) -> bool:
     return not os.path.lexists(path)
 
 
-def free_path(name: str, endings: Sequence[str], is_free: Callable[[Path], bool]) -> Path:
-    """The first of NAME, NAME-2, … that is free with all of its endings."""
+def write_beside(
+    name: str,
+    tables: dict[str, list[Sequence[Any]]],
+    is_free: Callable[[Path], bool] = lambda path: not path.exists(),
+) -> Path:
+    """The first of NAME.xlsx, NAME-2.xlsx, … in this folder that is free, and whose picture is, too."""
     names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    places = ([Path.cwd() / f"{name}{ending}" for ending in endings] for name in names)
-    return next(paths[0] for paths in places if all(map(is_free, paths)))
+    paths = (Path.cwd() / f"{name}.xlsx" for name in names)
+    path = next(path for path in paths if is_free(path) and is_free(path.with_suffix(".png")))
+    with explained(f"{path.name} could not be written.", "Make room for it."):
+        write_book(path, tables)
+    return path
 
 
 # -- Answers before and after
@@ -4311,35 +4324,33 @@ FIGURES_OF_ANSWERS = {
 
 def answer_tables(table: pandas.DataFrame) -> dict[str, list[Sequence[Any]]]:
     """A row for each question, and the means of all."""
-    means = table.mean(numeric_only=True).round(3)
-    summary: list[Sequence[Any]] = [
-        (f"mean {figure} {when}", means.get(f"{figure} {when}", math.nan), meaning)
-        for figure, meaning in FIGURES_OF_ANSWERS.items()
-        for when in ("before", "after")
-    ]
-    summary = [row for row in summary if not math.isnan(row[1])]
+    means = table.mean(numeric_only=True).dropna().round(3)
+    summary: list[Sequence[Any]] = [("what", "value", "which is")]
+    for figure, meaning in FIGURES_OF_ANSWERS.items():
+        for name in (f"{figure} before", f"{figure} after"):
+            if name in means:
+                summary.append((f"mean {name}", means[name], meaning))
     summary.append(("questions", len(table), "each asked twice"))
-    summary.insert(0, ("what", "value", "which is"))
-    return {"Answers": sheet_of(table.drop(columns=["tokens", "seconds"])), "Summary": summary}
+    return {"Answers": sheet_of(table), "Summary": summary}
 
 
-def exam_tables(table: pandas.DataFrame, exam: Exam) -> dict[str, list[Sequence[Any]]]:
+def exam_tables(exam: Exam) -> dict[str, list[Sequence[Any]]]:
     """The figures and the verdict, and a sheet for each part."""
     import pandas
 
     figures = pandas.DataFrame(exam.parts).T.rename_axis("part").reset_index()
     figures.columns = [name.replace("_", " ") for name in figures]
     sheets = {"Summary": [*sheet_of(figures), [exam.text]]}
-    for part, rows in table.drop(columns=["tokens", "seconds"]).groupby("part", sort=False):
+    for part, rows in exam.table.groupby("part", sort=False):
         shown = rows.drop(columns="part").replace("", None).dropna(axis="columns", how="all")
         sheets[str(part)] = sheet_of(shown)
     return sheets
 
 
 def sheet_of(table: pandas.DataFrame) -> list[Sequence[Any]]:
-    """Titles and rows; what is missing stays empty."""
-    shown = table.round(3).astype(object)
-    return [[*shown], *shown.where(shown.notna(), None).to_numpy().tolist()]
+    """Titles and rows, without what was measured for the speed alone."""
+    shown = table.drop(columns=["tokens", "seconds"], errors="ignore").round(3)
+    return [[*shown], *shown.astype(object).to_numpy().tolist()]
 
 
 # -- The report of check on the data
@@ -4423,10 +4434,8 @@ def write_report(cfg: Config, data: PreparedData) -> Path | None:
     """Every row in a workbook and a picture of the lengths, in this folder if that can be written."""
     source = local_path(cfg.DATASET_PATH).resolve()
     with warned("the report could not be completed"):
-        path = free_path(
-            REPORT_NAME, (".xlsx", ".png"), lambda p: p != source and may_be_replaced(p)
-        )
-        write_book(path, report_tables(cfg, data))
+        tables = report_tables(cfg, data)
+        path = write_beside(REPORT_NAME, tables, lambda p: p != source and may_be_replaced(p))
         draw_lengths(path.with_suffix(".png"), cfg, data)
         return path
     return None
@@ -4452,7 +4461,8 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[An
         *turns, _ = (f"{one['role']}: {one['content']}" for one in pair.messages)
         question = "\n\n".join(turns) if turns[1:] else pair.question
         side = "yes" if id(pair) in held_out else "no"
-        kept.append((*pair[1:], question, pair.answer, tokens, side, "; ".join(flaws)))
+        what = question, pair.answer, tokens, side, "; ".join(flaws)
+        kept.append((pair.sheet, pair.row, *what))
     cells = {(part.place, number): row for part in pairs.parts for number, row in part.table.rows}
     for note in pairs.dropped:
         content = cells.get((note.sheet, note.row), [])
@@ -4470,11 +4480,6 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[An
 # -- The folder of a run, and its zip
 
 
-def output_bytes(trainable: int) -> int:
-    """Disk space for the new model and its zip, while the earlier ones are still there."""
-    return 2 * (4 * trainable + SMALL_FILES)
-
-
 @contextmanager
 def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> Iterator[None]:
     """Report a full or lost disk in one message; safetensors, in Rust, raises no OSError."""
@@ -4488,9 +4493,9 @@ def explained_disk_errors(folder: Path, need: float, done: str, advice: str) -> 
 
 
 def own_files(folder: Path) -> list[str]:
-    """The files that the run.json of this folder will list as its own, itself included."""
+    """The files that the run.json of this folder will list as its own, itself and the card included."""
     found = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()]
-    return sorted([*found, "run.json"])
+    return sorted({*found, "README.md", "run.json"})
 
 
 def files_for_others(folder: Path) -> list[Path]:
@@ -4543,7 +4548,7 @@ def write_visuals(folder: Path, record: dict[str, Any], trained: TrainingResult)
         write_json(folder / "training_metrics.json", record["results"])
         used = record["settings"] | {"device": record["device"]}
         write_json(folder / "training_config.json", used)
-        log = training_log(trained)
+        log = training_log(trained).dropna(subset=["loss", "eval_loss"], how="all")
         with atomic_write(folder / "training_metrics.csv") as staged:
             log.to_csv(staged, index=False)
         draw_training_curves(folder / "training_curves.png", log, trained)
@@ -4551,12 +4556,12 @@ def write_visuals(folder: Path, record: dict[str, Any], trained: TrainingResult)
 
 
 def save_run(
-    cfg: Config, device: Device, data: PreparedData, last: Checkpoint
-) -> tuple[Path, Path]:
-    """Everything that lands in OUTPUT_DIR, and the zip; the exam comes later."""
-    final, trained = output_folder(cfg), training_result(cfg, last)
-    run, need = last.folder.parent.name, output_bytes(trained.stats.trainable)
-    earlier, done = place_for_earlier(final, run), "The training is done, but "
+    cfg: Config, device: Device, data: PreparedData, trained: TrainingResult, run: str
+) -> Path:
+    """Everything that lands in OUTPUT_DIR; the exam comes later."""
+    final, done = output_folder(cfg), "The training is done, but "
+    # the new model and its zip, while the earlier ones are still there
+    need, earlier = 2 * (4 * trained.stats.trainable + SMALL_FILES), place_for_earlier(final, run)
     advice = "Make room or choose another --output-dir: the same command then only saves."
     writing = explained_disk_errors(final, need, done, advice)
     with writing, atomic_folder(final, earlier) as staged:
@@ -4573,40 +4578,35 @@ def save_run(
         sample = (data.validation_pairs + data.train_pairs)[:ROWS_IN_SAMPLE]
         write_json(staged / SAMPLE, [pair.messages for pair in sample])
         record = run_record(cfg, device, data, trained)
-        card = model_card(record)
-        (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
         write_visuals(staged / "training_visuals", record, trained)
-        own = {"run": run, "files": own_files(staged)}
-        write_json(staged / "run.json", own | record)
-    return final, write_zip(final)
+        write_record(staged, {"run": run, "files": own_files(staged)} | record)
+    return final
 
 
-def draw_exam(path: Path, table: pandas.DataFrame, exam: Exam) -> None:
+def draw_exam(path: Path, exam: Exam) -> None:
     """Each trained question as it is and in other words, the worst at the top."""
+    table, finding = exam.table, exam.text.partition(". ")[0]
     lowest = table[table["part"] == IN_OTHER_WORDS].groupby("row")["overlap after"].min()
     taught = table[table["part"] == AS_TAUGHT]
     taught = taught.assign(lowest=taught["row"].map(lowest))
     order = taught[["overlap after", "lowest"]].min(axis=1).sort_values(kind="stable")
-    finding = exam.text.partition(". ")[0]
     draw_answers(path, "Does it know the data?", finding, taught.loc[order.index], exam.mixed_up)
 
 
-def add_exam(folder: Path, table: pandas.DataFrame, exam: Exam) -> None:
+def add_exam(folder: Path, exam: Exam) -> None:
     """The answers, their pictures and the verdict, in the folder of a finished run."""
-    write_book(folder / ANSWERS, exam_tables(table, exam))
-    write_json(folder / EXAM, json.loads(table.to_json(orient="records")))
+    write_book(folder / ANSWERS, exam_tables(exam))
+    write_json(folder / EXAM, exam.table.to_dict("records"))
     with warned("some pictures of the answers could not be written"):
-        draw_exam(folder / EXAM_PICTURE, table, exam)
+        draw_exam(folder / EXAM_PICTURE, exam)
         part = HELD_OUT if HELD_OUT in exam.parts else AS_TAUGHT
-        asked, means = table[table["part"] == part], exam.parts[part]
+        asked, means = exam.table[exam.table["part"] == part], exam.parts[part]
         which = plural(len(asked), "held-out question" if part == HELD_OUT else "trained question")
         meaning = "{overlap before:.2f} before, {overlap after:.2f} after".format(**means)
         title = "Answers before and after the training"
         draw_answers(folder / ANSWERS_PICTURE, title, f"{which}: overlap {meaning}", asked)
-    record = record_of(folder) | {"exam": exam._asdict()}
-    with atomic_write(folder / "README.md") as staged:
-        staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
-    write_json(folder / "run.json", record)
+    outcome = {name: value for name, value in exam._asdict().items() if name != "table"}
+    write_record(folder, record_of(folder) | {"exam": outcome})
 
 
 # ==================================================================================================
@@ -5583,7 +5583,7 @@ def train(cfg: Config) -> int:
             model = add_lora(cfg, base)
             train_adapter(model, data, device, plan, checkpoints)
         if is_main_process():
-            save_and_report(cfg, data, device, checkpoints, model)
+            save_and_report(data, device, checkpoints, model)
     return 0
 
 
@@ -5629,39 +5629,46 @@ def open_checkpoints(cfg: Config, data: PreparedData, device: Device, plan: Plan
 
 
 def save_and_report(
-    cfg: Config,
+    data: PreparedData, device: Device, checkpoints: Checkpoints, model: PeftModel | None
+) -> None:
+    """Everything after the last step: OUTPUT_DIR, the exam, and what came of it all."""
+    cfg, last, exam = checkpoints.cfg, checkpoints.last, None
+    assert last, "the Trainer saves its last step"
+    trained = training_result(cfg, last)
+    folder = save_run(cfg, device, data, trained, checkpoints.folder.name)
+    if cfg.EVAL_ANSWERS and (cfg.EXAM_QUESTIONS or data.validation_pairs):
+        with warned("there will be no answers.xlsx; the adapter is saved"):
+            exam = exam_after_training(data, device, checkpoints, model, folder)
+    say_result(trained, folder, write_zip(folder))
+    if exam:
+        say_exam(exam)
+    is_usual = cfg.OUTPUT_DIR == Config.OUTPUT_DIR
+    place = "" if is_usual else f" --output-dir {shlex.quote(cfg.OUTPUT_DIR)}"
+    say("Next", f"chat with it: python finetune_colab.py chat{place}")
+
+
+def exam_after_training(
     data: PreparedData,
     device: Device,
     checkpoints: Checkpoints,
     model: PeftModel | None,
-) -> None:
-    """Everything after the last step: OUTPUT_DIR, the exam, and what came of it all."""
-    last, exam = checkpoints.last, None
-    assert last, "the Trainer saves its last step"
-    trained = training_result(cfg, last)
-    folder, archive = save_run(cfg, device, data, last)
-    if cfg.EVAL_ANSWERS and (cfg.EXAM_QUESTIONS or data.validation_pairs):
-        with warned("there will be no answers.xlsx; the adapter is saved"):
-            counts = cfg.EXAM_QUESTIONS, cfg.EVAL_ANSWERS, cfg.MAX_TOKENS
-            name = "-".join(map(str, ("exam", checksum(trained.adapter)[:12], *counts)))
-            kept = checkpoints.folder / f"{name}.json"
-            run = Run(cfg, data.tokenizer, model)
-            if len(answered_parts(kept)) < len(PARTS):
-                from safetensors.torch import load_file
+    folder: Path,
+) -> Exam:
+    """The exam of the model in this folder; what was answered before is not asked again."""
+    from safetensors.torch import load_file
 
-                run.model = model or add_lora(cfg, load_base(cfg, device))
-                put_adapter(run.model, load_file(trained.adapter))
-                say("Asking", f"{exam_in_words(cfg, data)}; the adapter is already saved")
-            table = take_exam(run, cfg, data.train_pairs, data.validation_pairs, kept)
-            exam = examined(table, cfg, data)
-            add_exam(folder, table, exam)
-            archive = write_zip(folder)
-    say_result(trained, folder, archive)
-    if exam:
-        say_exam(table, exam)
-    is_usual = cfg.OUTPUT_DIR == Config.OUTPUT_DIR
-    place = "" if is_usual else f" --output-dir {shlex.quote(cfg.OUTPUT_DIR)}"
-    say("Next", f"chat with it: python finetune_colab.py chat{place}")
+    cfg, adapter = checkpoints.cfg, folder / ADAPTER
+    counts = f"{cfg.EXAM_QUESTIONS}-{cfg.EVAL_ANSWERS}-{cfg.MAX_TOKENS}"
+    resume = checkpoints.folder / f"exam-{checksum(adapter)[:12]}-{counts}.json"
+    run = Run(cfg, data.tokenizer)
+    if len(answered_parts(resume)) < len(PARTS):
+        write_zip(folder)  # now, since the questions take a while
+        run.model = model or add_lora(cfg, load_base(cfg, device))
+        put_adapter(run.model, load_file(adapter))
+        say("Asking", f"{exam_in_words(cfg, data)}; the adapter is already saved")
+    exam = take_exam(run, cfg, data, resume)
+    add_exam(folder, exam)
+    return exam
 
 
 def exam_in_words(cfg: Config, data: PreparedData) -> str:
@@ -5670,43 +5677,38 @@ def exam_in_words(cfg: Config, data: PreparedData) -> str:
     return f"{asked}, also in other words, and {held_out}"
 
 
-def say_exam(table: pandas.DataFrame, exam: Exam) -> None:
+def say_exam(exam: Exam) -> None:
     """One example, the worst answers to what was taught, and the verdict."""
-    if not {AS_TAUGHT, HELD_OUT} & exam.parts.keys():
+    parts = {part: figures for part, figures in exam.parts.items() if part != ELSEWHERE}
+    if not parts:
         return
-    say_examples(table.head(1))
-    wrong = table[table["part"].isin([AS_TAUGHT, IN_OTHER_WORDS]) & (table["right"] == WRONG)]
+    say_examples("Question", exam.table.head(1), ("expected", "before", "after"))
+    is_taught = exam.table["part"].isin([AS_TAUGHT, IN_OTHER_WORDS])
+    wrong = exam.table[is_taught & (exam.table["right"] == WRONG)]
     worst = wrong.sort_values("overlap after", kind="stable").head(EXAMPLES_SHOWN)
-    for row in worst.to_dict("records"):
-        say("Wrong", f"row {row['row']}: {preview(row['question'], 130)}")
-        say("  expected", preview(row["expected"], 130))
-        say("  answered", preview(row["after"], 130) or "(nothing)")
-    scores = [
-        f"{part.lower()} {figures['right']} of {figures['asked']}"
-        for part, figures in exam.parts.items()
-        if part != ELSEWHERE
-    ]
+    say_examples("Wrong", worst, ("expected", "after"))
+    scores = [f"{part.lower()} {one['right']} of {one['asked']}" for part, one in parts.items()]
     say("Exam", f"right answers: {', '.join(scores)}")
-    if taught := exam.parts.get(AS_TAUGHT):
+    if taught := parts.get(AS_TAUGHT):
         count = f"{taught['word_for_word']} of {taught['asked']} answers"
-        say("Result", f"{count} match the expected answer word for word")
+        say("Result", f"{count} are what was taught, apart from case and punctuation")
     if exam.text:
         say("Verdict", exam.text)
 
 
-def say_examples(table: pandas.DataFrame) -> None:
+def say_examples(label: str, table: pandas.DataFrame, names: Sequence[str]) -> None:
+    """Questions, each with these of its answers; maybe none is expected."""
     for row in table.to_dict("records"):
-        for name in ("question", "expected", "before", "after"):
+        place = f"row {row['row']}: " if row["row"] else ""
+        say(label, place + preview(row["question"], 130))
+        for name in names:
             if row[name] or name != "expected":
-                say(
-                    "Question" if name == "question" else f"  {name}",
-                    preview(row[name], 130) or "(nothing)",
-                )
+                say(f"  {name}", preview(row[name], 130) or "(nothing)")
 
 
 def say_answers(table: pandas.DataFrame) -> None:
     """The first few, and the figures of all."""
-    say_examples(table.head(EXAMPLES_SHOWN))
+    say_examples("Question", table.head(EXAMPLES_SHOWN), ("expected", "before", "after"))
     tokens, seconds, cut_off = (table[name].sum() for name in ("tokens", "seconds", "cut off"))
     say("Speed", speed(int(tokens), seconds, int(cut_off), 2 * len(table)))
     means = table.mean(numeric_only=True)
@@ -5786,28 +5788,43 @@ def check_record(
     cfg: Config, data: PreparedData | None, problems: list[str], report: Path | None
 ) -> dict[str, Any]:
     """What `check --json` prints; every key is there, whatever was found."""
-    pairs, quality = (data.pairs, data.quality) if data else (None, quality_of([], []))
-    record = quality_record(quality)
+    if not data:
+        name = local_path(redacted(cfg.DATASET_PATH)).name
+        nothing = Pairs(name, "", Table("", [], []), "", {}, "", [], [], 0)
+        data = PreparedData(None, nothing, quality_of([], []), [], [], [], [], [], [])
+    pairs, quality = data.pairs, quality_record(data.quality)
     return {
         "ready": not problems,
-        "file": pairs.name if pairs else local_path(redacted(cfg.DATASET_PATH)).name,
-        "shape": pairs.shape if pairs else None,
-        "sheet": (pairs.table.sheet or None) if pairs else None,
-        **(column_names(pairs) if pairs else {"question_column": None, "answer_column": None}),
-        "rows_read": pairs.rows_read if pairs else 0,
-        **dict.fromkeys(("pairs_kept", "pairs_unique"), len(pairs.kept) if pairs else 0),
-        "pairs_held_out": len(data.validation_pairs) if data else 0,
-        "other_tables": pairs.other_tables if pairs else [],
-        "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
-        "quality": record["score"],
-        "quality_parts": record["parts"],
-        "problems": problems + grouped(quality.flagged),
-        "tokens": token_figures(data) or None if data else None,
+        "file": pairs.name,
+        "shape": pairs.shape or None,
+        "sheet": pairs.table.sheet or None,
+        **column_names(pairs),
+        "rows_read": pairs.rows_read,
+        **dict.fromkeys(("pairs_kept", "pairs_unique"), len(pairs.kept)),
+        "pairs_held_out": len(data.validation_pairs),
+        "other_tables": pairs.other_tables,
+        "dropped": [note._asdict() for note in pairs.dropped],
+        "quality": quality["score"],
+        "quality_parts": quality["parts"],
+        "problems": problems + grouped(data.quality.flagged),
+        "tokens": token_figures(data) or None,
         "report": str(report) if report else None,
     }
 
 
 # -- What comes after it
+
+OF_EXAM = (  # what may be given anew; the other settings are those of the training
+    "DATASET_PATH SHEET QUESTION_COLUMN ANSWER_COLUMN EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS".split()
+)
+
+
+def refuse_untrained(cfg: Config) -> None:
+    if not os.path.exists(local_path(cfg.OUTPUT_DIR)) and not cfg.BASE:
+        raise UserError(
+            f"There is no trained model at {cfg.OUTPUT_DIR}.\n"
+            "Train one with: python finetune_colab.py train; or name one with --output-dir"
+        )
 
 
 def chat(cfg: Config) -> int:
@@ -5861,28 +5878,14 @@ def compare_all(cfg: Config) -> int:
         return 2
     table = pandas.DataFrame(rows, columns=COMPARED)
     say_answers(table)
-    say("Saved", short_path(write_beside("compare", [".xlsx"], answer_tables(table))))
+    say("Saved", short_path(write_beside("compare", answer_tables(table))))
     return 0
-
-
-def write_beside(name: str, endings: Sequence[str], tables: dict[str, list[Sequence[Any]]]) -> Path:
-    """A workbook in the current folder, under a name that is free with all endings."""
-    try:
-        path = free_path(name, endings, lambda path: not path.exists())
-        write_book(path, tables)
-    except OSError as error:
-        why = error.strerror or error
-        raise UserError(f"{name}.xlsx cannot be written: {why}.\nMake room for it.") from None
-    return path
 
 
 def exam(cfg: Config) -> int:
     """Whether a finished run knows its data: a workbook, a picture and a verdict."""
     opened = open_run(local_path(cfg.OUTPUT_DIR))  # its data may be refused before its weights load
-    names = (
-        "DATASET_PATH SHEET QUESTION_COLUMN ANSWER_COLUMN EXAM_QUESTIONS EVAL_ANSWERS MAX_TOKENS"
-    )
-    own = {name: getattr(cfg, name) for name in names.split() if name in cfg._given}
+    own = {name: getattr(cfg, name) for name in OF_EXAM if name in cfg._given}
     settings = changed(opened.cfg, **own)
     if settings.DATASET_PATH.endswith("/…"):
         raise UserError("run.json does not keep the link to its data.\nGive it with --dataset-path")
@@ -5894,14 +5897,13 @@ def exam(cfg: Config) -> int:
         say("Note", f"{data.pairs.name} {other}")
     run = model_to_ask(cfg)
     say("Asking", exam_in_words(settings, data))
-    table = take_exam(run, settings, data.train_pairs, data.validation_pairs)
-    found = examined(table, settings, data)
-    say_exam(table, found)
-    path = write_beside("exam", [".xlsx", ".png"], exam_tables(table, found))
+    found = take_exam(run, settings, data)
+    say_exam(found)
+    path = write_beside("exam", exam_tables(found))
     say("Saved", short_path(path))
     with warned("the picture could not be written"):
-        draw_exam(picture := path.with_suffix(".png"), table, found)
-        say("", f"with a picture in {short_path(picture)}")
+        draw_exam(path.with_suffix(".png"), found)
+        say("", f"with a picture in {short_path(path.with_suffix('.png'))}")
     return 0
 
 
@@ -5909,8 +5911,6 @@ def export(cfg: Config) -> int:
     """Take the model elsewhere: merged weights, GGUF, a Space, the Hub."""
     if not cfg.TO:
         raise UserError("Export to what? Add --to merged, gguf, space or hub; see finetune.md.")
-    if not os.path.exists(local_path(cfg.OUTPUT_DIR)):
-        raise UserError(f"There is no model in {cfg.OUTPUT_DIR} yet.\nFirst train one.")
     LOG_FILE.path, final = log_path(cfg), export_place(cfg, cfg.TO)
     if cfg.TO == "hub":
         say("Saved", f"{upload(cfg)}; open it in your browser")
@@ -5926,10 +5926,8 @@ def export(cfg: Config) -> int:
 
 # -- The command line
 
-COMMANDS: dict[str, Callable[[Config], int]] = {
-    **{"train": train, "check": check, "demo": train},
-    **{"chat": chat, "exam": exam, "compare": compare, "export": export},
-}
+COMMANDS = {act.__name__: act for act in (train, check, chat, exam, compare, export)}
+COMMANDS["demo"] = train
 ONLY_WITH = {  # settings that would do nothing with any other command
     "BASE WEB SHARE PORT": "chat",
     "SYSTEM QUESTION": "chat or compare",
@@ -6026,7 +6024,7 @@ def read_command_line(argv: Sequence[str]) -> tuple[str, Config]:
     file = flags.pop("config", None)
     own = (read_settings_file(Path(file)) if file else {}) | flags
     values = PRESETS.get(str(own.get("PRESET", Config.PRESET)), {})
-    if command == "demo" or own.get("MODEL_NAME") == DEMO_MODEL:
+    if command == "demo" or own.get("MODEL_NAME", Config.MODEL_NAME) == DEMO_MODEL:
         values = values | DEMO | ({"DATASET_PATH": EXAMPLE_DATASET} if command == "demo" else {})
     cfg = checked(values | own)
     for names, commands in ONLY_WITH.items():
@@ -6055,6 +6053,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         command, cfg = read_command_line(argv)
         refuse_old_packages()
         works = is_main_process() or command in ("train", "demo")
+        if works and command not in ("train", "check", "demo"):
+            refuse_untrained(cfg)
         code = COMMANDS[command](cfg) if works else 0
         if command == "check" and code == 0:
             words = shlex.join(word for word in argv if word not in ("check", "--json"))

@@ -166,9 +166,7 @@ PAIRS_OF_FEW = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 9)), min_si
 
 @settings(deadline=None)
 @given(found=PAIRS_OF_FEW, share=st.sampled_from([0.0, 0.1, 0.5]), seed=st.integers(0, 9))
-def test_every_answer_keeps_a_question_to_be_trained_on_if_that_is_possible(
-    found: Any, share: float, seed: int
-) -> None:
+def test_every_answer_keeps_a_question_to_train_on_if_possible(found: Any, share: float, seed: int) -> None:
     pairs = [(f"Why {q}?", f"So {a}.") for q, a in found]
     split, plain = (split_validation(pairs, share, seed, how) for how in ("wordings", "questions"))
     questions = {q for q, _ in pairs}

@@ -27,7 +27,7 @@ from docs.notebook import NOTEBOOK, notebook
 CELLS = re.findall(r"```(?:text|python)\n(.*?)```", (ROOT / "COLAB_QUICKSTART.md").read_text(), re.DOTALL)
 SETTINGS = {
     'MODEL_NAME: str = "microsoft/phi-2"': 'MODEL_NAME: str = "demo"',
-    "MAX_STEPS: int = 0": "MAX_STEPS: int = 4",
+    '"MAX_STEPS": 500': '"MAX_STEPS": 4',  # of the demo
     "EVAL_ANSWERS: int = 20": "EVAL_ANSWERS: int = 1",
     "MAX_TOKENS: int = 256": "MAX_TOKENS: int = 4",
 }
