@@ -3469,7 +3469,6 @@ def training_result(cfg: Config, last: Checkpoint) -> TrainingResult:
 # 8  Answering
 # ==================================================================================================
 
-EXAMPLES_SHOWN = 3
 MESSAGES_READ = 40  # the latest of a chat; encoding hundreds would take seconds
 
 
@@ -3484,16 +3483,16 @@ def user_message(text: str) -> dict[str, str]:
     return {"role": "user", "content": text.encode("utf-8", "replace").decode()}
 
 
-def prompt_of(tuned: Run, messages: Messages, cfg: Config) -> list[int]:
+def prompt_of(run: Run, messages: Messages, cfg: Config) -> list[int]:
     """A conversation as tokens, without its earliest turns where they do not fit."""
-    context = context_of(tuned.model, tuned.tokenizer)
+    context = context_of(run.model, run.tokenizer)
     most = max(context - cfg.MAX_TOKENS, context // 2)
     recent = messages[-MESSAGES_READ:]
     for start, message in enumerate(recent):
         if message["role"] == "assistant":
             continue
         text = f"{cfg.SYSTEM}\n\n{message['content']}" if cfg.SYSTEM else message["content"]
-        ids = encode(tuned.tokenizer, [user_message(text), *recent[start + 1 :]])["input_ids"]
+        ids = encode(run.tokenizer, [user_message(text), *recent[start + 1 :]])["input_ids"]
         if len(ids) <= most:
             return ids
     raise UserError(
@@ -3512,8 +3511,8 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
             ids = {"input_ids": prompts[first : first + size]}
             batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
             start = batch["input_ids"].shape[1]
-            room = context_of(model, tokenizer) - start
-            rows = model.generate(**batch, **generation_settings(cfg, tokenizer, start, room))
+            config, processors = generation_settings(cfg, model, tokenizer, start)
+            rows = model.generate(**batch, generation_config=config, logits_processor=processors)
             found += [decoded_answer(tokenizer, row) for row in rows[:, start:].tolist()]
         return found
 
@@ -3523,10 +3522,11 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
         return as_many_as_fit(in_batches_of, halvings(ANSWERS_AT_ONCE[model.device.type], 1))
 
 
-def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
-    """For answers that begin at token `start` and have room for so many tokens."""
+def generation_settings(cfg: Config, model: Any, tokenizer: Any, start: int) -> tuple[Any, Any]:
+    """How answers that begin at token `start` are generated, and what changes the scores there."""
     import transformers as hf
 
+    room = context_of(model, tokenizer) - start
     sampling = {"do_sample": True, "temperature": cfg.TEMPERATURE, "top_p": cfg.TOP_P, "top_k": 0}
     config = hf.GenerationConfig(
         max_new_tokens=max(1, min(cfg.MAX_TOKENS, room)),
@@ -3537,7 +3537,7 @@ def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> d
     )
     # of the answer alone: padding and the ends of earlier turns are no repetition
     penalty = hf.RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
-    return {"generation_config": config, "logits_processor": hf.LogitsProcessorList([penalty])}
+    return config, hf.LogitsProcessorList([penalty])
 
 
 def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
@@ -3547,22 +3547,20 @@ def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
     return Answer(text.strip(), len(ids), stopped)
 
 
-def stream_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
+def stream_answer(run: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
     """The answer so far after each token, then the whole. Closing the generator ends it."""
     import torch
     import transformers as hf
 
-    prompt, tokenizer = prompt_of(tuned, messages, cfg), tuned.tokenizer
-    room = context_of(tuned.model, tokenizer) - len(prompt)
-    settings = generation_settings(cfg, tokenizer, len(prompt), room)
-    processors, limit = settings["logits_processor"], settings["generation_config"].max_new_tokens
+    prompt, tokenizer = prompt_of(run, messages, cfg), run.tokenizer
+    config, processors = generation_settings(cfg, run.model, tokenizer, len(prompt))
     if cfg.TEMPERATURE:
         processors += [hf.TemperatureLogitsWarper(cfg.TEMPERATURE), hf.TopPLogitsWarper(cfg.TOP_P)]
     answer, cache = Answer("", 0, stopped=False), None
-    with tuned.untuned() if cfg.BASE else nullcontext(tuned.model) as model:
+    with run.untuned() if cfg.BASE else nullcontext(run.model) as model:
         sampler = torch.Generator(model.device).manual_seed(cfg.SEED)
         ids = torch.tensor([prompt], device=model.device)
-        while answer.tokens < limit and not answer.stopped:
+        while answer.tokens < config.max_new_tokens and not answer.stopped:
             new = ids if cache is None else ids[:, -1:]  # some models have no cache
             with evaluating(model):  # only here: the page may take each token in another thread
                 output = model(input_ids=new, past_key_values=cache, use_cache=True)
@@ -3581,10 +3579,11 @@ def stream_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answ
 
 COMPARED = ["row", "question", "expected", "before", "after", "overlap before", "overlap after"]
 COMPARED += ["loss before", "loss after", "cut off", "tokens", "seconds"]
+Asked = tuple[Pair, list[int], dict[str, Any]]  # with its prompt, and its row of the columns above
 
 
 def ask_both(
-    tuned: Run, pairs: Sequence[Pair], cfg: Config, with_base: bool = True
+    run: Run, pairs: Sequence[Pair], cfg: Config, with_base: bool = True
 ) -> Iterator[dict[str, Any]]:
     """What the base and the tuned model answer, and how good that is: a row for each question.
 
@@ -3592,40 +3591,36 @@ def ask_both(
     """
     from tqdm import tqdm
 
-    fitting = list[tuple[Pair, list[int]]]()
+    asked = list[Asked]()
     for pair in pairs:
+        number = pair.place.removeprefix("row ") if pair.row else ""
+        row: dict[str, Any] = {"row": number, "question": pair.question, "expected": pair.answer}
         try:
-            fitting.append((pair, prompt_of(tuned, pair.messages[:-1], cfg)))
+            asked.append((pair, prompt_of(run, pair.messages[:-1], cfg), row))
         except UserError as error:
             say("Left out", f"{pair.place}: {error}" if pair.row else str(error))
-    size = ANSWERS_AT_ONCE[tuned.model.device.type]
-    groups = [fitting[i : i + size] for i in range(0, len(fitting), size)]
+    size = ANSWERS_AT_ONCE[run.model.device.type]
+    groups = [asked[i : i + size] for i in range(0, len(asked), size)]
     for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
-        yield from ask_group(tuned, group, cfg, with_base)
+        if with_base:
+            with run.untuned() as base:
+                add_answers("before", base, run.tokenizer, group, cfg)
+        add_answers("after", run.model, run.tokenizer, group, cfg)
+        yield from (row for _, _, row in group)
 
 
-def ask_group(
-    tuned: Run, group: Sequence[tuple[Pair, list[int]]], cfg: Config, with_base: bool
-) -> list[dict[str, Any]]:
-    tokenizer, rows = tuned.tokenizer, list[dict[str, Any]]()
-    for pair, _ in group:
-        number = pair.place.removeprefix("row ") if pair.row else ""
-        texts = {"row": number, "question": pair.question, "expected": pair.answer}
-        rows.append({**texts, "cut off": 0, "tokens": 0, "seconds": 0.0})
-    sides = {"before": tuned.untuned()} if with_base else {}
-    for when, side in (sides | {"after": nullcontext(tuned.model)}).items():
-        with side as model:
-            began = time.perf_counter()
-            found = answers(model, tokenizer, [prompt for _, prompt in group], cfg)
-            seconds = (time.perf_counter() - began) / len(group)
-            for row, (pair, prompt), answer in zip(rows, group, found, strict=True):
-                row[when] = re.sub(r"\n\s*\n", "\n\n", answer.text)  # some are full of empty lines
-                row[f"overlap {when}"] = overlap(tokenizer, answer.text, pair.answer)
-                row[f"loss {when}"] = loss_of_answer(model, tokenizer, pair, prompt)
-                row["cut off"] += not answer.stopped
-                row["tokens"] += answer.tokens
-                row["seconds"] += seconds
-    return rows
+def add_answers(when: str, model: Any, tokenizer: Any, group: Sequence[Asked], cfg: Config) -> None:
+    """Ask one model a group of questions, and add to the rows what came of it."""
+    began = time.perf_counter()
+    found = answers(model, tokenizer, [prompt for _, prompt, _ in group], cfg)
+    seconds = (time.perf_counter() - began) / len(group)
+    for (pair, prompt, row), answer in zip(group, found, strict=True):
+        row[when] = re.sub(r"\n\s*\n", "\n\n", answer.text)  # some are full of empty lines
+        row[f"overlap {when}"] = overlap(tokenizer, answer.text, pair.answer)
+        row[f"loss {when}"] = loss_of_answer(model, tokenizer, pair, prompt)
+        row["cut off"] = row.get("cut off", 0) + (not answer.stopped)
+        row["tokens"] = row.get("tokens", 0) + answer.tokens
+        row["seconds"] = row.get("seconds", 0) + seconds
 
 
 def loss_of_answer(model: Any, tokenizer: Any, pair: Pair, prompt: list[int]) -> float | None:
@@ -3639,8 +3634,8 @@ def loss_of_answer(model: Any, tokenizer: Any, pair: Pair, prompt: list[int]) ->
 
 
 def overlap(tokenizer: Any, answer: str, expected: str) -> float | None:
-    """The F1 score of the tokens: 1 where both texts have the same ones, 0 where they share none."""
-    return f1(*token_counts(tokenizer, [answer, expected])) if expected else None
+    """The F1 score of the tokens: 1 where both texts have the same, 0 where they share none."""
+    return f1_score(*token_counts(tokenizer, [answer, expected])) if expected else None
 
 
 def token_counts(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]:
@@ -3648,7 +3643,7 @@ def token_counts(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]
         yield from map(Counter, tokenizer(padded, add_special_tokens=False)["input_ids"])
 
 
-def f1(one: Counter[int], other: Counter[int]) -> float:
+def f1_score(one: Counter[int], other: Counter[int]) -> float:
     return 2 * (one & other).total() / (one.total() + other.total())
 
 
@@ -3840,7 +3835,7 @@ def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pai
     texts = [pair.answer for pair in others.values()]
     for (text, pair), target in zip(others.items(), token_counts(tokenizer, texts), strict=True):
         for i, counts in given:
-            share = f1(counts, target)
+            share = f1_score(counts, target)
             if share > closest[i] and text != own[i]:
                 rows[i], closest[i] = pair.place, share
     return rows
@@ -3955,6 +3950,7 @@ EXAM, EXAM_PICTURE = "exam.json", "training_visuals/exam.png"
 SAMPLE, ROWS_IN_SAMPLE = "sample_rows.json", 16  # by which an export is measured
 SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
 REPORT_MARK = "made by finetune_colab.py"
+EXAMPLES_SHOWN = 3  # answers on the screen, and questions on the page
 # Settings that name places on this computer; public_place shortens them for others
 PLACES = "DATASET_PATH OUTPUT_DIR CHECKPOINT_DIR LOG_DIR CHECKPOINT_MIRROR RESUME_FROM_CHECKPOINT QUESTIONS EXPORT_DIR".split()
 
@@ -4057,19 +4053,35 @@ def run_record(
 
 CARD = """\
 ---
-{base_model}library_name: peft
-pipeline_tag: text-generation
-tags: [lora, question-answering]
----
+{front}---
 
-# A LoRA adapter for {name}
+# {name}, fine-tuned
 
-Trained by `finetune_colab.py` on pairs of questions and answers. Ask it in exactly this form:
+Trained by `finetune_colab.py` on pairs of questions and answers, in exactly this form:
 
 ```text
 {prompt}
 ```
 
+{how}
+
+{exam}## The run
+
+| | |
+| --- | --- |
+{rows}
+
+The loss is the mean per answer token, in nats. It does not say whether an answer is true, so read some before you rely on
+them: beside the adapter, `answers.xlsx` has answers from before and after training, and `training_visuals/` the curves.
+Every setting, version and result is in `run.json`.
+"""
+ADAPTER_FRONT = """\
+{base}library_name: peft
+pipeline_tag: text-generation
+tags: [lora, question-answering]
+"""
+ADAPTER_HOW = """\
+This is a LoRA adapter for {name}.
 To chat, put the script beside this folder: `python finetune_colab.py chat --output-dir FOLDER`. Without the script,
 run this in the folder, with torch, transformers 5 and peft (on Colab, first `pip uninstall -y torchao`, which is too old there).
 {copy}
@@ -4086,38 +4098,34 @@ prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_
 output = model.generate(**prompt.to(model.device), max_new_tokens=200, do_sample=False)
 answer = output[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
-```
-
-{exam}## The run
-
-| | |
-| --- | --- |
-{rows}
-
-The loss is the mean per answer token, in nats. It does not say whether an answer is true, so read some before you rely on
-them: `answers.xlsx` has answers from before and after training, `training_visuals/` the curves, and `run.json` every
-setting, version and result.
-"""
-CARD_OF_EXAM = "## Does it know the data?\n\n{}\n\n"
+```"""
 
 
-def model_card(record: dict[str, Any]) -> str:
-    """run.json for people, with a question from the training data."""
-    base, rows = record["base_model"], []
+def model_card(
+    record: dict[str, Any], front: str = ADAPTER_FRONT, how: str = ADAPTER_HOW, file: str = ""
+) -> str:
+    """run.json for people: first what the Hub reads, then how these weights are asked."""
+    base, exam = record["settings"]["MODEL_NAME"], record.get("exam", {}).get("text")
     name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
-    is_folder = base.startswith("./")
-    for figure, value in record["results"].items():
+    is_folder, rows = base.startswith("./"), []
+    for figure, value in (record.get("results") or {}).items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         rows.append(f"| `{figure}` | {'none' if value is None else shown} |")
+    texts = {
+        "base": "" if is_folder else f"base_model: {base}\n",
+        "copy": f"The base model must be in this folder, as `{name}`.\n" if is_folder else "",
+        "file": file,
+        "licence": "license: mit\n" if base == "microsoft/phi-2" else "",
+        "name": name,
+        "question": repr((record["examples"] or ["Why?"])[0][:300]),
+        "title": json.dumps(f"Ask {name}, fine-tuned", ensure_ascii=False),
+    }
     return CARD.format(
-        base_model="" if is_folder else f"base_model: {base}\n",
+        front=front.format(**texts),
         name=name,
-        prompt=record["prompt_format"],
-        copy=f"The base model must be in this folder, as `{name}`.\n" if is_folder else "",
-        question=repr(record["examples"][0][:300]),
-        exam=CARD_OF_EXAM.format(exam["text"])
-        if (exam := record.get("exam", {"text": ""}))["text"]
-        else "",
+        prompt=record.get("prompt_format", ""),
+        how=how.format(**texts),
+        exam=f"## Does it know the data?\n\n{exam}\n\n" if exam else "",
         rows="\n".join(rows),
     )
 
@@ -4625,7 +4633,7 @@ def add_exam(folder: Path, table: pandas.DataFrame, exam: Exam) -> None:
 # 11  Chatting
 # ==================================================================================================
 
-PAGE_FLOOR = "6.7"  # of gradio, also for security
+GRADIO_FLOOR = "6.7"  # also for security
 PAGE_OPTIONS: dict[str, Any] = {
     **{"prevent_thread_lock": True, "quiet": True, "ssr_mode": False, "footer_links": []},
     "max_file_size": 1,  # nobody needs to send any
@@ -4639,7 +4647,9 @@ CHAT_HELP = (
     "/reset starts over, /history on or off sets whether answers use earlier turns, /system TEXT "
     "sets instructions, /save FILE saves the conversation, /quit exits. Ctrl+C stops an answer."
 )
-ALONE = "Each question is asked alone, as in training; /history on adds the conversation so far."
+HISTORY_OFF = (
+    "Each question is asked alone, as in training; /history on adds the conversation so far."
+)
 
 
 def model_to_ask(cfg: Config) -> Run:
@@ -4656,18 +4666,20 @@ def model_to_ask(cfg: Config) -> Run:
 
 
 def uses_history(run: Run, cfg: Config) -> bool:
-    """Whether answers see the conversation so far: not where the model was trained on single questions."""
+    """Whether answers see the conversation so far: not of a model trained on single questions."""
     dataset = run.record.get("dataset") or {}
     return cfg.BASE or dataset.get("shape") != "question and answer"
 
 
-def can_be_asked() -> bool:
+def is_interactive() -> bool:
     """Whether somebody sits at a terminal, or at the notebook that this runs in."""
     return sys.stdin is not None and (sys.stdin.isatty() or "ipykernel" in sys.modules)
 
 
 def questions_given(cfg: Config) -> list[str]:
     """The one of the command line, or else the lines that are piped in."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # of another encoding
     lines = [cfg.QUESTION] if cfg.QUESTION else sys.stdin or []
     if questions := [line.strip() for line in lines if line.strip()]:
         return questions
@@ -4691,25 +4703,25 @@ def typed(prompt: str) -> Iterator[str]:
         yield line
 
 
-def print_answer(tuned: Run, messages: Messages, cfg: Config, notes: TextIO | None = None) -> str:
+def print_answer(run: Run, messages: Messages, cfg: Config, notes: TextIO | None = None) -> str:
     """Print an answer as it grows. Ctrl+C ends the answer; with nobody to go on, the program."""
     start, shown, answer = time.perf_counter(), 0, Answer("", 0, stopped=False)
     try:
-        for answer in stream_answer(tuned, messages, cfg):
+        for answer in stream_answer(run, messages, cfg):
             show(printable(answer.text[shown:]), end="")
             shown = len(answer.text)
     except KeyboardInterrupt:
-        if not can_be_asked():
+        if not is_interactive():
             raise
     show("")
     show(answer_speed(answer, time.perf_counter() - start, cfg), notes)
     return answer.text
 
 
-def converse(tuned: Run, cfg: Config) -> int:
+def converse(run: Run, cfg: Config) -> int:
     """A chat at the terminal."""
-    messages, history = list[dict[str, str]](), uses_history(tuned, cfg)
-    say("Chat", CHAT_HELP if history else f"{CHAT_HELP}\n{ALONE}")
+    messages, history = list[dict[str, str]](), uses_history(run, cfg)
+    say("Chat", CHAT_HELP if history else f"{CHAT_HELP}\n{HISTORY_OFF}")
     for line in typed("You"):
         command, _, rest = line.partition(" ")
         try:
@@ -4718,7 +4730,7 @@ def converse(tuned: Run, cfg: Config) -> int:
                 show("A new conversation begins.")
             elif command == "/history":
                 history = rest.strip() != "off"
-                show("Answers now build on the conversation so far." if history else ALONE)
+                show("Answers now build on the conversation so far." if history else HISTORY_OFF)
             elif command == "/system":
                 cfg, messages = changed(cfg, SYSTEM=user_message(rest.strip())["content"]), []
                 show(f"A new conversation {'with these' if rest else 'without'} instructions.")
@@ -4729,7 +4741,7 @@ def converse(tuned: Run, cfg: Config) -> int:
             elif line:
                 question = user_message(line)
                 show("\nModel: ", end="")
-                answer = print_answer(tuned, [*messages, question] if history else [question], cfg)
+                answer = print_answer(run, [*messages, question] if history else [question], cfg)
                 messages += [question, {"role": "assistant", "content": answer}] if answer else []
         except (UserError, OSError, RuntimeError, MemoryError) as error:
             show(str(error))  # and the chat goes on
@@ -4755,8 +4767,7 @@ def side_by_side(row: dict[str, Any]) -> str:
     from rich import box, console, table, text
 
     columns = table.Table(box=box.ASCII, show_edge=False, expand=True)
-    colours = {"Before: the base model": "yellow", "After: the tuned model": "green"}
-    for title, colour in colours.items():
+    for title, colour in ("Before: the base model", "yellow"), ("After: the tuned model", "green"):
         header = f"not bold {colour}"
         columns.add_column(title, header_style=header, style=colour, ratio=1, overflow="fold")
     columns.add_row(*(text.Text(printable(row[when])) for when in ("before", "after")))
@@ -4771,7 +4782,7 @@ def unanswered(text: str, sheet: str = "", row: int = 0) -> Pair:
     return Pair([user_message(text), {"role": "assistant", "content": ""}], sheet, row)
 
 
-def listed_questions(cfg: Config) -> list[Pair]:
+def questions_in_file(cfg: Config) -> list[Pair]:
     """The questions of a file; where it has an answer to one, that is the expected answer."""
     path = local_path(cfg.QUESTIONS)
     if not os.path.exists(path):
@@ -4780,7 +4791,7 @@ def listed_questions(cfg: Config) -> list[Pair]:
         lines = enumerate(decoded(path, path.read_bytes()).splitlines(), start=1)
         found = [unanswered(line.strip(), "", number) for number, line in lines if line.strip()]
     else:
-        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path)))
+        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path), JSON=True))
     if not found:
         raise UserError(f"{path} has no questions. Write one per row.")
     return found
@@ -4798,20 +4809,20 @@ def questions_in_tables(path: Path, cfg: Config) -> list[Pair]:
             if cfg.QUESTION_COLUMN:
                 columns = [column_named(table, "question", cfg.QUESTION_COLUMN)]
             if len(columns) == 1:
-                found += column_questions(table, columns[0], table.sheet).values()
+                found += questions_in_column(table, columns[0], table.sheet).values()
         if not found:
             raise
         return found
     for part in parts:
         if part.columns:
-            every = column_questions(part.table, next(iter(part.columns)), part.place)
+            every = questions_in_column(part.table, next(iter(part.columns)), part.place)
             found += (every | {pair.row: pair for pair in part.kept}).values()
         else:
             found += part.kept
     return found
 
 
-def column_questions(table: Table, column: int, place: str) -> dict[int, Pair]:
+def questions_in_column(table: Table, column: int, place: str) -> dict[int, Pair]:
     found = {}
     for number, row in table.rows:
         if not table.sheet and any(row[len(table.header) :]):
@@ -4826,8 +4837,8 @@ def column_questions(table: Table, column: int, place: str) -> dict[int, Pair]:
 
 def serve(cfg: Config) -> int:
     """The page in the browser, until Ctrl+C."""
-    if is_below(installed_version("gradio"), PAGE_FLOOR):
-        raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
+    if is_below(installed_version("gradio"), GRADIO_FLOOR):
+        raise UserError(f'The page needs gradio.\npip install "gradio>={GRADIO_FLOOR}"')
     if "COLAB_RELEASE_TAG" in os.environ and not cfg.SHARE:
         raise UserError("On Colab, no browser can reach the page: add --share for a public link.")
     page = page_of(model_to_ask(cfg), cfg)
@@ -4841,13 +4852,13 @@ def serve(cfg: Config) -> int:
     return 0
 
 
-def page_of(tuned: Run, cfg: Config) -> Any:
+def page_of(run: Run, cfg: Config) -> Any:
     """Two tabs: a chat with the tuned model, and one question to both models."""
     import gradio as gr
 
-    reply, both = page_answers(tuned, cfg)
-    box = {"placeholder": "Your question", "max_length": 8000}
-    examples = [[question] for question in tuned.record.get("examples") or []]
+    reply, both = page_answers(run, cfg)
+    box = {"placeholder": "Your question", "max_length": 8000, "value": cfg.QUESTION}
+    examples = [[question] for question in run.record.get("examples") or []]
     with gr.Blocks(title="Ask the tuned model", analytics_enabled=False, fill_height=True) as page:
         with gr.Accordion("Answer settings", open=False), gr.Row():
             sliders = []
@@ -4885,7 +4896,7 @@ def page_of(tuned: Run, cfg: Config) -> Any:
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
-def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def page_answers(run: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What the two tabs do with a question; all text is escaped, since a page would hide tags."""
     import html
 
@@ -4897,7 +4908,7 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
         try:
             chosen = dict(zip(PAGE_SLIDERS, values, strict=True))
             settings = checked(vars(cfg) | chosen | {"BASE": base})
-            with one_at_a_time, closing(stream_answer(tuned, messages, settings)) as parts:
+            with one_at_a_time, closing(stream_answer(run, messages, settings)) as parts:
                 start = time.perf_counter()
                 for part in parts:
                     yield part.text, answer_speed(part, time.perf_counter() - start, settings)
@@ -4906,7 +4917,7 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
 
     def reply(question: str, history: list[Any], *values: float) -> Iterator[tuple[str, str]]:
         messages: Messages = []
-        for turns in itertools.pairwise(history if uses_history(tuned, cfg) else []):
+        for turns in itertools.pairwise(history if uses_history(run, cfg) else []):
             if turns[1]["role"] == "assistant":  # a question without an answer does not count
                 asked, text = (turn["content"][0]["text"] for turn in turns)
                 answer = {"role": "assistant", "content": html.unescape(text)}
@@ -4929,8 +4940,8 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
 # ==================================================================================================
 
 EXPORT_ENDINGS = re.compile(r"-(merged|gguf|space)$|\.zip$")  # that OUTPUT_DIR may have
-LLAMA_FLOOR = "0.2.18"  # of cyllama
-TOKENS_PER_DECODE = 512
+CYLLAMA_FLOOR = "0.2.18"  # with llama.cpp, ready-made
+TOKENS_PER_PASS = 512
 SHARD = "2GB"  # of merged weights: an upload that breaks off loses no more
 # Disk that a GGUF takes at the worst moment, as a share of the merged weights
 SHARE_OF_MERGED = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.35}
@@ -4948,8 +4959,8 @@ def gguf_name(cfg: Config) -> str:
 
 def export_place(cfg: Config, kind: str) -> Path:
     """./model gives ./model-gguf, unless EXPORT_DIR says otherwise."""
-    beside = local_path(cfg.OUTPUT_DIR).with_name(f"{exported_name(cfg)}-{kind}")
-    return (local_path(cfg.EXPORT_DIR) if cfg.EXPORT_DIR else beside).absolute()
+    beside = local_path(cfg.OUTPUT_DIR).absolute().with_name(f"{exported_name(cfg)}-{kind}")
+    return local_path(cfg.EXPORT_DIR).absolute() if cfg.EXPORT_DIR else beside
 
 
 def export_to(kind: str, cfg: Config, final: Path) -> None:
@@ -4967,14 +4978,12 @@ def export_to(kind: str, cfg: Config, final: Path) -> None:
 
 
 def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> Run:
-    """The export to make another from: OUTPUT_DIR itself, the one that lies beside, or a new one."""
+    """The export to make another from: OUTPUT_DIR itself, the one beside it, or a new one."""
     if run.record.get("export") == kind and (run.folder / file).is_file():
         return run
     folder = final.with_name(f"{exported_name(cfg)}-{kind}")
-    if (
-        record_of(folder).get("adapter") != run.record.get("adapter")
-        or not (folder / file).is_file()
-    ):
+    is_there = (folder / file).is_file()
+    if not is_there or record_of(folder).get("adapter") != run.record.get("adapter"):
         say("First", f"{short_path(folder)}, which later exports reuse; you may delete it")
         export_to(kind, cfg, folder)
     return open_run(folder)
@@ -4982,10 +4991,10 @@ def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> R
 
 @contextmanager
 def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "") -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is complete, with a card and its own run.json."""
-    same = record_of(final).get("adapter") == run.record.get("adapter")
-    is_kept = not same or kind == "space"  # whose page people edit
-    earlier = place_for_earlier(final, "" if is_kept else run.record.get("run", ""))
+    """A folder to fill, which gets its name, a card and its own run.json when it is complete."""
+    is_same = record_of(final).get("adapter") == run.record.get("adapter")
+    may_go = is_same and kind != "space"  # whose page people edit
+    earlier = place_for_earlier(final, run.record.get("run", "") if may_go else "")
     need = size + SMALL_FILES
     advice = "Nothing was left behind. Make room or choose another --export-dir, and try again."
     with explained_disk_errors(final, need, "", advice):
@@ -4993,7 +5002,8 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with atomic_folder(final, earlier) as staged:
             yield staged
-            write_card(staged, run, kind, file)
+            card = model_card(run.record, EXPORTS[kind].front, EXPORTS[kind].how, file)
+            (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             own = {"export": kind, "files": own_files(staged)}
             write_json(staged / "run.json", run.record | own)
 
@@ -5012,8 +5022,8 @@ def sample_examples(run: Run) -> list[Example]:
         return [encode(run.tokenizer, messages) for messages in sample]
 
 
-def refuse_loss(kind: str, loss: float, expected: float) -> None:
-    """An export that answers worse than what it is made of is not written."""
+def refuse_higher_loss(kind: str, loss: float, expected: float) -> None:
+    """An export that answers worse than the adapter is not written."""
     allowed = expected * (1 + LOSS_ALLOWED[kind]) + (0 if kind == "merged" else 0.02)
     say("Loss", f"{loss:.4f} {kind}, {expected:.4f} before, on the rows of {SAMPLE}")
     if not loss <= allowed:
@@ -5042,11 +5052,12 @@ def export_merged(_: Config, run: Run, final: Path) -> None:
         say("Merging", f"{run.cfg.MODEL_NAME} with the adapter of {run.place}")
         base = load_base(run.base_settings, device._replace(four_bit=four_bit))
         model: Any = run.with_adapter(base)
-        expected = mean_loss(model, examples, TOKENS_PER_DECODE)
+        expected = mean_loss(model, examples, TOKENS_PER_PASS)
         if four_bit:
             model = run.with_adapter(model.unload().dequantize())
         model = model.merge_and_unload(safe_merge=True)
-        refuse_loss("merged", loss := mean_loss(model, examples, TOKENS_PER_DECODE), expected)
+        loss = mean_loss(model, examples, TOKENS_PER_PASS)
+        refuse_higher_loss("merged", loss, expected)
         model.save_pretrained(folder, max_shard_size=SHARD)
         run.shape.dtype = run.stored_dtype
         run.shape.save_pretrained(folder)  # the base's own config, with its dropout
@@ -5056,13 +5067,13 @@ def export_merged(_: Config, run: Run, final: Path) -> None:
         settings = json.loads((place := folder / "tokenizer_config.json").read_text("utf-8"))
         # or else llama.cpp would begin each prompt with a token of its own
         write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
-        how = generation_settings(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)
-        config, penalty = how["generation_config"], run.cfg.REPETITION_PENALTY
+        config, _ = generation_settings(run.cfg, model, run.tokenizer, 0)
+        penalty = run.cfg.REPETITION_PENALTY
         config.update(bos_token_id=run.tokenizer.bos_token_id, repetition_penalty=penalty)
         config.save_pretrained(folder)
         shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
-        way = "4bit" if four_bit else "16bit"
-        run.record["merged"] = {"way": way, "adapter": expected, way: loss, "rows": len(examples)}
+        losses = {"adapter": expected, "merged": loss, "rows": len(examples)}
+        run.record["merged"] = losses | {"four_bit": four_bit}
 
 
 # -- GGUF, for llama.cpp and all that is built on it
@@ -5095,8 +5106,8 @@ I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) "quoted" ... !!! ### 
 
 def export_gguf(cfg: Config, run: Run, final: Path) -> None:
     """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp; others stay beside it."""
-    if is_below(installed_version("cyllama"), LLAMA_FLOOR):  # llama.cpp, ready-made
-        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
+    if is_below(installed_version("cyllama"), CYLLAMA_FLOOR):
+        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={CYLLAMA_FLOOR}"')
     tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)
     if getattr(getattr(tokenizer, "model", None), "byte_fallback", True):  # or no such model at all
         raise UserError(
@@ -5118,19 +5129,21 @@ def export_gguf(cfg: Config, run: Run, final: Path) -> None:
         refuse_bad_gguf(folder / name, run, cfg.QUANTIZE)
 
 
-def convert(folder: Path, file: Path, kind: str) -> None:
+def convert(folder: Path, file: Path, precision: str) -> None:
     """By llama.cpp's converter, in a process of its own, and for q4_k_m by its quantizer."""
     from cyllama.llama import llama_cpp
 
-    whole, dtype = (file.with_suffix(".partial"), "f16") if kind == "q4_k_m" else (file, kind)
-    how = (converters(), folder, "--outfile", whole, "--outtype", dtype)
-    command = [sys.executable, "-c", CONVERT, *map(str, how)]
+    whole, dtype = file, precision
+    if precision == "q4_k_m":
+        whole, dtype = file.with_suffix(".partial"), "f16"
+    words = (converters(), folder, "--outfile", whole, "--outtype", dtype)
+    command = [sys.executable, "-c", CONVERT, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     LOG.info("%s", done.stdout + done.stderr)
     if done.returncode:
         last = (done.stderr.strip() or "it was killed, perhaps for lack of memory").splitlines()[-1]
         raise UserError(f"The conversion failed: {preview(last, 200)}\nUse --to merged.")
-    if kind == "q4_k_m":
+    if precision == "q4_k_m":
         options = llama_cpp.LlamaModelQuantizeParams()
         options.ftype, options.nthread = Q4_K_M, os.cpu_count() or 1
         llama_cpp.disable_logging()
@@ -5157,7 +5170,7 @@ def converters() -> Path:
     return folder
 
 
-def refuse_bad_gguf(file: Path, run: Run, kind: str) -> None:
+def refuse_bad_gguf(file: Path, run: Run, precision: str) -> None:
     """In llama.cpp it has to tokenize and to end as the training did, with hardly a higher loss."""
     from cyllama.llama import llama_cpp
 
@@ -5181,8 +5194,8 @@ def refuse_bad_gguf(file: Path, run: Run, kind: str) -> None:
             )
     if vocabulary.token_eos() != run.tokenizer.eos_token_id:
         raise UserError("llama.cpp would not stop at the end of an answer.\nUse --to merged.")
-    merged = run.record["merged"]
-    refuse_loss(kind, loss_in_llama_cpp(model, sample_examples(run)), merged[merged["way"]])
+    loss = loss_in_llama_cpp(model, sample_examples(run))
+    refuse_higher_loss(precision, loss, run.record["merged"]["adapter"])
 
 
 def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
@@ -5191,14 +5204,14 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
     from cyllama.llama import llama_cpp
 
     losses, settings = [], llama_cpp.LlamaContextParams()
-    settings.n_batch = TOKENS_PER_DECODE
+    settings.n_batch = TOKENS_PER_PASS
     settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
     for example in examples:
         ids, labels = example["input_ids"][:-1], example["labels"][1:]
         settings.n_ctx = len(ids)
         context = llama_cpp.LlamaContext(model, settings, verbose=False)
-        for start in range(0, len(ids), TOKENS_PER_DECODE):
-            part = ids[start : start + TOKENS_PER_DECODE]
+        for start in range(0, len(ids), TOKENS_PER_PASS):
+            part = ids[start : start + TOKENS_PER_PASS]
             batch = llama_cpp.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
             batch.set_batch(part, start, True)
             context.decode(batch)
@@ -5210,7 +5223,7 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
 
 
 def modelfile(run: Run, file: str) -> str:
-    """For Ollama: the prompt of the training; where questions were taught alone, the last one only."""
+    """For Ollama: the prompt of the training; of questions taught alone only the last."""
     chat = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
     before, _, between, after = re.split(PLACEHOLDER.format("."), chat)
     turns = '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}' + after
@@ -5232,13 +5245,13 @@ def modelfile(run: Run, file: str) -> str:
 
 
 def export_space(cfg: Config, run: Run, final: Path) -> None:
-    """A folder for Hugging Face Spaces: a page to ask the GGUF, which llama.cpp runs on a processor."""
+    """A folder for Hugging Face Spaces: a page that asks a GGUF, run by llama.cpp."""
     name = gguf_name(cfg)
     run = source_export("gguf", cfg, run, final, name)
     with export_folder("space", run, final, (run.folder / name).stat().st_size) as folder:
         link_or_copy(run.folder / name, folder / name)
         (folder / "app.py").write_text(SPACE_APP, "utf-8")
-        (folder / "requirements.txt").write_text(f"gradio>={PAGE_FLOOR}\nxllamacpp\n", "utf-8")
+        (folder / "requirements.txt").write_text(f"gradio>={GRADIO_FLOOR}\nxllamacpp\n", "utf-8")
 
 
 def upload(cfg: Config) -> str:
@@ -5282,62 +5295,29 @@ def upload(cfg: Config) -> str:
 
 
 def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
-    """What may leave this computer: no rows of the data, nothing hidden or half-written; once agreed."""
+    """What may leave this computer, once agreed: nothing of the data, hidden or half-written."""
+    rows = {Path(one).name for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE)}
     files = {}
     for path in files_for_others(folder):
         name = path.relative_to(folder).as_posix()
-        names = (Path(one).name for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE))
-        private = path.name in names or path.suffix == ".partial"
-        if not private and "/." not in f"/{name}":
+        if path.name not in rows and path.suffix != ".partial" and "/." not in f"/{name}":
             files[name] = path
     say("Files", f"to upload to {cfg.HUB_REPO}; the rows of your data stay here:")
     for name, path in files.items():
         say("", f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
     agreed = cfg.YES
     with suppress(EOFError):
-        if not agreed and can_be_asked():
+        if not agreed and is_interactive():
             agreed = input("Upload them? [y/N] ").strip().casefold() in ("y", "yes")
     if not agreed:
         raise UserError("Nothing was uploaded.\nTo upload without being asked, add --yes")
     return files
 
 
-# -- What is written beside the weights
+# -- What each kind of export is
 
 
-def write_card(folder: Path, run: Run, kind: str, file: str) -> None:
-    """What others read first: what it is, how to ask it, and the results of the run."""
-    base, export = run.cfg.MODEL_NAME, EXPORTS[kind]
-    licence = "license: mit\n" if base == "microsoft/phi-2" else ""
-    name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
-    quoted = functools.partial(json.dumps, ensure_ascii=False)  # for YAML and for Python
-    question = quoted((run.record["examples"] or ["Why?"])[0])
-    of_base = "" if base.startswith("./") else f"base_model: {base}\n{licence}"
-    results = run.record.get("results") or {}
-    losses = [results.get(name) for name in ("eval_loss", "base_eval_loss")]
-    shown = [f"{loss:.3f}" if isinstance(loss, float) else "not measured" for loss in losses]
-    text = EXPORT_CARD.format(
-        front=export.front.format(title=quoted(f"Ask {name}, fine-tuned"), base=of_base),
-        name=name,
-        how=export.how.format(file=file, question=question),
-        loss=shown[0],
-        base_loss=shown[1],
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-EXPORT_CARD = """\
----
-{front}---
-
-# {name}, fine-tuned
-
-Fine-tuned with `finetune_colab.py` on pairs of questions and answers.
-{how}
-
-Validation loss: {loss} (base model: {base_loss}). Every setting and result is in `run.json`.
-"""
-FOR_TEXT = "{base}pipeline_tag: text-generation\ntags: [question-answering]\n"
+MODEL_FRONT = "{base}{licence}pipeline_tag: text-generation\ntags: [question-answering]\n"
 
 
 class Export(NamedTuple):
@@ -5350,7 +5330,7 @@ class Export(NamedTuple):
 EXPORTS = {
     "merged": Export(
         export_merged,
-        f"library_name: transformers\n{FOR_TEXT}",
+        f"library_name: transformers\n{MODEL_FRONT}",
         """\
 The adapter is merged into the weights; the tokenizer's chat template is the prompt used in training.
 
@@ -5365,7 +5345,7 @@ print(ask(messages, return_full_text=False)[0]["generated_text"].strip())
     ),
     "gguf": Export(
         export_gguf,
-        f"library_name: gguf\n{FOR_TEXT}",
+        f"library_name: gguf\n{MODEL_FRONT}",
         "- Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`\n"
         "- llama.cpp: `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja`\n"
         "- LM Studio: `lms import {file}`, or copy the file into its models folder",
@@ -5828,14 +5808,14 @@ def chat(cfg: Config) -> int:
     """Ask the tuned model, in the terminal or with --web in the browser."""
     if cfg.WEB:
         return serve(cfg)
-    if not cfg.QUESTION and can_be_asked():
+    if not cfg.QUESTION and is_interactive():
         return converse(model_to_ask(cfg), cfg)
     questions, code = questions_given(cfg), 0
     with redirect_stdout(sys.stderr):  # a program may read the answers
-        tuned = model_to_ask(cfg)
+        run = model_to_ask(cfg)
     for question in questions:
         try:
-            print_answer(tuned, [user_message(question)], cfg, notes=sys.stderr)
+            print_answer(run, [user_message(question)], cfg, notes=sys.stderr)
         except UserError as error:
             code = 2
             show(str(error), sys.stderr)
@@ -5846,12 +5826,12 @@ def compare(cfg: Config) -> int:
     """Put the same questions to the base and the tuned model."""
     if cfg.QUESTIONS:
         return compare_all(cfg)
-    typing = not cfg.QUESTION and can_be_asked()
+    typing = not cfg.QUESTION and is_interactive()
     questions = typed("Question") if typing else questions_given(cfg)
     with nullcontext() if typing else redirect_stdout(sys.stderr):
-        tuned = model_to_ask(cfg)
+        run = model_to_ask(cfg)
     for question in itertools.takewhile(bool, questions):
-        for row in ask_both(tuned, [unanswered(question)], cfg):
+        for row in ask_both(run, [unanswered(question)], cfg):
             show(side_by_side(row))
             show(f"({speed(row['tokens'], row['seconds'], row['cut off'], 2)})", sys.stderr)
     return 0
@@ -5861,11 +5841,11 @@ def compare_all(cfg: Config) -> int:
     """A file of questions, with the answers in a workbook."""
     import pandas
 
-    pairs, tuned = listed_questions(cfg), model_to_ask(cfg)
+    pairs, run = questions_in_file(cfg), model_to_ask(cfg)
     say("Asking", f"{plural(len(pairs), 'question')}, each twice; Ctrl+C keeps the answers so far")
     rows = list[dict[str, Any]]()
     try:
-        for row in ask_both(tuned, pairs, cfg):
+        for row in ask_both(run, pairs, cfg):
             rows.append(row)
     except KeyboardInterrupt:
         if not rows:
