@@ -434,8 +434,13 @@ def write_json(path: Path, content: Any) -> None:
 
 EXAMPLE_DATASET = "dataset_example.xlsx"
 REPORT_NAME = "dataset_report"  # what check writes; never taken for data that nobody named
+# Names of sheets, files and lists that are read only where there is nothing else
+HELD_BACK = r"(?i)(^|, )((test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\))(, |$)"
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 LARGEST_FILE_MB = 500
+MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
+MOST_CHARACTERS = 200_000_000
+TOO_LARGE = f"has over {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or 2,000 fields: split it"
 MOST_FILES = 200  # tables in one folder of a bucket
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 # What another try would not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
@@ -443,8 +448,7 @@ PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Er
 LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive must be shared with anyone who has the link."
 BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and also S3_ENDPOINT_URL if the bucket is not Amazon's."
 HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private dataset needs HF_TOKEN. If it has a licence to accept, accept it on the dataset's page. HF_HUB_OFFLINE must not be set."
-# Links that people copy lead to a page about the file; these lead to the file.
-DIRECT_LINKS = {
+DIRECT_LINKS = {  # from a page about a file, whose link people copy, to the file itself
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": r"https://docs.google.com/spreadsheets/d/e/\1/pub?output=xlsx",
     r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+).*?[#&?]gid=(\d+).*": r"https://docs.google.com/spreadsheets/d/\1/export?format=csv&gid=\2",
     r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+)(?!.*/(?:gviz|export|pub)\b).*": r"https://docs.google.com/spreadsheets/d/\1/export?format=xlsx",
@@ -457,14 +461,15 @@ DIRECT_LINKS = {
 
 def find_dataset(cfg: Config) -> tuple[str, list[Path]]:
     """The name of the data and its files on this computer, downloaded first if need be."""
-    place = cfg.DATASET_PATH.strip()
-    paths = fetch(place) if re.match("(?i)https?://|s3://[^/]|hf:", place) else local_files(place)
-    return paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths
+    source = cfg.DATASET_PATH.strip()
+    is_remote = re.match("(?i)https?://|s3://[^/]|hf:", source)
+    paths = fetch(source) if is_remote else local_files(source)
+    return paths[0].name if len(paths) == 1 else f"{source} ({len(paths)} files)", paths
 
 
-def local_files(place: str) -> list[Path]:
+def local_files(source: str) -> list[Path]:
     """The file of this name, the files that match a pattern, or the tables in a folder."""
-    path = local_path(place)
+    path = local_path(source)
     if path.name == EXAMPLE_DATASET and not os.path.exists(path):
         path = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
     if os.path.exists(path) and path.is_file():
@@ -492,16 +497,16 @@ def cache_folder(*names: str) -> Path:
     return local_path(caches).joinpath("finetune_colab", *names)
 
 
-def without_secrets(place: str) -> str:
+def without_secrets(address: str) -> str:
     """An address as it may be shown and written down: keys stand in its query or before an @."""
     host = r"(?:\[[\da-f:]+\])?[^/?#[]*"  # what else begins with a bracket may be anything
     secret = rf"(?is)^\s*(https?://|s3://)(?:[^/?#]*@)?({host}(?:/[^?#]*)?).*"
-    return re.sub(secret, r"\1\2", place)
+    return re.sub(secret, r"\1\2", address)
 
 
-def refuse_large(place: str, size: int) -> None:
+def refuse_large(name: str, size: int) -> None:
     if size > LARGEST_FILE_MB * 1e6:
-        raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
+        raise UserError(f"{name} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
 
 
 def receive(key: str, name: str, stream: Any, headers: Any) -> Path:
@@ -538,7 +543,7 @@ def from_link(link: str) -> list[Path]:
         return [receive(url, urllib.parse.unquote(name), response, response.headers)]
 
 
-def from_bucket(place: str) -> list[Path]:
+def from_bucket(address: str) -> list[Path]:
     """One object, or all tables in a folder."""
     from pyarrow import fs
 
@@ -546,7 +551,7 @@ def from_bucket(place: str) -> list[Path]:
         with client.open_input_file(path) as stream:
             return receive(f"s3://{path}", name, stream, stream.metadata())
 
-    root = place[len("s3://") :].rstrip("/")
+    root = address[len("s3://") :].rstrip("/")
     client = bucket_client(root.partition("/")[0])
     if "/" in root:
         with suppress(FileNotFoundError):  # perhaps it is a folder
@@ -582,12 +587,12 @@ def bucket_client(bucket: str) -> Any:
     )
 
 
-def from_hub(place: str) -> list[Path]:
+def from_hub(address: str) -> list[Path]:
     """A file of a dataset, or the rows of a split as parquet."""
     from datasets import load_dataset_builder
     from huggingface_hub import hf_hub_download
 
-    [(name, part)] = re.findall("(?i)^hf:(?://datasets/)?([^:/]*/?[^:/]*)[:/]?(.*)", place)
+    [(name, part)] = re.findall("(?i)^hf:(?://datasets/)?([^:/]*/?[^:/]*)[:/]?(.*)", address)
     if part.lower().endswith(TABLE_ENDINGS):
         return [Path(hf_hub_download(name, part, repo_type="dataset"))]
     config, _, split = (part or "train").rpartition("/")
@@ -602,15 +607,15 @@ def from_hub(place: str) -> list[Path]:
     return [file]
 
 
-def fetch(place: str) -> list[Path]:
+def fetch(address: str) -> list[Path]:
     """Five tries with growing pauses, while the network or the server fails."""
     others = {"s3": (from_bucket, BUCKET_ADVICE), "hf": (from_hub, HUB_ADVICE)}
-    act, advice = others.get(place[:2].lower(), (from_link, LINK_ADVICE))
-    shown = without_secrets(place)
+    act, advice = others.get(address[:2].lower(), (from_link, LINK_ADVICE))
+    shown = without_secrets(address)
     say("Download", shown)
     for tries, pause in enumerate((*PAUSES, 0), 1):
         try:
-            return act(place)
+            return act(address)
         except UserError:
             raise
         except Exception as error:  # every library has its own, and an address in it may hold a key
@@ -627,8 +632,8 @@ def fetch(place: str) -> list[Path]:
 # 3  Rows to pairs
 # ==================================================================================================
 
-# Names of sheets, files and lists that are read only where there is nothing else
-HELD_BACK = r"(?i)(test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\)"
+COPY = "a copy of an earlier row"  # lowers the quality, but is no ground to refuse the data
+BLANK, OTHER_LANGUAGE = "blank", "the language is"  # reasons that say nothing of the quality
 
 
 class Table(NamedTuple):
@@ -655,20 +660,28 @@ class Pair(NamedTuple):
         return self.messages[-1]["content"]
 
     @property
-    def place(self) -> str:
+    def row_label(self) -> str:
         return f"row {self.row}" + (f" of {self.sheet}" if self.sheet else "")
+
+    def note(self, kind: str, other: Pair | None = None) -> Note:
+        return Note(self.sheet, self.row, kind, other.row_label if other else "")
 
 
 class Note(NamedTuple):
     sheet: str
     row: int
-    reason: str  # for which the row is left out
+    kind: str  # why the row is left out, or what looks wrong in it
+    other_row: str = ""  # that it repeats or contradicts
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind} ({self.other_row})" if self.other_row else self.kind
 
 
 @dataclass(eq=False)
 class Pairs:
     name: str  # of the file, for the person
-    place: str  # of one table: its file where there are several, and its sheet
+    sheet: str  # of one table; and the file before it, where there are several
     table: Table  # of several, the first
     shape: str
     columns: dict[int, str]  # roles of question, answer, and what joins the question; or none
@@ -681,7 +694,7 @@ class Pairs:
 
     @property
     def used(self) -> list[str]:
-        return [self.table.header[place] for place in self.columns]
+        return [self.table.header[column] for column in self.columns]
 
 
 def find_pairs(cfg: Config) -> Pairs:
@@ -690,16 +703,17 @@ def find_pairs(cfg: Config) -> Pairs:
     parts, unusable = read_parts(paths, cfg)
     if not parts:
         return find_pairs(columns_typed(list(unusable.values()), cfg))
-    sets = defaultdict[Any, list[Pairs]](list)  # tables with the same two columns add up
-    for part in parts:
-        is_open = not any(re.fullmatch(HELD_BACK, one) for one in part.place.split(", "))
-        named = sum(map(name_strength, part.used, NAMES)) >= 2 * PHRASE or not part.columns
-        sets[is_open, 10 if named else 1, part.shape, *map(fold, part.used[:2])].append(part)
-    best = sets[max(sets, key=lambda key: (key[0], key[1] * sum(len(p.kept) for p in sets[key])))]
-    unused = {one.place: f"{one.place}: {len(one.kept)} pairs" for one in parts if one not in best}
-    unused |= {place: str(error).partition(". ")[0] for place, error in unusable.items()}
+    groups, weights = defaultdict[Any, list[Pairs]](list), Counter[Any]()
+    for part in [one for one in parts if not re.search(HELD_BACK, one.sheet)] or parts:
+        group = part.shape, *map(fold, part.used[:2])  # tables with the same two columns add up
+        groups[group].append(part)
+        named = not part.columns or sum(map(name_strength, part.used, NAMES)) >= 2 * PHRASE
+        weights[group] += len(part.kept) * (10 if named else 1)  # clear names outweigh more rows
+    best = groups[max(weights, key=lambda group: weights[group])]
+    unused = {one.sheet: f"{one.sheet}: {len(one.kept)} pairs" for one in parts if one not in best}
+    unused |= {sheet: str(error).partition(". ")[0] for sheet, error in unusable.items()}
     if unused and not cfg.SHEET:
-        say("Chosen", preview(", ".join(one.place for one in best), 300))
+        say("Chosen", preview(", ".join(one.sheet for one in best), 300))
         say("Not used", "\n".join(preview(one, 150) for one in [*unused.values()][:8]))
         say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
     kept, copies = without_copies([pair for part in best for pair in part.kept])
@@ -720,18 +734,18 @@ def read_parts(paths: list[Path], cfg: Config) -> tuple[list[Pairs], dict[str, U
             except UserError as error:
                 tables, unusable[path.name] = [], error
             for table in tables:
-                where = [path.name, *filter(None, [table.sheet])]
-                place = ", ".join(where[len(paths) == 1 :])
+                in_file = f"{path.name}, {table.sheet}" if table.sheet else path.name
+                sheet = in_file if len(paths) > 1 else table.sheet
                 try:
-                    parts.append(pairs_of(table, path.name, place, cfg))
+                    parts.append(pairs_of(table, path.name, sheet, cfg))
                 except UserError as error:
-                    unusable[place] = UserError(f"In {', '.join(where)}: {error}")
+                    unusable[sheet] = UserError(f"In {in_file}: {error}")
     finally:
         gc.enable()
     return parts, unusable
 
 
-def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
+def pairs_of(table: Table, name: str, sheet: str, cfg: Config) -> Pairs:
     """What one table came to: its pairs, and a reason for every row that is left out."""
     if fold(cfg.SHEET or table.sheet) != fold(table.sheet):
         raise UserError(f"this is not the sheet {cfg.SHEET!r} (--sheet).")
@@ -743,9 +757,9 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
     else:
         columns, why = find_columns(table, cfg)
         shape, found = "question and answer", list(conversations_in(table, columns))
-    kept = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
-    dropped = [Note(place, number, reason) for number, reason in found if isinstance(reason, str)]
-    return Pairs(name, place, table, shape, columns, why, kept, dropped, len(table.rows))
+    kept = [Pair(chat, sheet, number) for number, chat in found if isinstance(chat, list)]
+    dropped = [Note(sheet, number, reason) for number, reason in found if isinstance(reason, str)]
+    return Pairs(name, sheet, table, shape, columns, why, kept, dropped, len(table.rows))
 
 
 def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
@@ -763,9 +777,6 @@ def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
 
 # -- Files to tables
 
-MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
-MOST_CHARACTERS = 200_000_000
-TOO_LARGE = f"has over {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or 2,000 fields: split it"
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 JSON_CELL = re.compile(r"(?s)\[(?=\s*['\"\[{\]\d]).*\]|\{.*['\"](answer_start|replies)['\"].*\}")
 UNREADABLE = [None, None]  # in place of broken JSON, or of what Python or numpy printed
@@ -939,21 +950,20 @@ def table_of(cfg: Config, name: str, values: Iterable[Any]) -> Table:
     for key in ("paragraphs", "qas"):  # of SQuAD
         if any(objects_in(one, key) for one in values[:1]):
             values = [part for one in values for part in objects_in(one, key)]
-    if all(isinstance(row, (list, tuple)) for row in values):
-        while values and not any(cell not in (None, "") for cell in values[-1]):
-            values.pop()
-        characters = sum(len(cell) for row in values for cell in row if isinstance(cell, str))
-        if len(values) > MOST_ROWS or characters > MOST_CHARACTERS:
-            raise UserError(TOO_LARGE)
+    is_grid = all(isinstance(row, (list, tuple)) for row in values)
+    while is_grid and values and not any(cell not in (None, "") for cell in values[-1]):
+        values.pop()
+    texts = (cell for row in values if is_grid for cell in row if isinstance(cell, str))
+    fields = list(dict.fromkeys(key for one in values if isinstance(one, dict) for key in one))
+    if len(values) > MOST_ROWS or sum(map(len, texts)) > MOST_CHARACTERS or len(fields) > 2000:
+        raise UserError(TOO_LARGE)
+    if is_grid:
         table = with_header(name, [[one_text(cell) or "" for cell in row] for row in values], cfg)
     else:
-        header = list(dict.fromkeys(key for one in values if isinstance(one, dict) for key in one))
-        if len(values) > MOST_ROWS or len(header) > 2000:
-            raise UserError(TOO_LARGE)
-        lost = dict.fromkeys(header, UNREADABLE)  # a broken line, or one that is no object
+        lost = dict.fromkeys(fields, UNREADABLE)  # a broken line, or one that is no object
         records = (one if isinstance(one, dict) else lost for one in values)
-        rows = ([cell_text(one.get(key)) for key in header] for one in records)
-        table = Table(name, header, list(enumerate(rows, start=1)))
+        rows = ([cell_text(one.get(key)) for key in fields] for one in records)
+        table = Table(name, fields, list(enumerate(rows, start=1)))
     for i in range(len(table.header)):  # lists and objects that a CSV file holds as texts
         top = top_cells(table, i)
         if top and all(isinstance(cell, str) and JSON_CELL.fullmatch(cell) for cell in top):
@@ -1056,19 +1066,19 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
             named[i] = max(sides) - min(sides)  # so that one cell names questions, another answers
     sure = [i for i in named if typed and typed <= set(map(fold, top[i]))]
     sure += [i for i, strength in named.items() if strength >= 3 + PHRASE]
-    place = [*sure, *named, 0][0]
-    header, width = top[place], len(top[place])
+    start = [*sure, *named, 0][0]  # the row of the header
+    header, width = top[start], len(top[start])
     sentences = [cell for cell in header if word_count(cell) >= SENTENCE]
     is_pair = any(cell.endswith(QUESTION_MARKS) for cell in header)
     is_pair |= any(asks(cell) or cell[-1] in ".。" for cell in sentences)
-    for name, *below in itertools.zip_longest(*top[place:], fillvalue=""):
+    for name, *below in itertools.zip_longest(*top[start:], fillvalue=""):
         digits = [cell[0].isdigit() for cell in below if cell]
         is_pair &= not (name[:1].isalpha() and len(digits) > 2 and all(digits))  # what a form asked
     if is_pair and not sure:
         header = [f"column {column_letter(i)}" for i in range(width)]
     else:
-        second = named.get(place + 1, 0) >= 2 * PHRASE > named.get(place + 2, 0)  # of two languages
-        rows = rows[place + 1 + second :]
+        second = named.get(start + 1, 0) >= 2 * PHRASE > named.get(start + 2, 0)  # of two languages
+        rows = rows[start + 1 + second :]
     return Table(sheet, header, [(n, row + [""] * (width - len(row))) for n, row in rows])
 
 
@@ -1114,12 +1124,12 @@ def name_strength(header: str, role: str) -> float:
 
 
 class Column:
-    def __init__(self, table: Table, place: int) -> None:
-        inside = place < len(table.header)  # every table has two columns, if need be an empty one
-        raw = top_cells(table, place, 2000) if inside else []
-        self.place, self.header = place, table.header[place] if inside else ""
-        self.title = preview(self.header) or column_letter(place)
-        self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(place)
+    def __init__(self, table: Table, index: int) -> None:
+        inside = index < len(table.header)  # every table has two columns, if need be an empty one
+        raw = top_cells(table, index, 2000) if inside else []
+        self.index, self.header = index, table.header[index] if inside else ""
+        self.title = preview(self.header) or column_letter(index)
+        self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(index)
         self.cells = [text for cell in raw if (text := one_text(cell))]
         self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
         self.sample = preview(self.cells[0]) if self.cells else "(the column is empty, or a list)"
@@ -1153,17 +1163,17 @@ def find_columns(table: Table, cfg: Config) -> tuple[dict[int, str], str]:
     alone = sum(one.is_text or one.lists for one in columns) < 3  # what one is not, the other is
     unnamed = [one for one in columns if one.is_text and max(one.strength.values()) < PHRASE]
     longest = max((one.words for one in unnamed), default=0)
-    typed = {"question": cfg.QUESTION_COLUMN, "answer": cfg.ANSWER_COLUMN}
-    places = {role: column_named(table, role, name) for role, name in typed.items() if name}
+    names = {"question": cfg.QUESTION_COLUMN, "answer": cfg.ANSWER_COLUMN}
+    typed = {role: column_named(table, role, name) for role, name in names.items() if name}
     for one in columns:
         one.strength = {role: one.weighed(role, longest, alone) for role in NAMES}
-        one.strength |= {role: 3 if one.place == i else CANNOT for role, i in places.items()}
+        one.strength |= {role: 3 if one.index == i else CANNOT for role, i in typed.items()}
     usable = sorted(columns, key=lambda one: -max(one.strength.values()))[:WIDEST]
     ranked = sorted(itertools.permutations(usable, 2), key=lambda pair: -fit(*pair))
-    q, a = ranked[0]
-    if fit(q, a) < 0 or len(places) < 2:
+    (q, a), (next_q, next_a) = ranked[:2]
+    if fit(q, a) < 0 or len(typed) < 2:
         refuse_unclear(columns, ranked)
-    free = {"_".join(words_of(one.header)): one.place for one in columns if one not in (q, a)}
+    free = {"_".join(words_of(one.header)): one.index for one in columns if one not in (q, a)}
     joined = {free[name]: "system" for name in free if name in SYSTEMS}
     if fold(q.header) == "instruction":  # of Alpaca and Dolly
         joined |= {free[name]: "user" for name in free if name in ("input", "context")}
@@ -1171,9 +1181,9 @@ def find_columns(table: Table, cfg: Config) -> tuple[dict[int, str], str]:
         f'{role}s in "{one.title}" (by its {"name" if one.strength[role] > 0 else "content"})'
         for role, one in (("question", q), ("answer", a))
     ]
-    if fit(*ranked[1]) >= 0:
-        reasons.append('next best: "{}" with "{}"'.format(*(one.title for one in ranked[1])))
-    return {q.place: "user", a.place: "assistant"} | joined, ", ".join(reasons)
+    if fit(next_q, next_a) >= 0:
+        reasons.append(f'next best: "{next_q.title}" with "{next_a.title}"')
+    return {q.index: "user", a.index: "assistant"} | joined, ", ".join(reasons)
 
 
 def fit(question: Column, answer: Column) -> float:
@@ -1201,13 +1211,13 @@ def refuse_unclear(columns: list[Column], ranked: list[tuple[Column, Column]]) -
     longer = question.words > answer.words and not question.header.startswith("column ")
     is_topic = answer.strength["answer"] <= 0 and question.distinct < len(question.cells) / 2
     clear = fit(*ranked[0]) - max(0, fit(*ranked[1])) >= CLEAR_LEAD and (named or not longer)
-    options = any(OPTION.search(one.header) for one in columns)
-    options &= sum(map(bool, map(INDEX.fullmatch, answer.cells))) > 0.9 * len(answer.cells)
-    if clear and not (is_topic or question.lists or answer.lists or options):
+    indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells)
+    quiz = indices > 0.9 * len(answer.cells) and any(OPTION.search(one.header) for one in columns)
+    if clear and not (is_topic or question.lists or answer.lists or quiz):
         return
     cells = "\n".join(f"  {one.title}: {one.sample}" for one in columns[:12])
     doubt = "it is not clear which columns hold the questions and the answers, each as one text."
-    if options:
+    if quiz:
         doubt = f'"{answer.title}" only says which option is right. Make a column with its text.'
     advice = f'Say which: --question-column "{question.flag}" --answer-column "{answer.flag}"'
     raise UserError(f"{doubt} The columns, each with its first cell:\n{cells}\n{advice}")
@@ -1229,6 +1239,8 @@ CHATS = "messages conversation conversations dialog dialogue dialogs data items 
 SYSTEMS = ("system", "system_prompt", "system_instruction")
 MARKING = ("label", "correct", "is_correct", "accepted", "is_accepted")
 YES, NO = {"true", "yes", "1", ""}, {"false", "no", "0"}
+UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
 Message = dict[str, Any]  # as it stands in the data
 
@@ -1250,7 +1262,7 @@ def roles_around_chats(table: Table) -> dict[int, str]:
     strengths = [name_strength(h, "answer") * (i != chat) for i, h in enumerate(table.header)]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
     roles = {i: "system" for i, name in enumerate(names) if name in SYSTEMS} | {chat: ""}
-    return roles | dict.fromkeys(answers[: len(answers) == 1], "assistant")
+    return roles | ({answers[0]: "assistant"} if len(answers) == 1 else {})
 
 
 def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
@@ -1273,7 +1285,7 @@ def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
         elif not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
         else:
-            why = "blank" if not any(row) else "the header again" if row == header else ""
+            why = BLANK if not any(row) else "the header again" if row == header else ""
             yield number, why or as_messages(turns)
 
 
@@ -1284,8 +1296,8 @@ def as_messages(turns: Turns) -> Messages | str:
         if role not in ("system", "user", "assistant"):
             odd = role  # nothing after a tool is taken: its output is nobody's answer
             break
-        if not is_seen(text):
-            continue
+        if all(c in FILLERS or unicodedata.category(c) in UNSEEN for c in text):
+            continue  # with nothing that can be seen
         if role == "system":
             system.append(text)  # goes before the first question
         elif messages and messages[-1]["role"] == role:
@@ -1362,8 +1374,8 @@ def turns_in_text(text: str) -> list[Message]:
 def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
-    if "prompt" in names and isinstance(table.rows[0][1][place := names.index("prompt")], dict):
-        return [(n, row[place] if isinstance(row[place], dict) else {}) for n, row in table.rows]
+    if "prompt" in names and isinstance(table.rows[0][1][column := names.index("prompt")], dict):
+        return [(n, row[column] if isinstance(row[column], dict) else {}) for n, row in table.rows]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
         return []
     rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
@@ -1381,7 +1393,7 @@ def tree_conversations(roots: list[tuple[int, Message]], cfg: Config) -> Rows:
         if root.get("parent_id"):
             yield number, "the message that it answers is not in the file"
         elif cfg.LANGUAGE not in ("", language.partition("-")[0]):
-            yield number, f"the language is {language}, not {cfg.LANGUAGE}"
+            yield number, f"{OTHER_LANGUAGE} {language}, not {cfg.LANGUAGE}"
         else:
             for turns in tree_paths([], [root], cfg.CONVERSATION_PATHS == "all"):
                 yield number, as_messages(turns)
@@ -1400,10 +1412,8 @@ def tree_paths(turns: Turns, replies: list[Message], every: bool) -> Iterator[Tu
 
 # -- Cleaning and quality
 
-UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
 MARKS: dict[int, Any] = {n: chr(n) for n in range(128)}  # translate is slow where it finds nothing
 MARKS |= str.maketrans("", "", " \t\n\u2028\u2029_*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not compared
-FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 # The second byte of a letter in UTF-8, read as Windows-1252, without what follows capitals in good text
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
@@ -1416,10 +1426,6 @@ PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
 }
 
 
-def is_seen(text: str) -> bool:
-    return any(unicodedata.category(c) not in UNSEEN and c not in FILLERS for c in text)
-
-
 def bare(text: str) -> str:
     plain = unicodedata.normalize("NFKC", text).casefold().translate(MARKS)
     return re.sub(r"[.,-](?!\d)", "", plain) or text
@@ -1430,7 +1436,7 @@ def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
     for pair in pairs:
         texts = "\0".join([bare(one["content"]) for one in pair.messages])
         if (first := first_seen.setdefault(texts, pair)) is not pair:
-            copies.append(Note(*pair[1:], f"a copy of an earlier row ({first.place})"))
+            copies.append(pair.note(COPY, first))
     return list(first_seen.values()), copies
 
 
@@ -1438,8 +1444,8 @@ class Quality(NamedTuple):
     counted: int  # rows with content
     good: int  # of these, what is kept with nothing found in it
     score: float
-    findings: list[list[str]]  # for every pair that is kept
-    flagged: list[Note]  # the same, with their rows
+    findings: list[list[Note]]  # for every pair that is kept
+    flagged: list[Note]  # all of these
     notes: list[Note]  # what is flagged, and what is left out
 
     def __str__(self) -> str:
@@ -1448,7 +1454,8 @@ class Quality(NamedTuple):
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
-    findings, asked = list[list[str]](), defaultdict[str, list[int]](list)
+    findings, asked = list[list[Note]](), defaultdict[str, list[int]](list)
+    only_digits = {pair.answer for pair in kept} <= {*"0123456789"}
     for i, pair in enumerate(kept):
         texts = [message["content"] for message in pair.messages]
         bares, whole = list(map(bare, texts)), "\n\0\n".join(texts)
@@ -1457,17 +1464,15 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
             "a very short question": len(texts[0].strip(" ?!.:")[:9].encode()) < 3,
             "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
             "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
+            "an answer of one digit": only_digits,
         }
-        findings.append([kind for kind, is_there in found.items() if is_there])
+        findings.append([pair.note(kind) for kind, is_there in found.items() if is_there])
         asked[bare("\n".join(texts[:-1]))].append(i)
-    for same in (rows for rows in asked.values() if rows[1:]):
+    for same in (rows for rows in asked.values() if len(rows) > 1):
         for i, other in zip(same, [*same[1:], same[0]], strict=True):
-            findings[i].append(f"another answer to the same question ({kept[other].place})")
-    if {pair.answer for pair in kept} <= {*"0123456789"}:
-        findings = [[*found, "an answer of one digit"] for found in findings]
-    flagged = [Note(*pair[1:], what) for i, pair in enumerate(kept) for what in findings[i]]
-    uncounted = ("blank", "the language is ")  # reasons that say nothing of the quality
-    left_out = [note for note in dropped if not note.reason.startswith(uncounted)]
+            findings[i].append(kept[i].note("another answer to the same question", kept[other]))
+    flagged = list(itertools.chain(*findings))
+    left_out = [note for note in dropped if not note.kind.startswith((BLANK, OTHER_LANGUAGE))]
     counted, good = len(kept) + len(left_out), findings.count([])
     score = good / counted if counted else 1.0
     return Quality(counted, good, score, findings, flagged, flagged + left_out)
@@ -1489,11 +1494,9 @@ PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are what stands around 
 )
 
 
-class Example(TypedDict):
-    """One conversation as the model sees it; a label is IGNORE where nothing is to be learned."""
-
+class Example(TypedDict):  # one conversation as the model sees it
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int]  # IGNORE where nothing is to be learned
 
 
 def tokens_in(example: Example) -> int:
@@ -1533,54 +1536,50 @@ def rendered(tokenizer: Any, template: str, roles: Sequence[str], asking: bool) 
     return str(tokenizer.apply_chat_template(chat, **how))
 
 
-def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
+def pieces(tokenizer: Any, roles: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
     """Prompts exactly as they are asked (False), and answers with their end of turn (True)."""
     render = functools.partial(rendered, tokenizer, tokenizer.get_chat_template())
     answers = [i for i, role in enumerate(roles) if role == "assistant"]
-    found, done = [], ""
+    done = ""
     for i in answers if roles[-1] == "assistant" else [*answers, len(roles)]:
-        prompt = render(roles[:i], True)
+        prompt = render(roles[:i], asking=True)
         if not prompt.startswith(done):
             raise ValueError("it changes how earlier turns look in later ones")
-        found.append((prompt.removeprefix(done), False))
+        yield prompt.removeprefix(done), False
         if i < len(roles):
-            answer = render(roles[: i + 1], False).removeprefix(prompt)
+            answer = render(roles[: i + 1], asking=False).removeprefix(prompt)
             lead, text, rest = answer.partition(PLACEHOLDER.format(i))
             end = special_tokens(tokenizer).search(rest)
             turn = (lead if lead.isspace() else "") + text + rest[: end.end() if end else 0]
-            found.append((turn if end else turn + tokenizer.eos_token, True))
+            yield (turn if end else turn + tokenizer.eos_token), True
             done = prompt + turn
-    return found
 
 
 def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """Ids and labels of a conversation, made together, for training and for every way of asking."""
     special, texts = special_tokens(tokenizer), [message["content"] for message in messages]
-    quoting = any(map(special.search, texts))
+    quotes_special = any(map(special.search, texts))
 
     def tokens_of(piece: str, plain: bool = False) -> list[int]:
         text = re.sub(PLACEHOLDER.format(r"(\d+)"), lambda number: texts[int(number[1])], piece)
-        how = {"add_special_tokens": False, "split_special_tokens": plain}
-        return list(tokenizer(text, **how)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids)
 
-    ids: list[int] = []
-    labels: list[int] = []
-    text = ""
+    ids, labels, chat = list[int](), list[int](), ""
     for piece, is_answer in pieces(tokenizer, tuple(message["role"] for message in messages)):
-        text += piece
-        more = tokens_of(text)  # of the whole text, as other programs tokenize it
-        if quoting or more[: len(ids)] != ids:  # the prompt must stay what it is when asked
-            parts = [
-                tokens_of(part, plain=not n % 2) for n, part in enumerate(special.split(piece))
-            ]
-            more = [*ids, *itertools.chain(*parts)]
+        chat += piece
+        more = tokens_of(chat)  # of all together, as other programs tokenize it
+        if quotes_special or more[: len(ids)] != ids:  # the prompt must stay what it is when asked
+            more = [*ids]
+            for part in special.split(piece):
+                more += tokens_of(part, plain=not special.fullmatch(part))
         labels += more[len(ids) :] if is_answer else [IGNORE] * (len(more) - len(ids))
         ids = more
     return {"input_ids": ids, "labels": labels}
 
 
 def prompt_in_words(tokenizer: Any) -> str:
-    return pieces(tokenizer, ("user",))[0][0].replace(PLACEHOLDER.format(0), "{question}")
+    [(prompt, _)] = pieces(tokenizer, ("user",))
+    return prompt.replace(PLACEHOLDER.format(0), "{question}")
 
 
 def marked(tokenizer: Any, example: Example) -> str:
@@ -1593,27 +1592,22 @@ def marked(tokenizer: Any, example: Example) -> str:
 
 
 def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
-    """Which pairs are for validation; all answers to one question are on the same side.
-
-    With VALIDATION_SPLIT "wordings", every answer keeps a question to be trained on, if that is possible.
-    """
+    """Which pairs are for validation; all answers to one question are on the same side."""
     questions = [fold(pair.messages[0]["content"]) for pair in pairs]
     order = sorted(set(questions))
     random.Random(cfg.SEED).shuffle(order)
-    count = max(1, round(cfg.VALIDATION_FRACTION * len(order)))
-    if not cfg.VALIDATION_FRACTION or len(order) < FEWEST_TO_HOLD_OUT:
-        return [False] * len(pairs)
-    if cfg.VALIDATION_SPLIT == "wordings":
-        spare, last = list[str](), list[str]()
-        answers = defaultdict[str, set[str]](set)
+    enough = cfg.VALIDATION_FRACTION and len(order) >= FEWEST_TO_HOLD_OUT
+    count = max(1, round(cfg.VALIDATION_FRACTION * len(order))) if enough else 0
+    if cfg.VALIDATION_SPLIT == "wordings":  # first, questions whose answers others still teach
+        answers, spare = defaultdict[str, set[str]](set), list[str]()
         for question, pair in zip(questions, pairs, strict=True):
             answers[question].add(fold(pair.answer))
-        left = Counter(answer for own in answers.values() for answer in own)
+        left = Counter(itertools.chain(*answers.values()))
         for question in order:
-            can_go = all(left[answer] > 1 for answer in answers[question])
-            left.subtract(answers[question] if can_go else ())
-            (spare if can_go else last).append(question)
-        order = spare + last
+            if all(left[answer] > 1 for answer in answers[question]):
+                left.subtract(answers[question])
+                spare.append(question)
+        order = list(dict.fromkeys(spare + order))
     held_out = set(order[:count])
     return [question in held_out for question in questions]
 
@@ -2613,7 +2607,7 @@ def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedDa
     fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
     for pair, fit in zip(pairs.kept, fits, strict=True):
         if not fit:
-            pairs.dropped.append(Note(*pair[1:], f"longer than {limit}, {longest} tokens"))
+            pairs.dropped.append(pair.note(f"longer than {limit}, {longest} tokens"))
     examples = list(itertools.compress(examples, fits))
     pairs.kept = list(itertools.compress(pairs.kept, fits))
     quality = quality_of(pairs.kept, pairs.dropped)
@@ -2645,7 +2639,7 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
         raise UserError(f"{data.pairs.name}: {pairs}, but {FEWEST_PAIRS} are needed.\n{fix}")
     if count < ENOUGH_PAIRS:
         say("Warning", f"{pairs} are few; answers become reliable with {ENOUGH_PAIRS} or more.")
-    copies = sum(note.reason.startswith("a copy") for note in data.pairs.dropped)
+    copies = sum(note.kind == COPY for note in data.pairs.dropped)
     score = data.quality.good / max(1, data.quality.counted - copies)  # copies harm nobody
     if score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
         raise UserError(
@@ -3593,12 +3587,12 @@ def ask_both(
 
     asked = list[Asked]()
     for pair in pairs:
-        number = pair.place.removeprefix("row ") if pair.row else ""
+        number = pair.row_label.removeprefix("row ") if pair.row else ""
         row: dict[str, Any] = {"row": number, "question": pair.question, "expected": pair.answer}
         try:
             asked.append((pair, prompt_of(run, pair.messages[:-1], cfg), row))
         except UserError as error:
-            say("Left out", f"{pair.place}: {error}" if pair.row else str(error))
+            say("Left out", f"{pair.row_label}: {error}" if pair.row else str(error))
     size = ANSWERS_AT_ONCE[run.model.device.type]
     groups = [asked[i : i + size] for i in range(0, len(asked), size)]
     for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
@@ -3837,7 +3831,7 @@ def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pai
         for i, counts in given:
             share = f1_score(counts, target)
             if share > closest[i] and text != own[i]:
-                rows[i], closest[i] = pair.place, share
+                rows[i], closest[i] = pair.row_label, share
     return rows
 
 
@@ -4019,7 +4013,10 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
 def quality_record(quality: Quality) -> dict[str, Any]:
     parts = {}
     for kind, notes in by_kind(quality.notes).items():
-        share, places = round(len(notes) / quality.counted, 4), [note[:2] for note in notes]
+        share, places = (
+            round(len(notes) / quality.counted, 4),
+            [(one.sheet, one.row) for one in notes],
+        )
         parts[kind] = {"rows": len(notes), "share": share, "places": places}
     score = round(quality.score, 4) if quality.counted else None
     counts = {"rows_counted": quality.counted, "rows_good": quality.good}
@@ -4369,7 +4366,7 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
     """Notes of one kind together, whatever row they point to; the most frequent kind first."""
     kinds = defaultdict[str, list[Note]](list)
     for note in notes:
-        kinds[note.reason.partition(" (row ")[0]].append(note)
+        kinds[note.kind].append(note)
     return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
 
 
@@ -4468,15 +4465,18 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[An
         found.append((kind, len(notes), ", ".join(str(note.row) for note in notes[:50])))
     held_out = set(map(id, data.validation_pairs))
     lengths: list[Any] = data.tokens or [None] * len(pairs.kept)
-    for pair, tokens, flaws in zip(pairs.kept, lengths, quality.findings, strict=True):
+    for pair, tokens, notes in zip(pairs.kept, lengths, quality.findings, strict=True):
         *turns, _ = (f"{one['role']}: {one['content']}" for one in pair.messages)
         question = "\n\n".join(turns) if turns[1:] else pair.question
         side = "yes" if id(pair) in held_out else "no"
-        kept.append((*pair[1:], question, pair.answer, tokens, side, "; ".join(flaws)))
-    cells = {(part.place, number): row for part in pairs.parts for number, row in part.table.rows}
+        flaws = "; ".join(note.reason for note in notes)
+        kept.append((pair.sheet, pair.row, question, pair.answer, tokens, side, flaws))
+    cells = {(part.sheet, number): row for part in pairs.parts for number, row in part.table.rows}
     for note in pairs.dropped:
         content = cells.get((note.sheet, note.row), [])
-        dropped.append((*note, " | ".join(str(cell) for cell in content if cell)))
+        dropped.append(
+            (note.sheet, note.row, note.reason, " | ".join(str(cell) for cell in content if cell))
+        )
     settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
     titles = "sheet,row,question,answer,tokens,held out,findings".split(",")
     return {
@@ -4815,7 +4815,7 @@ def questions_in_tables(path: Path, cfg: Config) -> list[Pair]:
         return found
     for part in parts:
         if part.columns:
-            every = questions_in_column(part.table, next(iter(part.columns)), part.place)
+            every = questions_in_column(part.table, next(iter(part.columns)), part.sheet)
             found += (every | {pair.row: pair for pair in part.kept}).values()
         else:
             found += part.kept
@@ -5781,7 +5781,7 @@ def check_record(
 ) -> dict[str, Any]:
     """What `check --json` prints; every key is there, whatever was found."""
     pairs, quality = (data.pairs, data.quality) if data else (None, quality_of([], []))
-    record = quality_record(quality)
+    record, dropped = quality_record(quality), pairs.dropped if pairs else []
     return {
         "ready": not problems,
         "file": pairs.name if pairs else local_path(redacted(cfg.DATASET_PATH)).name,
@@ -5792,7 +5792,7 @@ def check_record(
         **dict.fromkeys(("pairs_kept", "pairs_unique"), len(pairs.kept) if pairs else 0),
         "pairs_held_out": len(data.validation_pairs) if data else 0,
         "other_tables": pairs.other_tables if pairs else [],
-        "dropped": [note._asdict() for note in pairs.dropped] if pairs else [],
+        "dropped": [{"sheet": one.sheet, "row": one.row, "reason": one.reason} for one in dropped],
         "quality": record["score"],
         "quality_parts": record["parts"],
         "problems": problems + grouped(quality.flagged),
