@@ -1648,12 +1648,16 @@ class Device(NamedTuple):
     """Where the model runs, in which dtype, and what the hardware can do."""
 
     kind: str  # "cuda", "mps" or "cpu"
-    dtype: str  # of the computation; the weights of the adapter are float32 everywhere
+    dtype: str  # that it computes in; the weights of the adapter are always float32
     four_bit: bool
     reason: str  # for the person
     flops: float = 0  # operations per second
     bandwidth: float = 0  # bytes per second
     memory: float = 0  # free bytes
+
+    @property
+    def usable_memory(self) -> float:
+        return USABLE_MEMORY[self.kind] * self.memory
 
 
 class Outline(NamedTuple):
@@ -1664,7 +1668,12 @@ class Outline(NamedTuple):
     vocabulary: int
     parameters: int
     linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
-    adapted: Sequence[tuple[int, int]] = ()  # those of the layers that get an adapter
+    adapted: Sequence[tuple[int, int]] = ()  # the sizes of the layers that get an adapter
+
+
+class Cost(NamedTuple):
+    seconds: float
+    memory: float  # bytes
 
 
 class Plan(NamedTuple):
@@ -1674,13 +1683,13 @@ class Plan(NamedTuple):
     steps: int
     warmup_steps: int
     tokens_per_epoch: int
-    pairs: int  # per step
-    tokens_at_once: int  # at most, unless one pair alone has more
+    pairs: int  # in each step
+    tokens_at_once: int  # most tokens in a row, unless one pair alone has more
     checkpointing: bool
     reason: str
-    seconds: float | None = None  # of all steps
+    seconds: float | None = None  # for all steps
     asking_seconds: float = 0  # for the questions at the end
-    memory_gb: float | None = None  # at most
+    memory_gb: float | None = None  # highest during the training
 
 
 # What large 16-bit matrix products reach, derived from public figures; none was timed here.
@@ -1689,8 +1698,9 @@ GPUS = {  # compute capability; operations per second, bytes per second, free by
     "L4": ((8, 9), (60e12, 240e9, 23.1e9)),
     "A100": ((8, 0), (180e12, 1200e9, 41.9e9)),
 }
-# Tokens at once beyond which it gets no faster; usable share of free memory; bytes for the libraries
-LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
+USEFUL_TOKENS = {"cuda": 3000, "mps": 3000, "cpu": 1000}  # at once; more is not faster
+USABLE_MEMORY = {"cuda": 0.9, "mps": 0.8, "cpu": 0.8}  # share of what is free
+LIBRARIES = {"cuda": 0.6e9, "mps": 0.93e9, "cpu": 0.93e9}  # bytes that they take
 # Each has a key-value cache: 0.3 MB per token with phi-2
 ANSWERS_AT_ONCE = {"cuda": 24, "mps": 10, "cpu": 10}
 MOST_GENERAL = 10  # questions of the exam that have nothing to do with the data
@@ -1751,8 +1761,8 @@ def flops_of_processor() -> float:
 
 def cost_of(
     cfg: Config, model: Outline, device: Device, recomputing: bool, tokens: float, targets: float
-) -> tuple[float, float]:
-    """Seconds to train on so many tokens and targets, and the bytes to compute them all at once."""
+) -> Cost:
+    """The time to train on so many tokens and targets, and the memory to do so all at once."""
     size = bytes_of(device.dtype)
     inner = max(inputs for inputs, _ in model.linear.values())
     gated = any("gate" in name for name in model.linear)
@@ -1766,14 +1776,18 @@ def cost_of(
         of_token = model.blocks * 4 * model.hidden + kept + masks / model.blocks
     of_token += 4 * size * inner
     adapter = cfg.LORA_R * sum(map(sum, model.adapted))
-    memory = LIMITS_OF[device.kind][2] + model.parameters * (0.65 if device.four_bit else size)
+    memory = LIBRARIES[device.kind] + model.parameters * (0.65 if device.four_bit else size)
     memory += 16 * adapter + tokens * of_token + targets * 12 * model.vocabulary
     # 4 operations per weight; 6 per adapter weight, whose narrow products are 4 times slower
     weights = sum(map(math.prod, model.linear.values()))
     operations = tokens * (weights * (6 if recomputing else 4) + 24 * adapter)
     operations += targets * 4 * model.hidden * model.vocabulary
     moved = 10 * tokens * model.blocks * kept  # fitted to a processor (benchmarks/estimate.py)
-    return operations / device.flops + moved / device.bandwidth, memory
+    return Cost(operations / device.flops + moved / device.bandwidth, memory)
+
+
+def may_pack(cfg: Config) -> bool:
+    return cfg.PACKING and not cfg.NEFTUNE_ALPHA  # the Trainer's noise knows one pair per row only
 
 
 def plan_run(
@@ -1781,38 +1795,61 @@ def plan_run(
 ) -> Plan:
     """The steps, and how many tokens are computed at once, which does not change the result."""
     lengths = sorted(map(tokens_in, examples), reverse=True)
+    longest, pairs = lengths[0], cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    steps_per_epoch = math.ceil(len(lengths) / pairs)
+    steps = cfg.MAX_STEPS or steps_per_epoch * cfg.NUM_EPOCHS
+    at_once, reason, recomputing = cfg.TOKENS_AT_ONCE, "as set", cfg.GRADIENT_CHECKPOINTING
+    if not may_pack(cfg):
+        at_once, reason = longest, "each pair has a row of its own"
+    elif not at_once:
+        at_once = min(USEFUL_TOKENS[device.kind], sum(lengths[:pairs]))
+        reason = "more would not be faster"
+    if model:
+        room = functools.partial(tokens_that_fit, cfg, model, device)
+        if recomputing is None:
+            recomputing = room(recomputing=False) < longest
+        if not cfg.TOKENS_AT_ONCE and room(recomputing) < at_once:
+            at_once = max(room(recomputing), longest)
+            reason = f"as many as fit into {device.usable_memory / 1e9:.0f} GB"
+        if recomputing:
+            why = "as set" if cfg.GRADIENT_CHECKPOINTING else "to save memory"
+            reason += f"; gradient checkpointing {why}"
+    plan = Plan(
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=int(cfg.WARMUP_RATIO * steps),
+        tokens_per_epoch=sum(lengths),
+        pairs=pairs,
+        tokens_at_once=at_once,
+        checkpointing=bool(recomputing),
+        reason=reason,
+    )
+    return estimated(plan, cfg, examples, device, model) if model else plan
+
+
+def tokens_that_fit(cfg: Config, model: Outline, device: Device, recomputing: bool) -> int:
+    """How many tokens memory holds at once, if all of them are targets."""
+    empty, one = (cost_of(cfg, model, device, recomputing, n, n).memory for n in (0, 1))
+    return int(max(0, device.usable_memory - empty) / (one - empty))
+
+
+def estimated(
+    plan: Plan, cfg: Config, examples: Sequence[Example], device: Device, model: Outline
+) -> Plan:
+    """The plan with the time of its steps, that of the exam, and the memory."""
+    lengths = sorted(map(tokens_in, examples), reverse=True)
     targets = [sum(label != IGNORE for label in example["labels"]) for example in examples]
-    tokens, pairs = sum(lengths), cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
-    epoch = math.ceil(len(lengths) / pairs)
-    steps, recompute = cfg.MAX_STEPS or epoch * cfg.NUM_EPOCHS, cfg.GRADIENT_CHECKPOINTING
-    most, usable, _ = LIMITS_OF[device.kind]
-    at_once = cfg.TOKENS_AT_ONCE or min(most, sum(lengths[:pairs]))
-    reason = "as set" if cfg.TOKENS_AT_ONCE else "more would not be faster"
-    figures = (epoch, steps, int(cfg.WARMUP_RATIO * steps), tokens, pairs)
-    if model is None:
-        return Plan(*figures, at_once, bool(recompute), reason)
-    cost = functools.partial(cost_of, cfg, model, device)
-    for recomputing in [False, True] if recompute is None else [recompute]:
-        (_, fixed), (_, with_one) = cost(recomputing, 0, 0), cost(recomputing, 1, 1)
-        room = int(max(0, usable * device.memory - fixed) / (with_one - fixed))
-        if room >= lengths[0]:
-            break
-    if not cfg.TOKENS_AT_ONCE and room < at_once:
-        at_once = max(room, lengths[0])
-        reason = f"as many as fit into {usable * device.memory / 1e9:.0f} GB"
-    if recomputing:
-        reason += f"; gradient checkpointing {'as set' if recompute else 'to save memory'}"
-    seconds, _ = cost(recomputing, tokens, sum(targets))
-    # kernels per block: 400 for a row, 10 for each example in it, 125 for a generated token
-    rows = max(epoch, math.ceil(tokens / at_once))
-    seconds = max(seconds, model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH)
-    row = max(min(at_once, sum(lengths[:pairs])), lengths[0])
-    _, memory = cost(recomputing, row, row * sum(targets) / tokens)
-    asking = asking_tokens(cfg, device, len(targets), max(targets))
-    reading = model.parameters * (4 if device.dtype == "float32" else 2.5) / device.bandwidth
-    asking *= max(reading, model.blocks * 125 * LAUNCH)
-    seconds *= steps / epoch / world_size()
-    return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
+    tokens, cost = sum(lengths), functools.partial(cost_of, cfg, model, device, plan.checkpointing)
+    rows = max(plan.steps_per_epoch, math.ceil(tokens / plan.tokens_at_once))
+    # kernels per block: 400 for a row, 10 for each example in it
+    launching = model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH
+    epoch = max(cost(tokens, sum(targets)).seconds, launching)
+    largest_row = max(min(plan.tokens_at_once, sum(lengths[: plan.pairs])), lengths[0])
+    return plan._replace(
+        seconds=epoch * (plan.steps / plan.steps_per_epoch / world_size()),
+        asking_seconds=exam_seconds(cfg, device, model, len(targets), max(targets)),
+        memory_gb=cost(largest_row, largest_row * sum(targets) / tokens).memory / 1e9,
+    )
 
 
 def most_tokens(longest: int) -> int:
@@ -1820,20 +1857,25 @@ def most_tokens(longest: int) -> int:
     return 16 + longest * 3 // 2
 
 
-def asking_tokens(cfg: Config, device: Device, pairs: int, longest: int) -> float:
-    """Tokens that are generated one after another for the exam, in all of its batches.
+def exam_seconds(cfg: Config, device: Device, model: Outline, pairs: int, longest: int) -> float:
+    """The time to generate all answers of the exam, one token after another in each batch.
 
     Untrained, the model generates until it is cut off; tuned, about as much as it has learned.
     """
-    base, size = min(cfg.MAX_TOKENS, most_tokens(longest)), ANSWERS_AT_ONCE[device.kind]
+    base = min(cfg.MAX_TOKENS, most_tokens(longest))
     tuned = min(base, longest)
-    held_out, asked, general = (
-        math.ceil(min(count, pairs) / size) * bool(cfg.EVAL_ANSWERS)
-        for count in (cfg.EVAL_ANSWERS, cfg.EXAM_QUESTIONS, min(MOST_GENERAL, cfg.EXAM_QUESTIONS))
-    )
-    elsewhere = (GENERAL_TOKENS + 2 * most_tokens(GENERAL_TOKENS)) * general
-    in_other_words = PARAPHRASE_TOKENS * asked + 2 * asked * tuned
-    return (held_out + asked) * (base + tuned) + in_other_words + elsewhere
+    reworded = PARAPHRASE_TOKENS + 2 * tuned
+    general = GENERAL_TOKENS + 2 * most_tokens(GENERAL_TOKENS)
+
+    def batches(questions: int) -> int:
+        return math.ceil(min(questions, pairs) / ANSWERS_AT_ONCE[device.kind])
+
+    tokens = batches(cfg.EVAL_ANSWERS) * (base + tuned)
+    tokens += batches(cfg.EXAM_QUESTIONS) * (base + tuned + reworded)
+    tokens += batches(min(MOST_GENERAL, cfg.EXAM_QUESTIONS)) * general
+    reading = model.parameters * (4 if device.dtype == "float32" else 2.5) / device.bandwidth
+    of_token = max(reading, model.blocks * 125 * LAUNCH)  # 125 kernels per block
+    return tokens * of_token if cfg.EVAL_ANSWERS else 0
 
 
 def in_time(seconds: float) -> str:
@@ -1913,7 +1955,7 @@ TARGET_GROUPS = {
 }
 BASE_PLACE = "base_model_folder.txt"  # where the base lies on this computer; never in the zip
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
-DEMO_STEPS = 100  # of pretraining; fewer leave the model without words
+DEMO_STEPS = 100  # with fewer, its pretraining leaves the model without words
 # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need; MAX_LENGTH decides the length
 DEMO_SHAPE: dict[str, Any] = {"hidden_size": 320, "intermediate_size": 1280, "vocab_size": 1024}
 DEMO_SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32_768}
@@ -1957,6 +1999,12 @@ def demo_folder() -> Path:
         tokenizer.save_pretrained(staged)
         model.save_pretrained(staged)
     return folder
+
+
+def is_demo(model: Any) -> bool:
+    """By its sizes: a folder of somebody else may be called demo, too."""
+    sizes = "hidden_size", "vocab_size"
+    return all(getattr(model.config, size, 0) == DEMO_SHAPE[size] for size in sizes)
 
 
 # -- The base model
@@ -2014,28 +2062,34 @@ def base_name(cfg: Config) -> str:
 
 
 def base_source(cfg: Config) -> dict[str, Any]:
-    """Where transformers finds the base: a folder, or one commit on the Hub, kept from now on."""
+    """What from_pretrained needs: the folder or the pinned commit, and never the model's own code."""
+    return {
+        "pretrained_model_name_or_path": str(local_base(cfg) or cfg.MODEL_NAME),
+        "revision": cfg.MODEL_REVISION or "main",
+        "trust_remote_code": False,  # if unset, transformers asks, and a y runs it
+    }
+
+
+def pin_revision(cfg: Config) -> None:
+    """Set MODEL_REVISION to one commit on the Hub; a branch may move at any time."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
-    # never with the model's own code; if unset, transformers asks, and a y runs it
-    source: dict[str, Any] = {"trust_remote_code": False}
-    if folder := local_base(cfg):
-        return source | {"pretrained_model_name_or_path": str(folder)}
-    name, revision = cfg.MODEL_NAME, cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    commit = Path(cached).parent.name if isinstance(cached, str) else ""
-    if not commit or commit != revision:  # a branch may move at any time
-        try:
-            commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
-        except errors.HfHubHTTPError:
-            if not commit:
-                raise
-        except Exception as error:  # each network library has its own
-            if not commit:
-                missing = f"revision {revision or 'main'} is not here, and the Hub cannot be"
-                raise ConnectionError(f"{missing} reached ({type(error).__name__})") from None
-    cfg.MODEL_REVISION = commit
-    return source | {"pretrained_model_name_or_path": name, "revision": commit}
+    with explained_model(cfg):
+        if local_base(cfg):
+            return
+        name, revision = cfg.MODEL_NAME, cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        commit = Path(cached).parent.name if isinstance(cached, str) else ""
+        if commit != revision:
+            try:
+                commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
+            except Exception as error:  # each network library has its own
+                if not commit and isinstance(error, errors.HfHubHTTPError):
+                    raise
+                if not commit:
+                    missing = f"revision {revision or 'main'} is not here, and the Hub cannot be"
+                    raise ConnectionError(f"{missing} reached ({type(error).__name__})") from None
+        cfg.MODEL_REVISION = commit
 
 
 def base_config(cfg: Config) -> Any:
@@ -2053,7 +2107,7 @@ def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a bare config
             raise OSError("it has no tokenizer")
     set_template(cfg, tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # of batches; never a label
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # never a label
     return tokenizer
 
 
@@ -2095,11 +2149,13 @@ def outline_of(config: Any) -> Outline:
     return Outline(*figures, linear_layers(model))
 
 
-def known_outline(cfg: Config) -> Outline | None:
-    """The outline of MODEL_NAME, or None; loading the model will then explain why."""
-    with suppress(Exception):
-        return outline_of(base_config(cfg))
-    return None
+def find_base(cfg: Config) -> tuple[transformers.PreTrainedTokenizerBase, Outline | None]:
+    """The tokenizer and the sizes of the base, whose commit is pinned first."""
+    pin_revision(cfg)
+    tokenizer = load_tokenizer(cfg)
+    with suppress(Exception):  # loading the model will explain why
+        return tokenizer, outline_of(base_config(cfg))
+    return tokenizer, None
 
 
 def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
@@ -2110,7 +2166,7 @@ def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    enable_progress_bars()  # of downloads alone
+    enable_progress_bars()  # only downloads show a bar
     dtype, options = getattr(torch, device.dtype), {}
     if device.four_bit:
         how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -2143,7 +2199,7 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     """Without an NVIDIA GPU the weights lie in the computer's own memory."""
     import psutil
 
-    each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
+    each = 1 if device.four_bit else bytes_of(device.dtype)  # 4 bits, with all that comes along
     need, memory = parameters * each * world_size(), psutil.virtual_memory().total
     if device.kind != "cuda" and need > memory:
         raise UserError(
@@ -2214,7 +2270,7 @@ def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
 
 def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
     settings = lora_config(cfg, adapted_layers(cfg, linear_layers(base)))
-    with warnings.catch_warnings():  # of transformers' own names, and of what peft sets by itself
+    with warnings.catch_warnings():  # about transformers' own names and what peft sets by itself
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out")
         model = usable_peft().get_peft_model(base, settings)
     model.peft_config["default"].base_model_name_or_path = base_name(cfg)
@@ -2253,7 +2309,7 @@ def layers_in(adapter: Path) -> list[str]:
 class Run:
     """A finished run, which can answer as the base model and as the tuned one."""
 
-    cfg: Config  # of its training
+    cfg: Config  # the settings of its training
     tokenizer: Any
     model: Any = None  # with an adapter that can be switched off, or with one that was merged
     place: Path = Path()  # the folder or zip that the person named
@@ -2278,14 +2334,15 @@ class Run:
     def device(self) -> Device:
         device = device_here(self.cfg)
         say("Device", device.reason)
-        fast = device.four_bit and device.kind == "cpu"  # where bitsandbytes is fast in this form
+        fast = device.four_bit and device.kind == "cpu"  # bitsandbytes is fast in bfloat16
         return device._replace(dtype="bfloat16") if fast else device
 
     @functools.cached_property
     def base_settings(self) -> Config:
-        """The settings, with the folder where a local base is now."""
+        """The settings, with the folder where a local base is now, or the commit of another."""
         name, note = self.cfg.MODEL_NAME, self.folder / BASE_PLACE
         if not name.startswith("./"):
+            pin_revision(self.cfg)
             return self.cfg
         noted = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
         for folder in (*noted, self.folder / name, self.place.absolute().parent / name):
@@ -2331,7 +2388,7 @@ def load_tuned(place: Path, four_bit: bool | None = None) -> Run:
             f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp.\n"
             "To ask the model here, name the folder of the training: --output-dir ./model"
         )
-    if four_bit is not None or merged:  # which 4 bits would round once more
+    if four_bit is not None or merged:  # 4 bits would round merged weights once more
         run.cfg.LOAD_IN_4BIT = bool(four_bit)
     if merged:
         run.model = load_base(changed(run.cfg, MODEL_NAME=str(run.folder)), run.device).eval()
@@ -2366,7 +2423,7 @@ def open_run(place: Path) -> Run:
         cfg = checked({name: settings[name] for name in known})
         record["examples"] = [str(text) for text in record.get("examples") or []]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        set_template(cfg, tokenizer)  # which the first edition did not save
+        set_template(cfg, tokenizer)  # the first edition did not save it
         with_adapter = (folder / "adapter_config.json").is_file()
         adapter = load_file(folder / ADAPTER) if with_adapter else {}
     run = Run(cfg, tokenizer, None, place, folder, record, adapter)
@@ -2438,7 +2495,7 @@ def attend_in_each_example(
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     how = {"dropout_p": settings.get("dropout", 0.0), "scale": settings.get("scaling")}
-    look_back = settings.get("sliding_window")  # of some models
+    look_back = settings.get("sliding_window")  # some models have one
     sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         window, length = None, q.shape[2]
@@ -2595,34 +2652,32 @@ class PreparedData:
     validation: list[Example]
 
 
-def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedData:
-    """Tokenize, drop from `pairs` what is too long, split; offline, go on without a tokenizer."""
-    tokenizer = None
-    with suppress(UnreachableError) if offline else nullcontext():
-        tokenizer = load_tokenizer(cfg)
-    examples = [encode(tokenizer, pair.messages) for pair in pairs.kept if tokenizer]
-    lengths = list(map(tokens_in, examples))
+def prepare_data(cfg: Config, pairs: Pairs, tokenizer: Any) -> PreparedData:
+    """Tokenize, drop from `pairs` what is too long, split; without a tokenizer, only split."""
     longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
     limit = "MAX_LENGTH" if longest == cfg.MAX_LENGTH else "what the model can take"
-    fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
-    for pair, fit in zip(pairs.kept, fits, strict=True):
-        if not fit:
+    kept, overlong = list[tuple[Pair, Example | None]](), list[int]()
+    for pair in pairs.kept:
+        example = encode(tokenizer, pair.messages) if tokenizer else None
+        if example and tokens_in(example) > longest:
+            overlong.append(tokens_in(example))
             pairs.dropped.append(pair.note(f"longer than {limit}, {longest} tokens"))
-    examples = list(itertools.compress(examples, fits))
-    pairs.kept = list(itertools.compress(pairs.kept, fits))
-    quality = quality_of(pairs.kept, pairs.dropped)
-    validation = split_validation(pairs.kept, cfg)
-    train = [not one for one in validation]
+        else:
+            kept.append((pair, example))
+    pairs.kept = [pair for pair, _ in kept]
+    held_out = split_validation(pairs.kept, cfg)
+    train = [one for one, is_held_out in zip(kept, held_out, strict=True) if not is_held_out]
+    validation = [one for one, is_held_out in zip(kept, held_out, strict=True) if is_held_out]
     return PreparedData(
         tokenizer,
         pairs,
-        quality,
-        tokens=[length for length in lengths if length <= longest],
-        overlong=[length for length in lengths if length > longest],
-        train_pairs=list(itertools.compress(pairs.kept, train)),
-        validation_pairs=list(itertools.compress(pairs.kept, validation)),
-        train=list(itertools.compress(examples, train)),
-        validation=list(itertools.compress(examples, validation)),
+        quality_of(pairs.kept, pairs.dropped),
+        tokens=[tokens_in(example) for _, example in kept if example],
+        overlong=overlong,
+        train_pairs=[pair for pair, _ in train],
+        validation_pairs=[pair for pair, _ in validation],
+        train=[example for _, example in train if example],
+        validation=[example for _, example in validation if example],
     )
 
 
@@ -2675,11 +2730,9 @@ def shares_of_steps(examples: Sequence[Example], plan: Plan, seed: int) -> list[
     for epoch in range(math.ceil(plan.steps / plan.steps_per_epoch)):
         order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
         steps += [order[i : i + plan.pairs] for i in range(0, len(order), plan.pairs)]
-    count = world_size()
-    nothing = Example(
-        input_ids=[0], labels=[IGNORE]
-    )  # for a process that gets no pair of a short step
     steps = [sorted(step, key=tokens_in) for step in steps[: plan.steps]]
+    count = world_size()
+    nothing = Example(input_ids=[0], labels=[IGNORE])  # for a process without a pair
     return [step[process::count] or [nothing] for step in steps for process in range(count)]
 
 
@@ -2781,8 +2834,8 @@ def fingerprint(content: Any) -> str:
 
 def identity_of(cfg: Config, data: PreparedData, device: Device) -> dict[str, Any]:
     """Everything that decides the adapter. Where it is equal, a checkpoint may be resumed."""
+    base: Any = cfg.MODEL_REVISION
     with explained_model(cfg):
-        base = base_source(cfg).get("revision")
         if folder := local_base(cfg):
             files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
             base = [checksum(path) for path in files]
@@ -2821,7 +2874,7 @@ class RunStats:
     tokens_at_once: int = 0
     seconds: float = 0.0  # of all steps, without measuring and saving
     peak_memory_gb: float = 0.0
-    skipped_steps: int = 0  # whose gradient was not finite
+    skipped_steps: int = 0  # their gradient was not finite
     finished: bool = False
     versions: str = ""  # of the packages that wrote the checkpoint
 
@@ -2845,11 +2898,11 @@ class Checkpoint(NamedTuple):
 def read_commit(folder: Path) -> Checkpoint:
     """What COMMIT.json claims, maybe a stranger's; ValueError where that makes no sense."""
     try:
-        sealed = json.loads((folder / COMMIT).read_bytes())
-        record = sealed["record"] | {"stats": RunStats(**sealed["record"]["stats"])}
+        commit = json.loads((folder / COMMIT).read_bytes())
+        record = commit["record"] | {"stats": RunStats(**commit["record"]["stats"])}
         local = all(Path(name).name == name for name, (_, _) in record["files"].items())
         typed = isinstance(record["step"], int) and isinstance(record["identity"], dict)
-        if local and typed and sealed["sha256"] == fingerprint(sealed["record"]):
+        if local and typed and commit["sha256"] == fingerprint(commit["record"]):
             return Checkpoint(folder, **record)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -2871,36 +2924,51 @@ class Checkpoints:
 
     def starting_point(self) -> Checkpoint | None:
         """The newest valid checkpoint: here, in the mirror, or as named; copied here if elsewhere."""
+        self.say_what_is_new()
+        source = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
+        is_first = is_main_process()  # the others then find what it has chosen, in the folder
+        starts_anew = is_first and not self.cfg.RESUME
+        if starts_anew:
+            source = self.set_aside(source)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
+            found = [] if starts_anew else [*itertools.islice(self.valid(self.places), 1)]
+            if self.cfg.RESUME_FROM_CHECKPOINT and is_first:
+                found += self.named(source, Path(unpacked))
+            newest = max(found, key=lambda one: one.step, default=None)
+            self.last = newest and self.fetched(newest)
+        if self.last:
+            self.best_adapter = self.last.best_adapter.read_bytes()
+        elif any(any(place.glob("incomplete-*")) for place in self.places):
+            say("Warning", "no checkpoint is valid, so the training starts from the beginning")
+        return self.last
+
+    def say_what_is_new(self) -> None:
+        """How a run without checkpoints of its own differs from the latest one beside it."""
         others = [*self.folder.parent.glob("*/checkpoint-*/" + COMMIT)]
         if others and not self.folder.exists():
             other = max(others, key=lambda path: path.stat().st_mtime).parent
             with suppress(ValueError):
                 changed = differences(self.identity, read_commit(other).identity)
                 say("New run", f"{short_path(other.parent)} is kept. What differs: {changed}")
-        is_first = is_main_process()  # the others then find what it has chosen, in the folder
-        resumes, named = self.cfg.RESUME or not is_first, self.cfg.RESUME_FROM_CHECKPOINT
-        source = local_path(named).resolve()
-        for place in filter(Path.exists, () if resumes else self.places):
+
+    def set_aside(self, source: Path) -> Path:
+        """Rename what --no-resume does not use; what `source` is called now, if it was in there."""
+        for place in filter(Path.exists, self.places):
             with warned(f"{place} is in the way") if place != self.folder else nullcontext():
                 renamed = quarantine(place, f"{place.name}.unused", "RESUME is off")
                 if source.is_relative_to(place):
                     source = renamed / source.relative_to(place)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
-            found = [*itertools.islice(self.valid(self.places if resumes else []), 1)]
-            if named and is_first:
-                found += self.named(source, Path(unpacked))
-            self.last = max(found, key=lambda one: one.step, default=None)
-            if self.last and self.last.folder != self.folder / f"checkpoint-{self.last.step}":
-                say("Checkpoint", f"step {self.last.step} is newer and is fetched from elsewhere")
-                advice = 'Make room, or wait for the drive, or go without: --checkpoint-mirror ""'
-                with explained(f"{self.last.folder} could not be copied.", advice):
-                    self.last = self.copy(self.last, self.folder)
-        if self.last:
-            self.best_adapter = self.last.best_adapter.read_bytes()
-        if not self.last and any(any(place.glob("incomplete-*")) for place in self.places):
-            say("Warning", "no checkpoint is valid, so the training starts from the beginning")
-        return self.last
+        return source
+
+    def fetched(self, found: Checkpoint) -> Checkpoint:
+        """The same checkpoint in the folder of this run."""
+        if found.folder == self.folder / f"checkpoint-{found.step}":
+            return found
+        say("Checkpoint", f"step {found.step} is newer and is fetched from elsewhere")
+        advice = 'Make room, or wait for the drive, or go without: --checkpoint-mirror ""'
+        with explained(f"{found.folder} could not be copied.", advice):
+            return self.copy(found, self.folder)
 
     def named(self, place: Path, unpacked: Path) -> list[Checkpoint]:
         """The checkpoints in the folder or zip that RESUME_FROM_CHECKPOINT names."""
@@ -3116,8 +3184,17 @@ DIVERGED = (
     "The training diverges: the loss is above where it began, and over three times its usual value.\n"
     "The last checkpoint is kept. Train again with --learning-rate {:g}"
 )
+RISING = (
+    "the validation loss has been above that of step {} for a third of the run, so more training makes "
+    "it worse. --early-stopping-patience 3 would stop it early."
+)
+FLAT = (
+    "the loss has not fallen in the first tenth of the run. If it stays so, try another --learning-rate, "
+    "and look at the data with the command check."
+)
+# Settings that TrainingArguments calls the same, in lower case
 SAME_NAMES = "LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM SEED LOGGING_STEPS SAVE_STEPS REPORT_TO"
-MOST_BAD_STEPS = 3  # in a row, whose gradient is not finite
+MOST_BAD_STEPS = 3  # in a row with a gradient that is not finite
 
 
 def optimizer_name(cfg: Config, device: Device) -> str:
@@ -3130,7 +3207,11 @@ def optimizer_name(cfg: Config, device: Device) -> str:
 
 @dataclass(eq=False, repr=False)
 class AnswerTrainer(Trainer):
-    """The Trainer and its callback in one: steps without padding, checkpoints that are verified."""
+    """The Trainer and its callback in one: steps without padding, checkpoints that are verified.
+
+    The Trainer calls the methods in the order in which they stand here; on_step_end decides whether log,
+    evaluate and _save_checkpoint follow.
+    """
 
     cfg: Config
     adapted: PeftModel
@@ -3162,7 +3243,7 @@ class AnswerTrainer(Trainer):
         if self.accelerator.scaler:
             scaler = torch.amp.GradScaler(self.args.device.type, init_scale=FIRST_SCALE)
             self.accelerator.scaler = scaler
-        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
+        if self.pop_callback(transformers.ProgressCallback):  # it would print every figure
             bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
             self.add_callback(bar)
 
@@ -3201,13 +3282,6 @@ class AnswerTrainer(Trainer):
         arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
         return arguments
 
-    def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
-        """This process's share of one step: its rows, and what the Trainer counts."""
-        (examples,) = shares
-        shared, whole = may_share_rows(self.adapted), flatten(examples, shared=False)
-        rows = [flatten(row, shared) for row in pack(examples, self.plan.tokens_at_once)]
-        return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
-
     def run(self, start: Checkpoint | None) -> None:
         """Train to the last step, or to the end of the step in which a signal arrives."""
         try:
@@ -3227,12 +3301,15 @@ class AnswerTrainer(Trainer):
             step = f"Step {self.state.global_step} of {self.state.max_steps}"
             raise Stopped(self.stop[0], f"{step} is saved, and {resume_hint(self.cfg)}.")
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # a float16 run may be resumed without a scaler
+            super()._load_scaler(checkpoint)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         import torch
 
-        state.compute_steps(
-            args, args.max_steps
-        )  # otherwise the intervals in the checkpoint would apply
+        # otherwise the intervals in the checkpoint would apply
+        state.compute_steps(args, args.max_steps)
         self.session_start = state.global_step, self.stats.seconds
         if args.device.type != "cpu":  # a row too large for memory had better fail now
             most, shared = self.plan.tokens_at_once, may_share_rows(self.adapted)
@@ -3241,6 +3318,13 @@ class AnswerTrainer(Trainer):
             with torch.random.fork_rng():
                 super().training_step(self.model_wrapped, flatten(largest, shared), 1)
             self.model_wrapped.zero_grad()
+
+    def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        """This process's share of one step: its rows, and what the Trainer counts."""
+        (examples,) = shares
+        shared, whole = may_share_rows(self.adapted), flatten(examples, shared=False)
+        rows = [flatten(row, shared) for row in pack(examples, self.plan.tokens_at_once)]
+        return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Add up the gradients and losses of the rows; a step that is not finite changes nothing."""
@@ -3260,9 +3344,42 @@ class AnswerTrainer(Trainer):
         if self.bad_steps == MOST_BAD_STEPS:
             raise UserError(NOT_A_NUMBER)
         self.lost_loss = True
-        if not self.accelerator.scaler:  # which leaves the step out itself
+        if not self.accelerator.scaler:  # a scaler leaves the step out itself
             model.zero_grad()
-        return torch.zeros_like(loss)  # with a NaN, the Trainer's sum would stay one for ever
+        return torch.zeros_like(loss)  # the Trainer's sum of losses would stay NaN for ever
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.stats.seconds += time.perf_counter() - self.step_began
+        first_step, seconds_before = self.session_start
+        steps = state.global_step - first_step
+        of_step = (self.stats.seconds - seconds_before) / steps
+        left = of_step * (args.max_steps - state.global_step) + self.plan.asking_seconds
+        if steps == 3 and left > 60:
+            with tqdm.external_write_mode():
+                say("Estimate", f"after three steps: {in_time(left)} left")
+        state.epoch = state.global_step / self.plan.steps_per_epoch  # passes over the data
+        overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
+        control.should_save |= self.has_to_save(control, overdue)
+        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
+
+    def has_to_save(self, control: Any, overdue: bool = False) -> bool:
+        """Whether it is time, or an end is asked for: in all processes after the same step."""
+        late, number = self.highest(overdue, sum(self.stop))
+        if number:
+            self.stop[:] = [int(number)]
+            control.should_training_stop = True
+        return bool(late or number)
+
+    def highest(self, *figures: float) -> list[float]:
+        """The maximum of each figure over all processes, so that all of them decide alike."""
+        import torch
+
+        if world_size() == 1:
+            return [*figures]
+        own = torch.tensor([figures], dtype=torch.float64, device=self.args.device)
+        return list(self.accelerator.gather(own).amax(0).tolist())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Only what is finite, and of the whole run: the Trainer's train_loss is of this session."""
@@ -3280,32 +3397,6 @@ class AnswerTrainer(Trainer):
             with tqdm.external_write_mode():
                 say("Warning", sign)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from tqdm import tqdm
-
-        self.stats.seconds += time.perf_counter() - self.step_began
-        first, earlier = self.session_start
-        seconds = (self.stats.seconds - earlier) / (state.global_step - first)
-        left = seconds * (args.max_steps - state.global_step) + self.plan.asking_seconds
-        if state.global_step - first == 3 and left > 60:
-            with tqdm.external_write_mode():
-                say("Estimate", f"after three steps: {in_time(left)} left")
-        state.epoch = state.global_step / self.plan.steps_per_epoch  # of the data, not of the run
-        overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
-        control.should_save |= self.has_to_save(control, overdue)
-        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.has_to_save(control)  # a signal that came during measuring or saving ends the run here
-
-    def has_to_save(self, control: Any, overdue: bool = False) -> bool:
-        """Whether it is time, or an end is asked for: in all processes after the same step."""
-        late, number = self.highest(overdue, sum(self.stop))
-        if number:
-            self.stop[:] = [int(number)]
-            control.should_training_stop = True
-        return bool(late or number)
-
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
         loss = measured_loss(self.adapted, self.data.validation, self.plan.tokens_at_once)
@@ -3320,15 +3411,6 @@ class AnswerTrainer(Trainer):
         if 0 < self.cfg.EARLY_STOPPING_PATIENCE <= stalled:
             self.control.should_training_stop = self.stats.finished = True
         return metrics
-
-    def highest(self, *figures: float) -> list[float]:
-        """The maximum of each figure over all processes, so that all of them decide alike."""
-        import torch
-
-        if world_size() == 1:
-            return [*figures]
-        own = torch.tensor([figures], dtype=torch.float64, device=self.args.device)
-        return list(self.accelerator.gather(own).amax(0).tolist())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         import torch
@@ -3345,9 +3427,8 @@ class AnswerTrainer(Trainer):
         self.saved_at = time.monotonic()
         self.accelerator.wait_for_everyone()
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # a float16 run may be resumed without a scaler
-            super()._load_scaler(checkpoint)
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.has_to_save(control)  # a signal that came during measuring or saving ends the run here
 
 
 def slower(cfg: Config, divisor: int) -> float:
@@ -3369,21 +3450,18 @@ def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
     last, tenth = history[-1], max(10, steps // 10)
     if "eval_loss" in last:
         measured = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
-        best, (earlier, now) = min(measured, key=measured.__getitem__), (0, *measured)[-2:]
+        best = min(measured, key=measured.__getitem__)
+        *_, earlier, now = 0, *measured
         if earlier - best < steps / 3 <= now - best:
-            rising = (
-                f"the validation loss has been above that of step {best} for a third of the run"
-            )
-            return f"{rising}, so more training makes it worse. --early-stopping-patience 3 would stop it early."
+            return RISING.format(best)
     elif "loss" in last and last["step"] < 2 * tenth:
-        losses = [e["loss"] for e in history if "loss" in e and e["step"] <= tenth]
+        logged = {e["step"]: e["loss"] for e in history if "loss" in e}
+        *_, earlier, now = 0, *logged
+        losses = [loss for step, loss in logged.items() if step <= tenth]
         third = math.ceil(len(losses) / 3)
-        is_first = [e["step"] >= tenth for e in history if "loss" in e].count(True) == 1
-        if is_first and len(losses) > 5 and sum(losses[-third:]) >= sum(losses[:third]):
-            flat = (
-                "the loss has not fallen in the first tenth of the run. If it stays so, try another"
-            )
-            return f"{flat} --learning-rate, and look at the data with the command check."
+        has_fallen = sum(losses[-third:]) < sum(losses[:third])
+        if earlier < tenth <= now and len(losses) > 5 and not has_fallen:
+            return FLAT
     return ""
 
 
@@ -3400,8 +3478,8 @@ def train_adapter(
     import transformers
 
     cfg = checkpoints.cfg
-    bases = (AnswerTrainer, transformers.Trainer, transformers.TrainerCallback)
-    trainer = type("AnswerTrainer", bases, {})
+    bases = transformers.Trainer, transformers.TrainerCallback  # imported only now
+    trainer_class = type("AnswerTrainer", (AnswerTrainer, *bases), {})
     trainable, parameters = model.get_nb_trainable_parameters()
     first = RunStats(trainable, parameters, plan.seconds, plan.memory_gb)
     if data.validation and not checkpoints.last:
@@ -3411,9 +3489,9 @@ def train_adapter(
             say("Before", f"validation loss of the untrained model: {first.base_loss:.3f}")
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
-    # the Trainer's NEFTune knows one example per row only
-    shared = cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
-    most, longest = plan.tokens_at_once if shared else 0, max(map(tokens_in, data.train))
+    longest = max(map(tokens_in, data.train))
+    packs = may_pack(cfg) and may_share_rows(model)
+    most = plan.tokens_at_once if packs else 0  # 0: each pair has a row of its own
     ways = [plan._replace(tokens_at_once=count) for count in halvings(most, longest)]
     if not plan.checkpointing:
         ways.append(ways[-1]._replace(checkpointing=True))
@@ -3421,15 +3499,19 @@ def train_adapter(
     untrained = [p.detach().to("cpu", copy=True) for p in weights]
 
     def attempt(way: Plan) -> None:
+        at_once = way.tokens_at_once or longest
         if way is not ways[0]:
-            less = f"at most {way.tokens_at_once:,} tokens at once"
-            less += ", recomputing values instead of keeping them" * way.checkpointing
+            less = f"at most {at_once:,} tokens at once"
+            if way.checkpointing and not plan.checkpointing:
+                less += " and gradient checkpointing"
+                if cfg.GRADIENT_CHECKPOINTING is False:
+                    less += ", in spite of --no-gradient-checkpointing"
             say("Memory", f"it ran out, so training continues with {less}; the result is the same")
         for weight, value in zip(weights, untrained, strict=True):
             weight.data.copy_(value)
         start = checkpoints.last
-        stats = replace(start.stats if start else first, tokens_at_once=way.tokens_at_once)
-        trainer(cfg, model, data, device, way, checkpoints, stats, stop).run(start)
+        stats = replace(start.stats if start else first, tokens_at_once=at_once)
+        trainer_class(cfg, model, data, device, way, checkpoints, stats, stop).run(start)
 
     with stop_signals() as stop:
         as_many_as_fit(attempt, ways)
@@ -3453,10 +3535,17 @@ def training_result(cfg: Config, last: Checkpoint) -> TrainingResult:
     state = json.loads((last.folder / "trainer_state.json").read_text(encoding="utf-8"))
     losses = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
     best = last.best_step if cfg.KEEP_BEST else None
-    adapter = last.best_adapter if best else last.folder / ADAPTER
-    tokens = int(state["num_input_tokens_seen"])
-    figures = (last.stats.base_loss, losses.get(best or last.step), best, last.step, state["epoch"])
-    return TrainingResult(state["log_history"], *figures, tokens, last.stats, adapter)
+    return TrainingResult(
+        history=state["log_history"],
+        base_loss=last.stats.base_loss,
+        final_loss=losses.get(best or last.step),
+        best_step=best,
+        steps=last.step,
+        epochs=state["epoch"],
+        tokens=int(state["num_input_tokens_seen"]),
+        stats=last.stats,
+        adapter=last.best_adapter if best else last.folder / ADAPTER,
+    )
 
 
 # ==================================================================================================
@@ -3745,7 +3834,7 @@ def asking(pairs: Sequence[Pair], questions: Sequence[str]) -> list[Pair]:
 def questions_of(
     part: str, run: Run, cfg: Config, chosen: list[Pair], held_out: Sequence[Pair]
 ) -> list[Pair]:
-    toy = base_name(run.cfg) == f"./{DEMO_MODEL}"  # without words of its own or general answers
+    toy = is_demo(run.model)  # without words of its own or general answers
     if part == AS_TAUGHT:
         return chosen
     if part == HELD_OUT:
@@ -4013,10 +4102,8 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
 def quality_record(quality: Quality) -> dict[str, Any]:
     parts = {}
     for kind, notes in by_kind(quality.notes).items():
-        share, places = (
-            round(len(notes) / quality.counted, 4),
-            [(one.sheet, one.row) for one in notes],
-        )
+        share = round(len(notes) / quality.counted, 4)
+        places = [(one.sheet, one.row) for one in notes]
         parts[kind] = {"rows": len(notes), "share": share, "places": places}
     score = round(quality.score, 4) if quality.counted else None
     counts = {"rows_counted": quality.counted, "rows_good": quality.good}
@@ -4474,9 +4561,8 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[An
     cells = {(part.sheet, number): row for part in pairs.parts for number, row in part.table.rows}
     for note in pairs.dropped:
         content = cells.get((note.sheet, note.row), [])
-        dropped.append(
-            (note.sheet, note.row, note.reason, " | ".join(str(cell) for cell in content if cell))
-        )
+        text = " | ".join(str(cell) for cell in content if cell)
+        dropped.append((note.sheet, note.row, note.reason, text))
     settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
     titles = "sheet,row,question,answer,tokens,held out,findings".split(",")
     return {
@@ -4654,6 +4740,7 @@ HISTORY_OFF = (
 
 def model_to_ask(cfg: Config) -> Run:
     if cfg.BASE and not os.path.exists(local_path(cfg.OUTPUT_DIR)):  # nothing is trained yet
+        pin_revision(cfg)
         run = Run(cfg, load_tokenizer(cfg))
         run.model = run.base
         return run
@@ -5506,7 +5593,8 @@ def examine(
         try:
             return act(*given)
         except UserError as error:
-            problems.append(str(error))
+            if not (offline and isinstance(error, UnreachableError)):
+                problems.append(str(error))
         return None
 
     if cfg.MODEL_NAME == DEMO_MODEL:
@@ -5516,17 +5604,16 @@ def examine(
     pairs = attempt(find_pairs, cfg)  # before anything that waits for torch
     if not pairs:
         return problems, None, None
-    outline = known_outline(cfg)
+    tokenizer, outline = attempt(find_base, cfg) or (None, None)
     if outline and (device := attempt(device_here, cfg)):
         attempt(adapted_outline, cfg, outline)
         attempt(optimizer_name, cfg, device)
         attempt(refuse_small_memory, cfg, device, outline.parameters)
-    data = attempt(prepare_data, cfg, pairs, offline)
-    if data:
-        say_pairs(data.pairs)
-        say_quality(data.quality, cfg.MIN_QUALITY)
-        say_wordings(data.pairs)
-        attempt(refuse_unfit, cfg, data)
+    data = prepare_data(cfg, pairs, tokenizer)
+    say_pairs(data.pairs)
+    say_quality(data.quality, cfg.MIN_QUALITY)
+    say_wordings(data.pairs)
+    attempt(refuse_unfit, cfg, data)
     return problems, data, outline
 
 
@@ -5880,8 +5967,7 @@ def exam(cfg: Config) -> int:
     settings = changed(opened.cfg, **own)
     if settings.DATASET_PATH.endswith("/…"):
         raise UserError("run.json does not keep the link to its data.\nGive it with --dataset-path")
-    # with the tokenizer of the run, whose base may be elsewhere
-    data = prepare_data(changed(settings, MODEL_NAME=str(opened.folder)), find_pairs(settings))
+    data = prepare_data(settings, find_pairs(settings), opened.tokenizer)
     pairs = fingerprint([pair.messages for pair in data.pairs.kept])
     if pairs != (opened.record.get("dataset") or {}).get("sha256_of_pairs"):
         other = "is not what the model was trained on, or has changed since"
