@@ -434,8 +434,13 @@ def write_json(path: Path, content: Any) -> None:
 
 EXAMPLE_DATASET = "dataset_example.xlsx"
 REPORT_NAME = "dataset_report"  # what check writes; never taken for data that nobody named
+# Names of sheets, files and lists that are read only where there is nothing else
+HELD_BACK = r"(?i)(^|, )((test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\))(, |$)"
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 LARGEST_FILE_MB = 500
+MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
+MOST_CHARACTERS = 200_000_000
+TOO_LARGE = f"has over {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or 2,000 fields: split it"
 MOST_FILES = 200  # tables in one folder of a bucket
 PAUSES = (1, 2, 4, 8)  # seconds between the five tries of a download
 # What another try would not change, in the words of urllib, huggingface_hub, pyarrow and datasets.
@@ -443,8 +448,7 @@ PERMANENT = r"(HTTP Error|HTTP status|Client error) '?[34](?!08|25|29)|Client Er
 LINK_ADVICE = "Open the link in a private window of your browser: it should download the file. A file in Google Drive must be shared with anyone who has the link."
 BUCKET_ADVICE = "It should look like s3://bucket/file.csv. Access denied (403) means a wrong key: check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, in the environment or a file .env, and also S3_ENDPOINT_URL if the bucket is not Amazon's."
 HUB_ADVICE = "It should look like hf:owner/name, hf:owner/name:split, hf:owner/name:configuration/split or hf:owner/name:file.csv. A private dataset needs HF_TOKEN. If it has a licence to accept, accept it on the dataset's page. HF_HUB_OFFLINE must not be set."
-# Links that people copy lead to a page about the file; these lead to the file.
-DIRECT_LINKS = {
+DIRECT_LINKS = {  # from a page about a file, whose link people copy, to the file itself
     r"https://docs\.google\.com/spreadsheets/d/e/([\w-]+)/.*": r"https://docs.google.com/spreadsheets/d/e/\1/pub?output=xlsx",
     r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+).*?[#&?]gid=(\d+).*": r"https://docs.google.com/spreadsheets/d/\1/export?format=csv&gid=\2",
     r"https://docs\.google\.com/spreadsheets/(?:u/\d+/)?d/([\w-]+)(?!.*/(?:gviz|export|pub)\b).*": r"https://docs.google.com/spreadsheets/d/\1/export?format=xlsx",
@@ -457,14 +461,15 @@ DIRECT_LINKS = {
 
 def find_dataset(cfg: Config) -> tuple[str, list[Path]]:
     """The name of the data and its files on this computer, downloaded first if need be."""
-    place = cfg.DATASET_PATH.strip()
-    paths = fetch(place) if re.match("(?i)https?://|s3://[^/]|hf:", place) else local_files(place)
-    return paths[0].name if len(paths) == 1 else f"{place} ({len(paths)} files)", paths
+    source = cfg.DATASET_PATH.strip()
+    is_remote = re.match("(?i)https?://|s3://[^/]|hf:", source)
+    paths = fetch(source) if is_remote else local_files(source)
+    return paths[0].name if len(paths) == 1 else f"{source} ({len(paths)} files)", paths
 
 
-def local_files(place: str) -> list[Path]:
+def local_files(source: str) -> list[Path]:
     """The file of this name, the files that match a pattern, or the tables in a folder."""
-    path = local_path(place)
+    path = local_path(source)
     if path.name == EXAMPLE_DATASET and not os.path.exists(path):
         path = Path(globals().get("__file__", "")).parent / EXAMPLE_DATASET
     if os.path.exists(path) and path.is_file():
@@ -492,16 +497,16 @@ def cache_folder(*names: str) -> Path:
     return local_path(caches).joinpath("finetune_colab", *names)
 
 
-def without_secrets(place: str) -> str:
+def without_secrets(address: str) -> str:
     """An address as it may be shown and written down: keys stand in its query or before an @."""
     host = r"(?:\[[\da-f:]+\])?[^/?#[]*"  # what else begins with a bracket may be anything
     secret = rf"(?is)^\s*(https?://|s3://)(?:[^/?#]*@)?({host}(?:/[^?#]*)?).*"
-    return re.sub(secret, r"\1\2", place)
+    return re.sub(secret, r"\1\2", address)
 
 
-def refuse_large(place: str, size: int) -> None:
+def refuse_large(name: str, size: int) -> None:
     if size > LARGEST_FILE_MB * 1e6:
-        raise UserError(f"{place} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
+        raise UserError(f"{name} is larger than {LARGEST_FILE_MB} MB. Use a part of it.")
 
 
 def receive(key: str, name: str, stream: Any, headers: Any) -> Path:
@@ -538,7 +543,7 @@ def from_link(link: str) -> list[Path]:
         return [receive(url, urllib.parse.unquote(name), response, response.headers)]
 
 
-def from_bucket(place: str) -> list[Path]:
+def from_bucket(address: str) -> list[Path]:
     """One object, or all tables in a folder."""
     from pyarrow import fs
 
@@ -546,7 +551,7 @@ def from_bucket(place: str) -> list[Path]:
         with client.open_input_file(path) as stream:
             return receive(f"s3://{path}", name, stream, stream.metadata())
 
-    root = place[len("s3://") :].rstrip("/")
+    root = address[len("s3://") :].rstrip("/")
     client = bucket_client(root.partition("/")[0])
     if "/" in root:
         with suppress(FileNotFoundError):  # perhaps it is a folder
@@ -582,12 +587,12 @@ def bucket_client(bucket: str) -> Any:
     )
 
 
-def from_hub(place: str) -> list[Path]:
+def from_hub(address: str) -> list[Path]:
     """A file of a dataset, or the rows of a split as parquet."""
     from datasets import load_dataset_builder
     from huggingface_hub import hf_hub_download
 
-    [(name, part)] = re.findall("(?i)^hf:(?://datasets/)?([^:/]*/?[^:/]*)[:/]?(.*)", place)
+    [(name, part)] = re.findall("(?i)^hf:(?://datasets/)?([^:/]*/?[^:/]*)[:/]?(.*)", address)
     if part.lower().endswith(TABLE_ENDINGS):
         return [Path(hf_hub_download(name, part, repo_type="dataset"))]
     config, _, split = (part or "train").rpartition("/")
@@ -602,15 +607,15 @@ def from_hub(place: str) -> list[Path]:
     return [file]
 
 
-def fetch(place: str) -> list[Path]:
+def fetch(address: str) -> list[Path]:
     """Five tries with growing pauses, while the network or the server fails."""
     others = {"s3": (from_bucket, BUCKET_ADVICE), "hf": (from_hub, HUB_ADVICE)}
-    act, advice = others.get(place[:2].lower(), (from_link, LINK_ADVICE))
-    shown = without_secrets(place)
+    act, advice = others.get(address[:2].lower(), (from_link, LINK_ADVICE))
+    shown = without_secrets(address)
     say("Download", shown)
     for tries, pause in enumerate((*PAUSES, 0), 1):
         try:
-            return act(place)
+            return act(address)
         except UserError:
             raise
         except Exception as error:  # every library has its own, and an address in it may hold a key
@@ -627,8 +632,8 @@ def fetch(place: str) -> list[Path]:
 # 3  Rows to pairs
 # ==================================================================================================
 
-# Names of sheets, files and lists that are read only where there is nothing else
-HELD_BACK = r"(?i)(test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\)"
+COPY = "a copy of an earlier row"  # lowers the quality, but is no ground to refuse the data
+BLANK, OTHER_LANGUAGE = "blank", "the language is"  # reasons that say nothing of the quality
 
 
 class Table(NamedTuple):
@@ -655,20 +660,28 @@ class Pair(NamedTuple):
         return self.messages[-1]["content"]
 
     @property
-    def place(self) -> str:
+    def row_label(self) -> str:
         return f"row {self.row}" + (f" of {self.sheet}" if self.sheet else "")
+
+    def note(self, kind: str, other: Pair | None = None) -> Note:
+        return Note(self.sheet, self.row, kind, other.row_label if other else "")
 
 
 class Note(NamedTuple):
     sheet: str
     row: int
-    reason: str  # for which the row is left out
+    kind: str  # why the row is left out, or what looks wrong in it
+    other_row: str = ""  # that it repeats or contradicts
+
+    @property
+    def reason(self) -> str:
+        return f"{self.kind} ({self.other_row})" if self.other_row else self.kind
 
 
 @dataclass(eq=False)
 class Pairs:
     name: str  # of the file, for the person
-    place: str  # of one table: its file where there are several, and its sheet
+    sheet: str  # of one table; and the file before it, where there are several
     table: Table  # of several, the first
     shape: str
     columns: dict[int, str]  # roles of question, answer, and what joins the question; or none
@@ -681,7 +694,7 @@ class Pairs:
 
     @property
     def used(self) -> list[str]:
-        return [self.table.header[place] for place in self.columns]
+        return [self.table.header[column] for column in self.columns]
 
 
 def find_pairs(cfg: Config) -> Pairs:
@@ -690,16 +703,17 @@ def find_pairs(cfg: Config) -> Pairs:
     parts, unusable = read_parts(paths, cfg)
     if not parts:
         return find_pairs(columns_typed(list(unusable.values()), cfg))
-    sets = defaultdict[Any, list[Pairs]](list)  # tables with the same two columns add up
-    for part in parts:
-        is_open = not any(re.fullmatch(HELD_BACK, one) for one in part.place.split(", "))
-        named = sum(map(name_strength, part.used, NAMES)) >= 2 * PHRASE or not part.columns
-        sets[is_open, 10 if named else 1, part.shape, *map(fold, part.used[:2])].append(part)
-    best = sets[max(sets, key=lambda key: (key[0], key[1] * sum(len(p.kept) for p in sets[key])))]
-    unused = {one.place: f"{one.place}: {len(one.kept)} pairs" for one in parts if one not in best}
-    unused |= {place: str(error).partition(". ")[0] for place, error in unusable.items()}
+    groups, weights = defaultdict[Any, list[Pairs]](list), Counter[Any]()
+    for part in [one for one in parts if not re.search(HELD_BACK, one.sheet)] or parts:
+        group = part.shape, *map(fold, part.used[:2])  # tables with the same two columns add up
+        groups[group].append(part)
+        named = not part.columns or sum(map(name_strength, part.used, NAMES)) >= 2 * PHRASE
+        weights[group] += len(part.kept) * (10 if named else 1)  # clear names outweigh more rows
+    best = groups[max(weights, key=lambda group: weights[group])]
+    unused = {one.sheet: f"{one.sheet}: {len(one.kept)} pairs" for one in parts if one not in best}
+    unused |= {sheet: str(error).partition(". ")[0] for sheet, error in unusable.items()}
     if unused and not cfg.SHEET:
-        say("Chosen", preview(", ".join(one.place for one in best), 300))
+        say("Chosen", preview(", ".join(one.sheet for one in best), 300))
         say("Not used", "\n".join(preview(one, 150) for one in [*unused.values()][:8]))
         say("", "To use another, name its sheet with --sheet or its file with --dataset-path")
     kept, copies = without_copies([pair for part in best for pair in part.kept])
@@ -720,18 +734,18 @@ def read_parts(paths: list[Path], cfg: Config) -> tuple[list[Pairs], dict[str, U
             except UserError as error:
                 tables, unusable[path.name] = [], error
             for table in tables:
-                where = [path.name, *filter(None, [table.sheet])]
-                place = ", ".join(where[len(paths) == 1 :])
+                in_file = f"{path.name}, {table.sheet}" if table.sheet else path.name
+                sheet = in_file if len(paths) > 1 else table.sheet
                 try:
-                    parts.append(pairs_of(table, path.name, place, cfg))
+                    parts.append(pairs_of(table, path.name, sheet, cfg))
                 except UserError as error:
-                    unusable[place] = UserError(f"In {', '.join(where)}: {error}")
+                    unusable[sheet] = UserError(f"In {in_file}: {error}")
     finally:
         gc.enable()
     return parts, unusable
 
 
-def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
+def pairs_of(table: Table, name: str, sheet: str, cfg: Config) -> Pairs:
     """What one table came to: its pairs, and a reason for every row that is left out."""
     if fold(cfg.SHEET or table.sheet) != fold(table.sheet):
         raise UserError(f"this is not the sheet {cfg.SHEET!r} (--sheet).")
@@ -743,9 +757,9 @@ def pairs_of(table: Table, name: str, place: str, cfg: Config) -> Pairs:
     else:
         columns, why = find_columns(table, cfg)
         shape, found = "question and answer", list(conversations_in(table, columns))
-    kept = [Pair(one, place, number) for number, one in found if isinstance(one, list)]
-    dropped = [Note(place, number, reason) for number, reason in found if isinstance(reason, str)]
-    return Pairs(name, place, table, shape, columns, why, kept, dropped, len(table.rows))
+    kept = [Pair(chat, sheet, number) for number, chat in found if isinstance(chat, list)]
+    dropped = [Note(sheet, number, reason) for number, reason in found if isinstance(reason, str)]
+    return Pairs(name, sheet, table, shape, columns, why, kept, dropped, len(table.rows))
 
 
 def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
@@ -763,9 +777,6 @@ def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
 
 # -- Files to tables
 
-MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
-MOST_CHARACTERS = 200_000_000
-TOO_LARGE = f"has over {MOST_ROWS:,} rows, {MOST_CHARACTERS:,} characters or 2,000 fields: split it"
 FAILED_FORMULAS = ("#N/A", "#REF!", "#DIV/0!", "#VALUE!", "#NAME?", "#NULL!", "#NUM!")
 JSON_CELL = re.compile(r"(?s)\[(?=\s*['\"\[{\]\d]).*\]|\{.*['\"](answer_start|replies)['\"].*\}")
 UNREADABLE = [None, None]  # in place of broken JSON, or of what Python or numpy printed
@@ -939,21 +950,20 @@ def table_of(cfg: Config, name: str, values: Iterable[Any]) -> Table:
     for key in ("paragraphs", "qas"):  # of SQuAD
         if any(objects_in(one, key) for one in values[:1]):
             values = [part for one in values for part in objects_in(one, key)]
-    if all(isinstance(row, (list, tuple)) for row in values):
-        while values and not any(cell not in (None, "") for cell in values[-1]):
-            values.pop()
-        characters = sum(len(cell) for row in values for cell in row if isinstance(cell, str))
-        if len(values) > MOST_ROWS or characters > MOST_CHARACTERS:
-            raise UserError(TOO_LARGE)
+    is_grid = all(isinstance(row, (list, tuple)) for row in values)
+    while is_grid and values and not any(cell not in (None, "") for cell in values[-1]):
+        values.pop()
+    texts = (cell for row in values if is_grid for cell in row if isinstance(cell, str))
+    fields = list(dict.fromkeys(key for one in values if isinstance(one, dict) for key in one))
+    if len(values) > MOST_ROWS or sum(map(len, texts)) > MOST_CHARACTERS or len(fields) > 2000:
+        raise UserError(TOO_LARGE)
+    if is_grid:
         table = with_header(name, [[one_text(cell) or "" for cell in row] for row in values], cfg)
     else:
-        header = list(dict.fromkeys(key for one in values if isinstance(one, dict) for key in one))
-        if len(values) > MOST_ROWS or len(header) > 2000:
-            raise UserError(TOO_LARGE)
-        lost = dict.fromkeys(header, UNREADABLE)  # a broken line, or one that is no object
+        lost = dict.fromkeys(fields, UNREADABLE)  # a broken line, or one that is no object
         records = (one if isinstance(one, dict) else lost for one in values)
-        rows = ([cell_text(one.get(key)) for key in header] for one in records)
-        table = Table(name, header, list(enumerate(rows, start=1)))
+        rows = ([cell_text(one.get(key)) for key in fields] for one in records)
+        table = Table(name, fields, list(enumerate(rows, start=1)))
     for i in range(len(table.header)):  # lists and objects that a CSV file holds as texts
         top = top_cells(table, i)
         if top and all(isinstance(cell, str) and JSON_CELL.fullmatch(cell) for cell in top):
@@ -1056,19 +1066,19 @@ def with_header(sheet: str, grid: list[list[str]], cfg: Config) -> Table:
             named[i] = max(sides) - min(sides)  # so that one cell names questions, another answers
     sure = [i for i in named if typed and typed <= set(map(fold, top[i]))]
     sure += [i for i, strength in named.items() if strength >= 3 + PHRASE]
-    place = [*sure, *named, 0][0]
-    header, width = top[place], len(top[place])
+    start = [*sure, *named, 0][0]  # the row of the header
+    header, width = top[start], len(top[start])
     sentences = [cell for cell in header if word_count(cell) >= SENTENCE]
     is_pair = any(cell.endswith(QUESTION_MARKS) for cell in header)
     is_pair |= any(asks(cell) or cell[-1] in ".。" for cell in sentences)
-    for name, *below in itertools.zip_longest(*top[place:], fillvalue=""):
+    for name, *below in itertools.zip_longest(*top[start:], fillvalue=""):
         digits = [cell[0].isdigit() for cell in below if cell]
         is_pair &= not (name[:1].isalpha() and len(digits) > 2 and all(digits))  # what a form asked
     if is_pair and not sure:
         header = [f"column {column_letter(i)}" for i in range(width)]
     else:
-        second = named.get(place + 1, 0) >= 2 * PHRASE > named.get(place + 2, 0)  # of two languages
-        rows = rows[place + 1 + second :]
+        second = named.get(start + 1, 0) >= 2 * PHRASE > named.get(start + 2, 0)  # of two languages
+        rows = rows[start + 1 + second :]
     return Table(sheet, header, [(n, row + [""] * (width - len(row))) for n, row in rows])
 
 
@@ -1114,12 +1124,12 @@ def name_strength(header: str, role: str) -> float:
 
 
 class Column:
-    def __init__(self, table: Table, place: int) -> None:
-        inside = place < len(table.header)  # every table has two columns, if need be an empty one
-        raw = top_cells(table, place, 2000) if inside else []
-        self.place, self.header = place, table.header[place] if inside else ""
-        self.title = preview(self.header) or column_letter(place)
-        self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(place)
+    def __init__(self, table: Table, index: int) -> None:
+        inside = index < len(table.header)  # every table has two columns, if need be an empty one
+        raw = top_cells(table, index, 2000) if inside else []
+        self.index, self.header = index, table.header[index] if inside else ""
+        self.title = preview(self.header) or column_letter(index)
+        self.flag = self.title if re.fullmatch(r"[\w .,:?-]+", self.title) else column_letter(index)
         self.cells = [text for cell in raw if (text := one_text(cell))]
         self.lists = len(self.cells) < len(raw) / 2  # or objects without one text
         self.sample = preview(self.cells[0]) if self.cells else "(the column is empty, or a list)"
@@ -1153,17 +1163,17 @@ def find_columns(table: Table, cfg: Config) -> tuple[dict[int, str], str]:
     alone = sum(one.is_text or one.lists for one in columns) < 3  # what one is not, the other is
     unnamed = [one for one in columns if one.is_text and max(one.strength.values()) < PHRASE]
     longest = max((one.words for one in unnamed), default=0)
-    typed = {"question": cfg.QUESTION_COLUMN, "answer": cfg.ANSWER_COLUMN}
-    places = {role: column_named(table, role, name) for role, name in typed.items() if name}
+    names = {"question": cfg.QUESTION_COLUMN, "answer": cfg.ANSWER_COLUMN}
+    typed = {role: column_named(table, role, name) for role, name in names.items() if name}
     for one in columns:
         one.strength = {role: one.weighed(role, longest, alone) for role in NAMES}
-        one.strength |= {role: 3 if one.place == i else CANNOT for role, i in places.items()}
+        one.strength |= {role: 3 if one.index == i else CANNOT for role, i in typed.items()}
     usable = sorted(columns, key=lambda one: -max(one.strength.values()))[:WIDEST]
     ranked = sorted(itertools.permutations(usable, 2), key=lambda pair: -fit(*pair))
-    q, a = ranked[0]
-    if fit(q, a) < 0 or len(places) < 2:
+    (q, a), (next_q, next_a) = ranked[:2]
+    if fit(q, a) < 0 or len(typed) < 2:
         refuse_unclear(columns, ranked)
-    free = {"_".join(words_of(one.header)): one.place for one in columns if one not in (q, a)}
+    free = {"_".join(words_of(one.header)): one.index for one in columns if one not in (q, a)}
     joined = {free[name]: "system" for name in free if name in SYSTEMS}
     if fold(q.header) == "instruction":  # of Alpaca and Dolly
         joined |= {free[name]: "user" for name in free if name in ("input", "context")}
@@ -1171,9 +1181,9 @@ def find_columns(table: Table, cfg: Config) -> tuple[dict[int, str], str]:
         f'{role}s in "{one.title}" (by its {"name" if one.strength[role] > 0 else "content"})'
         for role, one in (("question", q), ("answer", a))
     ]
-    if fit(*ranked[1]) >= 0:
-        reasons.append('next best: "{}" with "{}"'.format(*(one.title for one in ranked[1])))
-    return {q.place: "user", a.place: "assistant"} | joined, ", ".join(reasons)
+    if fit(next_q, next_a) >= 0:
+        reasons.append(f'next best: "{next_q.title}" with "{next_a.title}"')
+    return {q.index: "user", a.index: "assistant"} | joined, ", ".join(reasons)
 
 
 def fit(question: Column, answer: Column) -> float:
@@ -1201,13 +1211,13 @@ def refuse_unclear(columns: list[Column], ranked: list[tuple[Column, Column]]) -
     longer = question.words > answer.words and not question.header.startswith("column ")
     is_topic = answer.strength["answer"] <= 0 and question.distinct < len(question.cells) / 2
     clear = fit(*ranked[0]) - max(0, fit(*ranked[1])) >= CLEAR_LEAD and (named or not longer)
-    options = any(OPTION.search(one.header) for one in columns)
-    options &= sum(map(bool, map(INDEX.fullmatch, answer.cells))) > 0.9 * len(answer.cells)
-    if clear and not (is_topic or question.lists or answer.lists or options):
+    indices = sum(bool(INDEX.fullmatch(cell)) for cell in answer.cells)
+    quiz = indices > 0.9 * len(answer.cells) and any(OPTION.search(one.header) for one in columns)
+    if clear and not (is_topic or question.lists or answer.lists or quiz):
         return
     cells = "\n".join(f"  {one.title}: {one.sample}" for one in columns[:12])
     doubt = "it is not clear which columns hold the questions and the answers, each as one text."
-    if options:
+    if quiz:
         doubt = f'"{answer.title}" only says which option is right. Make a column with its text.'
     advice = f'Say which: --question-column "{question.flag}" --answer-column "{answer.flag}"'
     raise UserError(f"{doubt} The columns, each with its first cell:\n{cells}\n{advice}")
@@ -1229,6 +1239,8 @@ CHATS = "messages conversation conversations dialog dialogue dialogs data items 
 SYSTEMS = ("system", "system_prompt", "system_instruction")
 MARKING = ("label", "correct", "is_correct", "accepted", "is_accepted")
 YES, NO = {"true", "yes", "1", ""}, {"false", "no", "0"}
+UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
+FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 Rows = Iterable[tuple[int, Messages | str]]  # a conversation, or why there is none
 Message = dict[str, Any]  # as it stands in the data
 
@@ -1250,7 +1262,7 @@ def roles_around_chats(table: Table) -> dict[int, str]:
     strengths = [name_strength(h, "answer") * (i != chat) for i, h in enumerate(table.header)]
     answers = [i for i, strength in enumerate(strengths) if strength == max(strengths) > 0]
     roles = {i: "system" for i, name in enumerate(names) if name in SYSTEMS} | {chat: ""}
-    return roles | dict.fromkeys(answers[: len(answers) == 1], "assistant")
+    return roles | ({answers[0]: "assistant"} if len(answers) == 1 else {})
 
 
 def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
@@ -1273,7 +1285,7 @@ def conversations_in(table: Table, roles: dict[int, str]) -> Rows:
         elif not table.sheet and any(row[width:]):
             yield number, MORE_CELLS
         else:
-            why = "blank" if not any(row) else "the header again" if row == header else ""
+            why = BLANK if not any(row) else "the header again" if row == header else ""
             yield number, why or as_messages(turns)
 
 
@@ -1284,8 +1296,8 @@ def as_messages(turns: Turns) -> Messages | str:
         if role not in ("system", "user", "assistant"):
             odd = role  # nothing after a tool is taken: its output is nobody's answer
             break
-        if not is_seen(text):
-            continue
+        if all(c in FILLERS or unicodedata.category(c) in UNSEEN for c in text):
+            continue  # with nothing that can be seen
         if role == "system":
             system.append(text)  # goes before the first question
         elif messages and messages[-1]["role"] == role:
@@ -1362,8 +1374,8 @@ def turns_in_text(text: str) -> list[Message]:
 def tree_roots(table: Table) -> list[tuple[int, Message]]:
     """The first messages of trees, each with its row and its replies in it."""
     names = [fold(name) for name in table.header]
-    if "prompt" in names and isinstance(table.rows[0][1][place := names.index("prompt")], dict):
-        return [(n, row[place] if isinstance(row[place], dict) else {}) for n, row in table.rows]
+    if "prompt" in names and isinstance(table.rows[0][1][column := names.index("prompt")], dict):
+        return [(n, row[column] if isinstance(row[column], dict) else {}) for n, row in table.rows]
     if not {"message_id", "parent_id", "text", "role"} <= set(names):
         return []
     rows = [(number, dict(zip(names, row, strict=False))) for number, row in table.rows]
@@ -1381,7 +1393,7 @@ def tree_conversations(roots: list[tuple[int, Message]], cfg: Config) -> Rows:
         if root.get("parent_id"):
             yield number, "the message that it answers is not in the file"
         elif cfg.LANGUAGE not in ("", language.partition("-")[0]):
-            yield number, f"the language is {language}, not {cfg.LANGUAGE}"
+            yield number, f"{OTHER_LANGUAGE} {language}, not {cfg.LANGUAGE}"
         else:
             for turns in tree_paths([], [root], cfg.CONVERSATION_PATHS == "all"):
                 yield number, as_messages(turns)
@@ -1400,10 +1412,8 @@ def tree_paths(turns: Turns, replies: list[Message], every: bool) -> Iterator[Tu
 
 # -- Cleaning and quality
 
-UNSEEN = ("Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp", "Pd")  # blanks, accents alone, dashes, …
 MARKS: dict[int, Any] = {n: chr(n) for n in range(128)}  # translate is slow where it finds nothing
 MARKS |= str.maketrans("", "", " \t\n\u2028\u2029_*`'\"“”„‘’«»()[]:;!?¿¡…。、")  # not compared
-FILLERS = "\u115f\u1160\u2800\u3164\uffa0"  # blanks that Unicode calls letters or symbols
 # The second byte of a letter in UTF-8, read as Windows-1252, without what follows capitals in good text
 TAIL = "€‚ƒ„†‡ˆ‰‹Œ•˜™›œŸ¡-ª¬-º¼-¿"
 PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
@@ -1416,10 +1426,6 @@ PATTERNS = {  # looked for in the texts of a pair, with "\n\0\n" between them
 }
 
 
-def is_seen(text: str) -> bool:
-    return any(unicodedata.category(c) not in UNSEEN and c not in FILLERS for c in text)
-
-
 def bare(text: str) -> str:
     plain = unicodedata.normalize("NFKC", text).casefold().translate(MARKS)
     return re.sub(r"[.,-](?!\d)", "", plain) or text
@@ -1430,7 +1436,7 @@ def without_copies(pairs: list[Pair]) -> tuple[list[Pair], list[Note]]:
     for pair in pairs:
         texts = "\0".join([bare(one["content"]) for one in pair.messages])
         if (first := first_seen.setdefault(texts, pair)) is not pair:
-            copies.append(Note(*pair[1:], f"a copy of an earlier row ({first.place})"))
+            copies.append(pair.note(COPY, first))
     return list(first_seen.values()), copies
 
 
@@ -1438,8 +1444,8 @@ class Quality(NamedTuple):
     counted: int  # rows with content
     good: int  # of these, what is kept with nothing found in it
     score: float
-    findings: list[list[str]]  # for every pair that is kept
-    flagged: list[Note]  # the same, with their rows
+    findings: list[list[Note]]  # for every pair that is kept
+    flagged: list[Note]  # all of these
     notes: list[Note]  # what is flagged, and what is left out
 
     def __str__(self) -> str:
@@ -1448,7 +1454,8 @@ class Quality(NamedTuple):
 
 def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
     """What looks wrong in each pair, by itself and beside the others, and what that comes to."""
-    findings, asked = list[list[str]](), defaultdict[str, list[int]](list)
+    findings, asked = list[list[Note]](), defaultdict[str, list[int]](list)
+    only_digits = {pair.answer for pair in kept} <= {*"0123456789"}
     for i, pair in enumerate(kept):
         texts = [message["content"] for message in pair.messages]
         bares, whole = list(map(bare, texts)), "\n\0\n".join(texts)
@@ -1457,17 +1464,15 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
             "a very short question": len(texts[0].strip(" ?!.:")[:9].encode()) < 3,
             "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
             "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
+            "an answer of one digit": only_digits,
         }
-        findings.append([kind for kind, is_there in found.items() if is_there])
+        findings.append([pair.note(kind) for kind, is_there in found.items() if is_there])
         asked[bare("\n".join(texts[:-1]))].append(i)
-    for same in (rows for rows in asked.values() if rows[1:]):
+    for same in (rows for rows in asked.values() if len(rows) > 1):
         for i, other in zip(same, [*same[1:], same[0]], strict=True):
-            findings[i].append(f"another answer to the same question ({kept[other].place})")
-    if {pair.answer for pair in kept} <= {*"0123456789"}:
-        findings = [[*found, "an answer of one digit"] for found in findings]
-    flagged = [Note(*pair[1:], what) for i, pair in enumerate(kept) for what in findings[i]]
-    uncounted = ("blank", "the language is ")  # reasons that say nothing of the quality
-    left_out = [note for note in dropped if not note.reason.startswith(uncounted)]
+            findings[i].append(kept[i].note("another answer to the same question", kept[other]))
+    flagged = list(itertools.chain(*findings))
+    left_out = [note for note in dropped if not note.kind.startswith((BLANK, OTHER_LANGUAGE))]
     counted, good = len(kept) + len(left_out), findings.count([])
     score = good / counted if counted else 1.0
     return Quality(counted, good, score, findings, flagged, flagged + left_out)
@@ -1489,11 +1494,9 @@ PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are what stands around 
 )
 
 
-class Example(TypedDict):
-    """One conversation as the model sees it; a label is IGNORE where nothing is to be learned."""
-
+class Example(TypedDict):  # one conversation as the model sees it
     input_ids: list[int]
-    labels: list[int]
+    labels: list[int]  # IGNORE where nothing is to be learned
 
 
 def tokens_in(example: Example) -> int:
@@ -1533,54 +1536,50 @@ def rendered(tokenizer: Any, template: str, roles: Sequence[str], asking: bool) 
     return str(tokenizer.apply_chat_template(chat, **how))
 
 
-def pieces(tokenizer: Any, roles: tuple[str, ...]) -> list[tuple[str, bool]]:
+def pieces(tokenizer: Any, roles: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
     """Prompts exactly as they are asked (False), and answers with their end of turn (True)."""
     render = functools.partial(rendered, tokenizer, tokenizer.get_chat_template())
     answers = [i for i, role in enumerate(roles) if role == "assistant"]
-    found, done = [], ""
+    done = ""
     for i in answers if roles[-1] == "assistant" else [*answers, len(roles)]:
-        prompt = render(roles[:i], True)
+        prompt = render(roles[:i], asking=True)
         if not prompt.startswith(done):
             raise ValueError("it changes how earlier turns look in later ones")
-        found.append((prompt.removeprefix(done), False))
+        yield prompt.removeprefix(done), False
         if i < len(roles):
-            answer = render(roles[: i + 1], False).removeprefix(prompt)
+            answer = render(roles[: i + 1], asking=False).removeprefix(prompt)
             lead, text, rest = answer.partition(PLACEHOLDER.format(i))
             end = special_tokens(tokenizer).search(rest)
             turn = (lead if lead.isspace() else "") + text + rest[: end.end() if end else 0]
-            found.append((turn if end else turn + tokenizer.eos_token, True))
+            yield (turn if end else turn + tokenizer.eos_token), True
             done = prompt + turn
-    return found
 
 
 def encode(tokenizer: Any, messages: Sequence[dict[str, str]]) -> Example:
     """Ids and labels of a conversation, made together, for training and for every way of asking."""
     special, texts = special_tokens(tokenizer), [message["content"] for message in messages]
-    quoting = any(map(special.search, texts))
+    quotes_special = any(map(special.search, texts))
 
     def tokens_of(piece: str, plain: bool = False) -> list[int]:
         text = re.sub(PLACEHOLDER.format(r"(\d+)"), lambda number: texts[int(number[1])], piece)
-        how = {"add_special_tokens": False, "split_special_tokens": plain}
-        return list(tokenizer(text, **how)["input_ids"])
+        return list(tokenizer(text, add_special_tokens=False, split_special_tokens=plain).input_ids)
 
-    ids: list[int] = []
-    labels: list[int] = []
-    text = ""
+    ids, labels, chat = list[int](), list[int](), ""
     for piece, is_answer in pieces(tokenizer, tuple(message["role"] for message in messages)):
-        text += piece
-        more = tokens_of(text)  # of the whole text, as other programs tokenize it
-        if quoting or more[: len(ids)] != ids:  # the prompt must stay what it is when asked
-            parts = [
-                tokens_of(part, plain=not n % 2) for n, part in enumerate(special.split(piece))
-            ]
-            more = [*ids, *itertools.chain(*parts)]
+        chat += piece
+        more = tokens_of(chat)  # of all together, as other programs tokenize it
+        if quotes_special or more[: len(ids)] != ids:  # the prompt must stay what it is when asked
+            more = [*ids]
+            for part in special.split(piece):
+                more += tokens_of(part, plain=not special.fullmatch(part))
         labels += more[len(ids) :] if is_answer else [IGNORE] * (len(more) - len(ids))
         ids = more
     return {"input_ids": ids, "labels": labels}
 
 
 def prompt_in_words(tokenizer: Any) -> str:
-    return pieces(tokenizer, ("user",))[0][0].replace(PLACEHOLDER.format(0), "{question}")
+    [(prompt, _)] = pieces(tokenizer, ("user",))
+    return prompt.replace(PLACEHOLDER.format(0), "{question}")
 
 
 def marked(tokenizer: Any, example: Example) -> str:
@@ -1593,27 +1592,22 @@ def marked(tokenizer: Any, example: Example) -> str:
 
 
 def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
-    """Which pairs are for validation; all answers to one question are on the same side.
-
-    With VALIDATION_SPLIT "wordings", every answer keeps a question to be trained on, if that is possible.
-    """
+    """Which pairs are for validation; all answers to one question are on the same side."""
     questions = [fold(pair.messages[0]["content"]) for pair in pairs]
     order = sorted(set(questions))
     random.Random(cfg.SEED).shuffle(order)
-    count = max(1, round(cfg.VALIDATION_FRACTION * len(order)))
-    if not cfg.VALIDATION_FRACTION or len(order) < FEWEST_TO_HOLD_OUT:
-        return [False] * len(pairs)
-    if cfg.VALIDATION_SPLIT == "wordings":
-        spare, last = list[str](), list[str]()
-        answers = defaultdict[str, set[str]](set)
+    enough = cfg.VALIDATION_FRACTION and len(order) >= FEWEST_TO_HOLD_OUT
+    count = max(1, round(cfg.VALIDATION_FRACTION * len(order))) if enough else 0
+    if cfg.VALIDATION_SPLIT == "wordings":  # first, questions whose answers others still teach
+        answers, spare = defaultdict[str, set[str]](set), list[str]()
         for question, pair in zip(questions, pairs, strict=True):
             answers[question].add(fold(pair.answer))
-        left = Counter(answer for own in answers.values() for answer in own)
+        left = Counter(itertools.chain(*answers.values()))
         for question in order:
-            can_go = all(left[answer] > 1 for answer in answers[question])
-            left.subtract(answers[question] if can_go else ())
-            (spare if can_go else last).append(question)
-        order = spare + last
+            if all(left[answer] > 1 for answer in answers[question]):
+                left.subtract(answers[question])
+                spare.append(question)
+        order = list(dict.fromkeys(spare + order))
     held_out = set(order[:count])
     return [question in held_out for question in questions]
 
@@ -1654,12 +1648,16 @@ class Device(NamedTuple):
     """Where the model runs, in which dtype, and what the hardware can do."""
 
     kind: str  # "cuda", "mps" or "cpu"
-    dtype: str  # of the computation; the weights of the adapter are float32 everywhere
+    dtype: str  # that it computes in; the weights of the adapter are always float32
     four_bit: bool
     reason: str  # for the person
     flops: float = 0  # operations per second
     bandwidth: float = 0  # bytes per second
     memory: float = 0  # free bytes
+
+    @property
+    def usable_memory(self) -> float:
+        return USABLE_MEMORY[self.kind] * self.memory
 
 
 class Outline(NamedTuple):
@@ -1670,7 +1668,12 @@ class Outline(NamedTuple):
     vocabulary: int
     parameters: int
     linear: dict[str, tuple[int, int]]  # inputs and outputs of each linear layer but the last
-    adapted: Sequence[tuple[int, int]] = ()  # those of the layers that get an adapter
+    adapted: Sequence[tuple[int, int]] = ()  # the sizes of the layers that get an adapter
+
+
+class Cost(NamedTuple):
+    seconds: float
+    memory: float  # bytes
 
 
 class Plan(NamedTuple):
@@ -1680,13 +1683,13 @@ class Plan(NamedTuple):
     steps: int
     warmup_steps: int
     tokens_per_epoch: int
-    pairs: int  # per step
-    tokens_at_once: int  # at most, unless one pair alone has more
+    pairs: int  # in each step
+    tokens_at_once: int  # most tokens in a row, unless one pair alone has more
     checkpointing: bool
     reason: str
-    seconds: float | None = None  # of all steps
+    seconds: float | None = None  # for all steps
     asking_seconds: float = 0  # for the questions at the end
-    memory_gb: float | None = None  # at most
+    memory_gb: float | None = None  # highest during the training
 
 
 # What large 16-bit matrix products reach, derived from public figures; none was timed here.
@@ -1695,8 +1698,9 @@ GPUS = {  # compute capability; operations per second, bytes per second, free by
     "L4": ((8, 9), (60e12, 240e9, 23.1e9)),
     "A100": ((8, 0), (180e12, 1200e9, 41.9e9)),
 }
-# Tokens at once beyond which it gets no faster; usable share of free memory; bytes for the libraries
-LIMITS_OF = {"cuda": (3000, 0.9, 0.6e9), "mps": (3000, 0.8, 0.93e9), "cpu": (1000, 0.8, 0.93e9)}
+USEFUL_TOKENS = {"cuda": 3000, "mps": 3000, "cpu": 1000}  # at once; more is not faster
+USABLE_MEMORY = {"cuda": 0.9, "mps": 0.8, "cpu": 0.8}  # share of what is free
+LIBRARIES = {"cuda": 0.6e9, "mps": 0.93e9, "cpu": 0.93e9}  # bytes that they take
 # Each has a key-value cache: 0.3 MB per token with phi-2
 ANSWERS_AT_ONCE = {"cuda": 24, "mps": 10, "cpu": 10}
 DEMO_MODEL = "demo"
@@ -1758,8 +1762,8 @@ def flops_of_processor() -> float:
 
 def cost_of(
     cfg: Config, model: Outline, device: Device, recomputing: bool, tokens: float, targets: float
-) -> tuple[float, float]:
-    """Seconds to train on so many tokens and targets, and the bytes to compute them all at once."""
+) -> Cost:
+    """The time to train on so many tokens and targets, and the memory to do so all at once."""
     size = bytes_of(device.dtype)
     inner = max(inputs for inputs, _ in model.linear.values())
     gated = any("gate" in name for name in model.linear)
@@ -1773,14 +1777,18 @@ def cost_of(
         of_token = model.blocks * 4 * model.hidden + kept + masks / model.blocks
     of_token += 4 * size * inner
     adapter = cfg.LORA_R * sum(map(sum, model.adapted))
-    memory = LIMITS_OF[device.kind][2] + model.parameters * (0.65 if device.four_bit else size)
+    memory = LIBRARIES[device.kind] + model.parameters * (0.65 if device.four_bit else size)
     memory += 16 * adapter + tokens * of_token + targets * 12 * model.vocabulary
     # 4 operations per weight; 6 per adapter weight, whose narrow products are 4 times slower
     weights = sum(map(math.prod, model.linear.values()))
     operations = tokens * (weights * (6 if recomputing else 4) + 24 * adapter)
     operations += targets * 4 * model.hidden * model.vocabulary
     moved = 10 * tokens * model.blocks * kept  # fitted to a processor (benchmarks/estimate.py)
-    return operations / device.flops + moved / device.bandwidth, memory
+    return Cost(operations / device.flops + moved / device.bandwidth, memory)
+
+
+def may_pack(cfg: Config) -> bool:
+    return cfg.PACKING and not cfg.NEFTUNE_ALPHA  # the Trainer's noise knows one pair per row only
 
 
 def plan_run(
@@ -1788,38 +1796,61 @@ def plan_run(
 ) -> Plan:
     """The steps, and how many tokens are computed at once, which does not change the result."""
     lengths = sorted(map(tokens_in, examples), reverse=True)
+    longest, pairs = lengths[0], cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
+    steps_per_epoch = math.ceil(len(lengths) / pairs)
+    steps = cfg.MAX_STEPS or steps_per_epoch * cfg.NUM_EPOCHS
+    at_once, reason, recomputing = cfg.TOKENS_AT_ONCE, "as set", cfg.GRADIENT_CHECKPOINTING
+    if not may_pack(cfg):
+        at_once, reason = longest, "each pair has a row of its own"
+    elif not at_once:
+        at_once = min(USEFUL_TOKENS[device.kind], sum(lengths[:pairs]))
+        reason = "more would not be faster"
+    if model:
+        room = functools.partial(tokens_that_fit, cfg, model, device)
+        if recomputing is None:
+            recomputing = room(recomputing=False) < longest
+        if not cfg.TOKENS_AT_ONCE and room(recomputing) < at_once:
+            at_once = max(room(recomputing), longest)
+            reason = f"as many as fit into {device.usable_memory / 1e9:.0f} GB"
+        if recomputing:
+            why = "as set" if cfg.GRADIENT_CHECKPOINTING else "to save memory"
+            reason += f"; gradient checkpointing {why}"
+    plan = Plan(
+        steps_per_epoch=steps_per_epoch,
+        steps=steps,
+        warmup_steps=int(cfg.WARMUP_RATIO * steps),
+        tokens_per_epoch=sum(lengths),
+        pairs=pairs,
+        tokens_at_once=at_once,
+        checkpointing=bool(recomputing),
+        reason=reason,
+    )
+    return estimated(plan, cfg, examples, device, model) if model else plan
+
+
+def tokens_that_fit(cfg: Config, model: Outline, device: Device, recomputing: bool) -> int:
+    """How many tokens memory holds at once, if all of them are targets."""
+    empty, one = (cost_of(cfg, model, device, recomputing, n, n).memory for n in (0, 1))
+    return int(max(0, device.usable_memory - empty) / (one - empty))
+
+
+def estimated(
+    plan: Plan, cfg: Config, examples: Sequence[Example], device: Device, model: Outline
+) -> Plan:
+    """The plan with the time of its steps, that of the exam, and the memory."""
+    lengths = sorted(map(tokens_in, examples), reverse=True)
     targets = [sum(label != IGNORE for label in example["labels"]) for example in examples]
-    tokens, pairs = sum(lengths), cfg.BATCH_SIZE * cfg.GRADIENT_ACCUMULATION_STEPS
-    epoch = math.ceil(len(lengths) / pairs)
-    steps, recompute = cfg.MAX_STEPS or epoch * cfg.NUM_EPOCHS, cfg.GRADIENT_CHECKPOINTING
-    most, usable, _ = LIMITS_OF[device.kind]
-    at_once = cfg.TOKENS_AT_ONCE or min(most, sum(lengths[:pairs]))
-    reason = "as set" if cfg.TOKENS_AT_ONCE else "more would not be faster"
-    figures = (epoch, steps, int(cfg.WARMUP_RATIO * steps), tokens, pairs)
-    if model is None:
-        return Plan(*figures, at_once, bool(recompute), reason)
-    cost = functools.partial(cost_of, cfg, model, device)
-    for recomputing in [False, True] if recompute is None else [recompute]:
-        (_, fixed), (_, with_one) = cost(recomputing, 0, 0), cost(recomputing, 1, 1)
-        room = int(max(0, usable * device.memory - fixed) / (with_one - fixed))
-        if room >= lengths[0]:
-            break
-    if not cfg.TOKENS_AT_ONCE and room < at_once:
-        at_once = max(room, lengths[0])
-        reason = f"as many as fit into {usable * device.memory / 1e9:.0f} GB"
-    if recomputing:
-        reason += f"; gradient checkpointing {'as set' if recompute else 'to save memory'}"
-    seconds, _ = cost(recomputing, tokens, sum(targets))
-    # kernels per block: 400 for a row, 10 for each example in it, 125 for a generated token
-    rows = max(epoch, math.ceil(tokens / at_once))
-    seconds = max(seconds, model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH)
-    row = max(min(at_once, sum(lengths[:pairs])), lengths[0])
-    _, memory = cost(recomputing, row, row * sum(targets) / tokens)
-    asking = asking_tokens(cfg, device, len(targets), max(targets))
-    reading = model.parameters * (4 if device.dtype == "float32" else 2.5) / device.bandwidth
-    asking *= max(reading, model.blocks * 125 * LAUNCH)
-    seconds *= steps / epoch / world_size()
-    return Plan(*figures, at_once, recomputing, reason, seconds, asking, memory / 1e9)
+    tokens, cost = sum(lengths), functools.partial(cost_of, cfg, model, device, plan.checkpointing)
+    rows = max(plan.steps_per_epoch, math.ceil(tokens / plan.tokens_at_once))
+    # kernels per block: 400 for a row, 10 for each example in it
+    launching = model.blocks * (400 * rows + 10 * len(lengths)) * LAUNCH
+    epoch = max(cost(tokens, sum(targets)).seconds, launching)
+    largest_row = max(min(plan.tokens_at_once, sum(lengths[: plan.pairs])), lengths[0])
+    return plan._replace(
+        seconds=epoch * (plan.steps / plan.steps_per_epoch / world_size()),
+        asking_seconds=exam_seconds(cfg, device, model, len(targets), max(targets)),
+        memory_gb=cost(largest_row, largest_row * sum(targets) / tokens).memory / 1e9,
+    )
 
 
 def most_tokens(longest: int) -> int:
@@ -1827,20 +1858,25 @@ def most_tokens(longest: int) -> int:
     return 16 + longest * 3 // 2
 
 
-def asking_tokens(cfg: Config, device: Device, pairs: int, longest: int) -> float:
-    """Tokens that are generated one after another for the exam, in all of its batches.
+def exam_seconds(cfg: Config, device: Device, model: Outline, pairs: int, longest: int) -> float:
+    """The time to generate all answers of the exam, one token after another in each batch.
 
     Untrained, the model generates until it is cut off; tuned, about as much as it has learned.
     """
-    base, size = min(cfg.MAX_TOKENS, most_tokens(longest)), ANSWERS_AT_ONCE[device.kind]
+    base = min(cfg.MAX_TOKENS, most_tokens(longest))
     tuned = min(base, longest)
-    held_out, asked, general = (
-        math.ceil(min(count, pairs) / size) * bool(cfg.EVAL_ANSWERS)
-        for count in (cfg.EVAL_ANSWERS, cfg.EXAM_QUESTIONS, min(MOST_GENERAL, cfg.EXAM_QUESTIONS))
-    )
-    elsewhere = (GENERAL_TOKENS + 2 * most_tokens(GENERAL_TOKENS)) * general
-    in_other_words = PARAPHRASE_TOKENS * asked + 2 * asked * tuned
-    return (held_out + asked) * (base + tuned) + in_other_words + elsewhere
+    reworded = PARAPHRASE_TOKENS + 2 * tuned
+    general = GENERAL_TOKENS + 2 * most_tokens(GENERAL_TOKENS)
+
+    def batches(questions: int) -> int:
+        return math.ceil(min(questions, pairs) / ANSWERS_AT_ONCE[device.kind])
+
+    tokens = batches(cfg.EVAL_ANSWERS) * (base + tuned)
+    tokens += batches(cfg.EXAM_QUESTIONS) * (base + tuned + reworded)
+    tokens += batches(min(MOST_GENERAL, cfg.EXAM_QUESTIONS)) * general
+    reading = model.parameters * (4 if device.dtype == "float32" else 2.5) / device.bandwidth
+    of_token = max(reading, model.blocks * 125 * LAUNCH)  # 125 kernels per block
+    return tokens * of_token if cfg.EVAL_ANSWERS else 0
 
 
 def in_time(seconds: float) -> str:
@@ -1920,7 +1956,7 @@ TARGET_GROUPS = {
 }
 BASE_PLACE = "base_model_folder.txt"  # where the base lies on this computer; never in the zip
 PICKLES = tuple(".bin .ckpt .dill .joblib .pickle .pkl .pt .pth".split())  # they can run programs
-DEMO_STEPS = 100  # of pretraining; fewer leave the model without words
+DEMO_STEPS = 100  # with fewer, its pretraining leaves the model without words
 # 4 heads of 80 as in phi-2, and a multiple of the 64 that 4 bits need; MAX_LENGTH decides the length
 DEMO_SHAPE: dict[str, Any] = {"hidden_size": 320, "intermediate_size": 1280, "vocab_size": 1024}
 DEMO_SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32_768}
@@ -1964,6 +2000,12 @@ def demo_folder() -> Path:
         tokenizer.save_pretrained(staged)
         model.save_pretrained(staged)
     return folder
+
+
+def is_demo(model: Any) -> bool:
+    """By its sizes: a folder of somebody else may be called demo, too."""
+    sizes = "hidden_size", "vocab_size"
+    return all(getattr(model.config, size, 0) == DEMO_SHAPE[size] for size in sizes)
 
 
 # -- The base model
@@ -2021,28 +2063,34 @@ def base_name(cfg: Config) -> str:
 
 
 def base_source(cfg: Config) -> dict[str, Any]:
-    """Where transformers finds the base: a folder, or one commit on the Hub, kept from now on."""
+    """What from_pretrained needs: the folder or the pinned commit, and never the model's own code."""
+    return {
+        "pretrained_model_name_or_path": str(local_base(cfg) or cfg.MODEL_NAME),
+        "revision": cfg.MODEL_REVISION or "main",
+        "trust_remote_code": False,  # if unset, transformers asks, and a y runs it
+    }
+
+
+def pin_revision(cfg: Config) -> None:
+    """Set MODEL_REVISION to one commit on the Hub; a branch may move at any time."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
-    # never with the model's own code; if unset, transformers asks, and a y runs it
-    source: dict[str, Any] = {"trust_remote_code": False}
-    if folder := local_base(cfg):
-        return source | {"pretrained_model_name_or_path": str(folder)}
-    name, revision = cfg.MODEL_NAME, cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    commit = Path(cached).parent.name if isinstance(cached, str) else ""
-    if not commit or commit != revision:  # a branch may move at any time
-        try:
-            commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
-        except errors.HfHubHTTPError:
-            if not commit:
-                raise
-        except Exception as error:  # each network library has its own
-            if not commit:
-                missing = f"revision {revision or 'main'} is not here, and the Hub cannot be"
-                raise ConnectionError(f"{missing} reached ({type(error).__name__})") from None
-    cfg.MODEL_REVISION = commit
-    return source | {"pretrained_model_name_or_path": name, "revision": commit}
+    with explained_model(cfg):
+        if local_base(cfg):
+            return
+        name, revision = cfg.MODEL_NAME, cfg.MODEL_REVISION or PINNED_REVISIONS.get(cfg.MODEL_NAME)
+        cached = try_to_load_from_cache(name, "config.json", revision=revision)
+        commit = Path(cached).parent.name if isinstance(cached, str) else ""
+        if commit != revision:
+            try:
+                commit = HfApi().model_info(name, revision=revision, timeout=10).sha or commit
+            except Exception as error:  # each network library has its own
+                if not commit and isinstance(error, errors.HfHubHTTPError):
+                    raise
+                if not commit:
+                    missing = f"revision {revision or 'main'} is not here, and the Hub cannot be"
+                    raise ConnectionError(f"{missing} reached ({type(error).__name__})") from None
+        cfg.MODEL_REVISION = commit
 
 
 def base_config(cfg: Config) -> Any:
@@ -2060,7 +2108,7 @@ def load_tokenizer(cfg: Config) -> transformers.PreTrainedTokenizerBase:
         if not tokenizer("Why?")["input_ids"]:  # transformers makes an empty one from a bare config
             raise OSError("it has no tokenizer")
     set_template(cfg, tokenizer)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # of batches; never a label
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # never a label
     return tokenizer
 
 
@@ -2102,11 +2150,13 @@ def outline_of(config: Any) -> Outline:
     return Outline(*figures, linear_layers(model))
 
 
-def known_outline(cfg: Config) -> Outline | None:
-    """The outline of MODEL_NAME, or None; loading the model will then explain why."""
-    with suppress(Exception):
-        return outline_of(base_config(cfg))
-    return None
+def find_base(cfg: Config) -> tuple[transformers.PreTrainedTokenizerBase, Outline | None]:
+    """The tokenizer and the sizes of the base, whose commit is pinned first."""
+    pin_revision(cfg)
+    tokenizer = load_tokenizer(cfg)
+    with suppress(Exception):  # loading the model will explain why
+        return tokenizer, outline_of(base_config(cfg))
+    return tokenizer, None
 
 
 def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
@@ -2117,7 +2167,7 @@ def load_base(cfg: Config, device: Device) -> transformers.PreTrainedModel:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    enable_progress_bars()  # of downloads alone
+    enable_progress_bars()  # only downloads show a bar
     dtype, options = getattr(torch, device.dtype), {}
     if device.four_bit:
         how = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
@@ -2150,7 +2200,7 @@ def refuse_small_memory(cfg: Config, device: Device, parameters: int) -> None:
     """Without an NVIDIA GPU the weights lie in the computer's own memory."""
     import psutil
 
-    each = 1 if device.four_bit else bytes_of(device.dtype)  # in 4 bits with all that comes along
+    each = 1 if device.four_bit else bytes_of(device.dtype)  # 4 bits, with all that comes along
     need, memory = parameters * each * world_size(), psutil.virtual_memory().total
     if device.kind != "cuda" and need > memory:
         raise UserError(
@@ -2221,7 +2271,7 @@ def lora_config(cfg: Config, layers: Iterable[str]) -> PeftConfig:
 
 def add_lora(cfg: Config, base: transformers.PreTrainedModel, learning: bool = True) -> PeftModel:
     settings = lora_config(cfg, adapted_layers(cfg, linear_layers(base)))
-    with warnings.catch_warnings():  # of transformers' own names, and of what peft sets by itself
+    with warnings.catch_warnings():  # about transformers' own names and what peft sets by itself
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`|fan_in_fan_out")
         model = usable_peft().get_peft_model(base, settings)
     model.peft_config["default"].base_model_name_or_path = base_name(cfg)
@@ -2260,7 +2310,7 @@ def layers_in(adapter: Path) -> list[str]:
 class Run:
     """A finished run, which can answer as the base model and as the tuned one."""
 
-    cfg: Config  # of its training
+    cfg: Config  # the settings of its training
     tokenizer: Any
     model: Any = None  # with an adapter that can be switched off, or with one that was merged
     place: Path = Path()  # the folder or zip that the person named
@@ -2285,14 +2335,15 @@ class Run:
     def device(self) -> Device:
         device = device_here(self.cfg)
         say("Device", device.reason)
-        fast = device.four_bit and device.kind == "cpu"  # where bitsandbytes is fast in this form
+        fast = device.four_bit and device.kind == "cpu"  # bitsandbytes is fast in bfloat16
         return device._replace(dtype="bfloat16") if fast else device
 
     @functools.cached_property
     def base_settings(self) -> Config:
-        """The settings, with the folder where a local base is now."""
+        """The settings, with the folder where a local base is now, or the commit of another."""
         name, note = self.cfg.MODEL_NAME, self.folder / BASE_PLACE
         if not name.startswith("./"):
+            pin_revision(self.cfg)
             return self.cfg
         noted = [Path(os.fsdecode(note.read_bytes()))] if note.is_file() else []
         for folder in (*noted, self.folder / name, self.place.absolute().parent / name):
@@ -2338,7 +2389,7 @@ def load_tuned(place: Path, four_bit: bool | None = None) -> Run:
             f"{place} holds no weights for this script; a GGUF is for LM Studio, Ollama and llama.cpp.\n"
             "To ask the model here, name the folder of the training: --output-dir ./model"
         )
-    if four_bit is not None or merged:  # which 4 bits would round once more
+    if four_bit is not None or merged:  # 4 bits would round merged weights once more
         run.cfg.LOAD_IN_4BIT = bool(four_bit)
     if merged:
         run.model = load_base(changed(run.cfg, MODEL_NAME=str(run.folder)), run.device).eval()
@@ -2373,7 +2424,7 @@ def open_run(place: Path) -> Run:
         cfg = checked({name: settings[name] for name in known})
         record["examples"] = [str(text) for text in record.get("examples") or []]
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        set_template(cfg, tokenizer)  # which the first edition did not save
+        set_template(cfg, tokenizer)  # the first edition did not save it
         with_adapter = (folder / "adapter_config.json").is_file()
         adapter = load_file(folder / ADAPTER) if with_adapter else {}
     run = Run(cfg, tokenizer, None, place, folder, record, adapter)
@@ -2445,7 +2496,7 @@ def attend_in_each_example(
     groups = query.shape[1] // key.shape[1]
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     how = {"dropout_p": settings.get("dropout", 0.0), "scale": settings.get("scaling")}
-    look_back = settings.get("sliding_window")  # of some models
+    look_back = settings.get("sliding_window")  # some models have one
     sdpa, seen = torch.nn.functional.scaled_dot_product_attention, []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         window, length = None, q.shape[2]
@@ -2479,6 +2530,18 @@ def padding_free(model: transformers.PreTrainedModel | PeftModel) -> Iterator[No
         model.set_attn_implementation(usual)
 
 
+def drop_mask(values: torch.Tensor, rate: float) -> torch.Tensor:
+    """Which values dropout sets to zero."""
+    import torch
+
+    if not values.is_cpu:
+        return torch.empty_like(values, dtype=torch.bool).bernoulli_(rate)
+    # four from each random number, since bernoulli_ takes a sixth of a step on a processor
+    bits = torch.empty(values.numel() // 4 + 1, dtype=torch.int64).random_(-(2**63), None)
+    drawn = bits.view(torch.int16)[: values.numel()].view(values.shape)
+    return drawn < round(rate * 2**16) - 2**15
+
+
 def fused_lora() -> Any:
     """A frozen layer and its adapter as one operation: y = W x + b + scale * B A dropout(x).
 
@@ -2495,29 +2558,29 @@ def fused_lora() -> Any:
             ctx: Any, x: Any, a: Any, b: Any, layer: Any, dropout: float, dtype: Any
         ) -> Any:
             base, scale = layer.get_base_layer(), layer.scaling["default"] / (1 - dropout)
-            rows, mask = x.reshape(-1, x.shape[-1]).to(dtype), None
+            rows, dropped = x.reshape(-1, x.shape[-1]).to(dtype), None
             bias = None if base.bias is None else base.bias.to(dtype)
             y = linear(rows, weight_of(base).to(dtype), bias)
             if dropout:
-                mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout)
-                rows = rows * mask
+                dropped = drop_mask(rows, dropout)
+                rows = rows.masked_fill(dropped, 0)
             inner = rows @ a.to(dtype).T
             y.addmm_(inner, b.to(dtype).T, alpha=scale)
-            ctx.save_for_backward(x, mask, inner, a, b)
+            ctx.save_for_backward(x, dropped, inner, a, b)
             ctx.base, ctx.scale, ctx.dtype = base, scale, dtype
             return y.view(*x.shape[:-1], -1)
 
         @staticmethod
         def backward(ctx: Any, dy: Any) -> Any:
-            x, mask, inner, a, b = ctx.saved_tensors
+            x, dropped, inner, a, b = ctx.saved_tensors
             rows, dy = x.reshape(-1, x.shape[-1]).to(ctx.dtype), dy.reshape(-1, dy.shape[-1])
             d_inner = (dy @ b.to(ctx.dtype)).mul_(ctx.scale)
-            d_a = d_inner.T @ (rows if mask is None else rows * mask)
+            d_a = d_inner.T @ (rows if dropped is None else rows.masked_fill(dropped, 0))
             d_b = (dy.T @ inner).mul_(ctx.scale)
             d_x = None
             if ctx.needs_input_grad[0]:
                 weight, d_x = weight_of(ctx.base).to(ctx.dtype), d_inner @ a.to(ctx.dtype)
-                d_x = d_x if mask is None else d_x.mul_(mask)
+                d_x = d_x if dropped is None else d_x.masked_fill_(dropped, 0)
                 d_x = d_x.addmm_(dy, weight).view(x.shape).to(x.dtype)
             return d_x, d_a.to(a.dtype), d_b.to(b.dtype), None, None, None
 
@@ -2590,34 +2653,32 @@ class PreparedData:
     validation: list[Example]
 
 
-def prepare_data(cfg: Config, pairs: Pairs, offline: bool = False) -> PreparedData:
-    """Tokenize, drop from `pairs` what is too long, split; offline, go on without a tokenizer."""
-    tokenizer = None
-    with suppress(UnreachableError) if offline else nullcontext():
-        tokenizer = load_tokenizer(cfg)
-    examples = [encode(tokenizer, pair.messages) for pair in pairs.kept if tokenizer]
-    lengths = list(map(tokens_in, examples))
+def prepare_data(cfg: Config, pairs: Pairs, tokenizer: Any) -> PreparedData:
+    """Tokenize, drop from `pairs` what is too long, split; without a tokenizer, only split."""
     longest = min(cfg.MAX_LENGTH, getattr(tokenizer, "model_max_length", cfg.MAX_LENGTH))
     limit = "MAX_LENGTH" if longest == cfg.MAX_LENGTH else "what the model can take"
-    fits = [length <= longest for length in lengths] or [True] * len(pairs.kept)
-    for pair, fit in zip(pairs.kept, fits, strict=True):
-        if not fit:
-            pairs.dropped.append(Note(*pair[1:], f"longer than {limit}, {longest} tokens"))
-    examples = list(itertools.compress(examples, fits))
-    pairs.kept = list(itertools.compress(pairs.kept, fits))
-    quality = quality_of(pairs.kept, pairs.dropped)
-    validation = split_validation(pairs.kept, cfg)
-    train = [not one for one in validation]
+    kept, overlong = list[tuple[Pair, Example | None]](), list[int]()
+    for pair in pairs.kept:
+        example = encode(tokenizer, pair.messages) if tokenizer else None
+        if example and tokens_in(example) > longest:
+            overlong.append(tokens_in(example))
+            pairs.dropped.append(pair.note(f"longer than {limit}, {longest} tokens"))
+        else:
+            kept.append((pair, example))
+    pairs.kept = [pair for pair, _ in kept]
+    held_out = split_validation(pairs.kept, cfg)
+    train = [one for one, is_held_out in zip(kept, held_out, strict=True) if not is_held_out]
+    validation = [one for one, is_held_out in zip(kept, held_out, strict=True) if is_held_out]
     return PreparedData(
         tokenizer,
         pairs,
-        quality,
-        tokens=[length for length in lengths if length <= longest],
-        overlong=[length for length in lengths if length > longest],
-        train_pairs=list(itertools.compress(pairs.kept, train)),
-        validation_pairs=list(itertools.compress(pairs.kept, validation)),
-        train=list(itertools.compress(examples, train)),
-        validation=list(itertools.compress(examples, validation)),
+        quality_of(pairs.kept, pairs.dropped),
+        tokens=[tokens_in(example) for _, example in kept if example],
+        overlong=overlong,
+        train_pairs=[pair for pair, _ in train],
+        validation_pairs=[pair for pair, _ in validation],
+        train=[example for _, example in train if example],
+        validation=[example for _, example in validation if example],
     )
 
 
@@ -2634,7 +2695,7 @@ def refuse_unfit(cfg: Config, data: PreparedData) -> None:
         raise UserError(f"{data.pairs.name}: {pairs}, but {FEWEST_PAIRS} are needed.\n{fix}")
     if count < ENOUGH_PAIRS:
         say("Warning", f"{pairs} are few; answers become reliable with {ENOUGH_PAIRS} or more.")
-    copies = sum(note.reason.startswith("a copy") for note in data.pairs.dropped)
+    copies = sum(note.kind == COPY for note in data.pairs.dropped)
     score = data.quality.good / max(1, data.quality.counted - copies)  # copies harm nobody
     if score < min(POOR, cfg.MIN_QUALITY) and not cfg.YES:
         raise UserError(
@@ -2670,11 +2731,9 @@ def shares_of_steps(examples: Sequence[Example], plan: Plan, seed: int) -> list[
     for epoch in range(math.ceil(plan.steps / plan.steps_per_epoch)):
         order = random.Random(f"{seed} {epoch}").sample(examples, len(examples))
         steps += [order[i : i + plan.pairs] for i in range(0, len(order), plan.pairs)]
-    count = world_size()
-    nothing = Example(
-        input_ids=[0], labels=[IGNORE]
-    )  # for a process that gets no pair of a short step
     steps = [sorted(step, key=tokens_in) for step in steps[: plan.steps]]
+    count = world_size()
+    nothing = Example(input_ids=[0], labels=[IGNORE])  # for a process without a pair
     return [step[process::count] or [nothing] for step in steps for process in range(count)]
 
 
@@ -2776,8 +2835,8 @@ def fingerprint(content: Any) -> str:
 
 def identity_of(cfg: Config, data: PreparedData, device: Device) -> dict[str, Any]:
     """Everything that decides the adapter. Where it is equal, a checkpoint may be resumed."""
+    base: Any = cfg.MODEL_REVISION
     with explained_model(cfg):
-        base = base_source(cfg).get("revision")
         if folder := local_base(cfg):
             files = sorted([*folder.glob("*.json"), *folder.glob("*.safetensors")])
             base = [checksum(path) for path in files]
@@ -2816,7 +2875,7 @@ class RunStats:
     tokens_at_once: int = 0
     seconds: float = 0.0  # of all steps, without measuring and saving
     peak_memory_gb: float = 0.0
-    skipped_steps: int = 0  # whose gradient was not finite
+    skipped_steps: int = 0  # their gradient was not finite
     finished: bool = False
     versions: str = ""  # of the packages that wrote the checkpoint
 
@@ -2840,11 +2899,11 @@ class Checkpoint(NamedTuple):
 def read_commit(folder: Path) -> Checkpoint:
     """What COMMIT.json claims, maybe a stranger's; ValueError where that makes no sense."""
     try:
-        sealed = json.loads((folder / COMMIT).read_bytes())
-        record = sealed["record"] | {"stats": RunStats(**sealed["record"]["stats"])}
+        commit = json.loads((folder / COMMIT).read_bytes())
+        record = commit["record"] | {"stats": RunStats(**commit["record"]["stats"])}
         local = all(Path(name).name == name for name, (_, _) in record["files"].items())
         typed = isinstance(record["step"], int) and isinstance(record["identity"], dict)
-        if local and typed and sealed["sha256"] == fingerprint(sealed["record"]):
+        if local and typed and commit["sha256"] == fingerprint(commit["record"]):
             return Checkpoint(folder, **record)
     except Exception as error:
         if isinstance(error, OSError) and not isinstance(error, FileNotFoundError):
@@ -2866,36 +2925,51 @@ class Checkpoints:
 
     def starting_point(self) -> Checkpoint | None:
         """The newest valid checkpoint: here, in the mirror, or as named; copied here if elsewhere."""
+        self.say_what_is_new()
+        source = local_path(self.cfg.RESUME_FROM_CHECKPOINT).resolve()
+        is_first = is_main_process()  # the others then find what it has chosen, in the folder
+        starts_anew = is_first and not self.cfg.RESUME
+        if starts_anew:
+            source = self.set_aside(source)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
+            found = [] if starts_anew else [*itertools.islice(self.valid(self.places), 1)]
+            if self.cfg.RESUME_FROM_CHECKPOINT and is_first:
+                found += self.named(source, Path(unpacked))
+            newest = max(found, key=lambda one: one.step, default=None)
+            self.last = newest and self.fetched(newest)
+        if self.last:
+            self.best_adapter = self.last.best_adapter.read_bytes()
+        elif any(any(place.glob("incomplete-*")) for place in self.places):
+            say("Warning", "no checkpoint is valid, so the training starts from the beginning")
+        return self.last
+
+    def say_what_is_new(self) -> None:
+        """How a run without checkpoints of its own differs from the latest one beside it."""
         others = [*self.folder.parent.glob("*/checkpoint-*/" + COMMIT)]
         if others and not self.folder.exists():
             other = max(others, key=lambda path: path.stat().st_mtime).parent
             with suppress(ValueError):
                 changed = differences(self.identity, read_commit(other).identity)
                 say("New run", f"{short_path(other.parent)} is kept. What differs: {changed}")
-        is_first = is_main_process()  # the others then find what it has chosen, in the folder
-        resumes, named = self.cfg.RESUME or not is_first, self.cfg.RESUME_FROM_CHECKPOINT
-        source = local_path(named).resolve()
-        for place in filter(Path.exists, () if resumes else self.places):
+
+    def set_aside(self, source: Path) -> Path:
+        """Rename what --no-resume does not use; what `source` is called now, if it was in there."""
+        for place in filter(Path.exists, self.places):
             with warned(f"{place} is in the way") if place != self.folder else nullcontext():
                 renamed = quarantine(place, f"{place.name}.unused", "RESUME is off")
                 if source.is_relative_to(place):
                     source = renamed / source.relative_to(place)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.folder, suffix=".partial") as unpacked:
-            found = [*itertools.islice(self.valid(self.places if resumes else []), 1)]
-            if named and is_first:
-                found += self.named(source, Path(unpacked))
-            self.last = max(found, key=lambda one: one.step, default=None)
-            if self.last and self.last.folder != self.folder / f"checkpoint-{self.last.step}":
-                say("Checkpoint", f"step {self.last.step} is newer and is fetched from elsewhere")
-                advice = 'Make room, or wait for the drive, or go without: --checkpoint-mirror ""'
-                with explained(f"{self.last.folder} could not be copied.", advice):
-                    self.last = self.copy(self.last, self.folder)
-        if self.last:
-            self.best_adapter = self.last.best_adapter.read_bytes()
-        if not self.last and any(any(place.glob("incomplete-*")) for place in self.places):
-            say("Warning", "no checkpoint is valid, so the training starts from the beginning")
-        return self.last
+        return source
+
+    def fetched(self, found: Checkpoint) -> Checkpoint:
+        """The same checkpoint in the folder of this run."""
+        if found.folder == self.folder / f"checkpoint-{found.step}":
+            return found
+        say("Checkpoint", f"step {found.step} is newer and is fetched from elsewhere")
+        advice = 'Make room, or wait for the drive, or go without: --checkpoint-mirror ""'
+        with explained(f"{found.folder} could not be copied.", advice):
+            return self.copy(found, self.folder)
 
     def named(self, place: Path, unpacked: Path) -> list[Checkpoint]:
         """The checkpoints in the folder or zip that RESUME_FROM_CHECKPOINT names."""
@@ -3111,8 +3185,17 @@ DIVERGED = (
     "The training diverges: the loss is above where it began, and over three times its usual value.\n"
     "The last checkpoint is kept. Train again with --learning-rate {:g}"
 )
+RISING = (
+    "the validation loss has been above that of step {} for a third of the run, so more training makes "
+    "it worse. --early-stopping-patience 3 would stop it early."
+)
+FLAT = (
+    "the loss has not fallen in the first tenth of the run. If it stays so, try another --learning-rate, "
+    "and look at the data with the command check."
+)
+# Settings that TrainingArguments calls the same, in lower case
 SAME_NAMES = "LEARNING_RATE WEIGHT_DECAY MAX_GRAD_NORM SEED LOGGING_STEPS SAVE_STEPS REPORT_TO"
-MOST_BAD_STEPS = 3  # in a row, whose gradient is not finite
+MOST_BAD_STEPS = 3  # in a row with a gradient that is not finite
 
 
 def optimizer_name(cfg: Config, device: Device) -> str:
@@ -3125,7 +3208,11 @@ def optimizer_name(cfg: Config, device: Device) -> str:
 
 @dataclass(eq=False, repr=False)
 class AnswerTrainer(Trainer):
-    """The Trainer and its callback in one: steps without padding, checkpoints that are verified."""
+    """The Trainer and its callback in one: steps without padding, checkpoints that are verified.
+
+    The Trainer calls the methods in the order in which they stand here; on_step_end decides whether log,
+    evaluate and _save_checkpoint follow.
+    """
 
     cfg: Config
     adapted: PeftModel
@@ -3157,7 +3244,7 @@ class AnswerTrainer(Trainer):
         if self.accelerator.scaler:
             scaler = torch.amp.GradScaler(self.args.device.type, init_scale=FIRST_SCALE)
             self.accelerator.scaler = scaler
-        if self.pop_callback(transformers.ProgressCallback):  # which would print every figure
+        if self.pop_callback(transformers.ProgressCallback):  # it would print every figure
             bar = type("Bar", (transformers.ProgressCallback,), {"on_log": losses_in_bar})
             self.add_callback(bar)
 
@@ -3196,13 +3283,6 @@ class AnswerTrainer(Trainer):
         arguments._n_gpu = 1  # or else the Trainer would spread each batch over all GPUs it sees
         return arguments
 
-    def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
-        """This process's share of one step: its rows, and what the Trainer counts."""
-        (examples,) = shares
-        shared, whole = may_share_rows(self.adapted), flatten(examples, shared=False)
-        rows = [flatten(row, shared) for row in pack(examples, self.plan.tokens_at_once)]
-        return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
-
     def run(self, start: Checkpoint | None) -> None:
         """Train to the last step, or to the end of the step in which a signal arrives."""
         try:
@@ -3222,12 +3302,15 @@ class AnswerTrainer(Trainer):
             step = f"Step {self.state.global_step} of {self.state.max_steps}"
             raise Stopped(self.stop[0], f"{step} is saved, and {resume_hint(self.cfg)}.")
 
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        if self.accelerator.scaler is not None:  # a float16 run may be resumed without a scaler
+            super()._load_scaler(checkpoint)
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         import torch
 
-        state.compute_steps(
-            args, args.max_steps
-        )  # otherwise the intervals in the checkpoint would apply
+        # otherwise the intervals in the checkpoint would apply
+        state.compute_steps(args, args.max_steps)
         self.session_start = state.global_step, self.stats.seconds
         if args.device.type != "cpu":  # a row too large for memory had better fail now
             most, shared = self.plan.tokens_at_once, may_share_rows(self.adapted)
@@ -3236,6 +3319,13 @@ class AnswerTrainer(Trainer):
             with torch.random.fork_rng():
                 super().training_step(self.model_wrapped, flatten(largest, shared), 1)
             self.model_wrapped.zero_grad()
+
+    def collate(self, shares: Sequence[Sequence[Example]]) -> dict[str, Any]:
+        """This process's share of one step: its rows, and what the Trainer counts."""
+        (examples,) = shares
+        shared, whole = may_share_rows(self.adapted), flatten(examples, shared=False)
+        rows = [flatten(row, shared) for row in pack(examples, self.plan.tokens_at_once)]
+        return {"rows": rows, "input_ids": whole["input_ids"], "labels": whole["labels"]}
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         """Add up the gradients and losses of the rows; a step that is not finite changes nothing."""
@@ -3255,9 +3345,42 @@ class AnswerTrainer(Trainer):
         if self.bad_steps == MOST_BAD_STEPS:
             raise UserError(NOT_A_NUMBER)
         self.lost_loss = True
-        if not self.accelerator.scaler:  # which leaves the step out itself
+        if not self.accelerator.scaler:  # a scaler leaves the step out itself
             model.zero_grad()
-        return torch.zeros_like(loss)  # with a NaN, the Trainer's sum would stay one for ever
+        return torch.zeros_like(loss)  # the Trainer's sum of losses would stay NaN for ever
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        from tqdm import tqdm
+
+        self.stats.seconds += time.perf_counter() - self.step_began
+        first_step, seconds_before = self.session_start
+        steps = state.global_step - first_step
+        of_step = (self.stats.seconds - seconds_before) / steps
+        left = of_step * (args.max_steps - state.global_step) + self.plan.asking_seconds
+        if steps == 3 and left > 60:
+            with tqdm.external_write_mode():
+                say("Estimate", f"after three steps: {in_time(left)} left")
+        state.epoch = state.global_step / self.plan.steps_per_epoch  # passes over the data
+        overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
+        control.should_save |= self.has_to_save(control, overdue)
+        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
+
+    def has_to_save(self, control: Any, overdue: bool = False) -> bool:
+        """Whether it is time, or an end is asked for: in all processes after the same step."""
+        late, number = self.highest(overdue, sum(self.stop))
+        if number:
+            self.stop[:] = [int(number)]
+            control.should_training_stop = True
+        return bool(late or number)
+
+    def highest(self, *figures: float) -> list[float]:
+        """The maximum of each figure over all processes, so that all of them decide alike."""
+        import torch
+
+        if world_size() == 1:
+            return [*figures]
+        own = torch.tensor([figures], dtype=torch.float64, device=self.args.device)
+        return list(self.accelerator.gather(own).amax(0).tolist())
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Only what is finite, and of the whole run: the Trainer's train_loss is of this session."""
@@ -3275,32 +3398,6 @@ class AnswerTrainer(Trainer):
             with tqdm.external_write_mode():
                 say("Warning", sign)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        from tqdm import tqdm
-
-        self.stats.seconds += time.perf_counter() - self.step_began
-        first, earlier = self.session_start
-        seconds = (self.stats.seconds - earlier) / (state.global_step - first)
-        left = seconds * (args.max_steps - state.global_step) + self.plan.asking_seconds
-        if state.global_step - first == 3 and left > 60:
-            with tqdm.external_write_mode():
-                say("Estimate", f"after three steps: {in_time(left)} left")
-        state.epoch = state.global_step / self.plan.steps_per_epoch  # of the data, not of the run
-        overdue = time.monotonic() - self.saved_at > 60 * self.cfg.SAVE_MINUTES
-        control.should_save |= self.has_to_save(control, overdue)
-        control.should_log |= control.should_evaluate or control.should_save  # all losses so far
-
-    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.has_to_save(control)  # a signal that came during measuring or saving ends the run here
-
-    def has_to_save(self, control: Any, overdue: bool = False) -> bool:
-        """Whether it is time, or an end is asked for: in all processes after the same step."""
-        late, number = self.highest(overdue, sum(self.stop))
-        if number:
-            self.stop[:] = [int(number)]
-            control.should_training_stop = True
-        return bool(late or number)
-
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """A mean over tokens, not batches; then a checkpoint, since it may be the best."""
         loss = measured_loss(self.adapted, self.data.validation, self.plan.tokens_at_once)
@@ -3315,15 +3412,6 @@ class AnswerTrainer(Trainer):
         if 0 < self.cfg.EARLY_STOPPING_PATIENCE <= stalled:
             self.control.should_training_stop = self.stats.finished = True
         return metrics
-
-    def highest(self, *figures: float) -> list[float]:
-        """The maximum of each figure over all processes, so that all of them decide alike."""
-        import torch
-
-        if world_size() == 1:
-            return [*figures]
-        own = torch.tensor([figures], dtype=torch.float64, device=self.args.device)
-        return list(self.accelerator.gather(own).amax(0).tolist())
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         import torch
@@ -3340,9 +3428,8 @@ class AnswerTrainer(Trainer):
         self.saved_at = time.monotonic()
         self.accelerator.wait_for_everyone()
 
-    def _load_scaler(self, checkpoint: str | None) -> None:
-        if self.accelerator.scaler is not None:  # a float16 run may be resumed without a scaler
-            super()._load_scaler(checkpoint)
+    def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.has_to_save(control)  # a signal that came during measuring or saving ends the run here
 
 
 def slower(cfg: Config, divisor: int) -> float:
@@ -3364,21 +3451,18 @@ def warning_sign(history: Sequence[dict[str, float]], steps: int) -> str:
     last, tenth = history[-1], max(10, steps // 10)
     if "eval_loss" in last:
         measured = {e["step"]: e["eval_loss"] for e in history if "eval_loss" in e}
-        best, (earlier, now) = min(measured, key=measured.__getitem__), (0, *measured)[-2:]
+        best = min(measured, key=measured.__getitem__)
+        *_, earlier, now = 0, *measured
         if earlier - best < steps / 3 <= now - best:
-            rising = (
-                f"the validation loss has been above that of step {best} for a third of the run"
-            )
-            return f"{rising}, so more training makes it worse. --early-stopping-patience 3 would stop it early."
+            return RISING.format(best)
     elif "loss" in last and last["step"] < 2 * tenth:
-        losses = [e["loss"] for e in history if "loss" in e and e["step"] <= tenth]
+        logged = {e["step"]: e["loss"] for e in history if "loss" in e}
+        *_, earlier, now = 0, *logged
+        losses = [loss for step, loss in logged.items() if step <= tenth]
         third = math.ceil(len(losses) / 3)
-        is_first = [e["step"] >= tenth for e in history if "loss" in e].count(True) == 1
-        if is_first and len(losses) > 5 and sum(losses[-third:]) >= sum(losses[:third]):
-            flat = (
-                "the loss has not fallen in the first tenth of the run. If it stays so, try another"
-            )
-            return f"{flat} --learning-rate, and look at the data with the command check."
+        has_fallen = sum(losses[-third:]) < sum(losses[:third])
+        if earlier < tenth <= now and len(losses) > 5 and not has_fallen:
+            return FLAT
     return ""
 
 
@@ -3395,8 +3479,8 @@ def train_adapter(
     import transformers
 
     cfg = checkpoints.cfg
-    bases = (AnswerTrainer, transformers.Trainer, transformers.TrainerCallback)
-    trainer = type("AnswerTrainer", bases, {})
+    bases = transformers.Trainer, transformers.TrainerCallback  # imported only now
+    trainer_class = type("AnswerTrainer", (AnswerTrainer, *bases), {})
     trainable, parameters = model.get_nb_trainable_parameters()
     first = RunStats(trainable, parameters, plan.seconds, plan.memory_gb)
     if data.validation and not checkpoints.last:
@@ -3406,9 +3490,9 @@ def train_adapter(
             say("Before", f"validation loss of the untrained model: {first.base_loss:.3f}")
     if not may_share_rows(model):
         say("Note", f"{cfg.MODEL_NAME} cannot read several pairs in one row, so this takes longer")
-    # the Trainer's NEFTune knows one example per row only
-    shared = cfg.PACKING and not cfg.NEFTUNE_ALPHA and may_share_rows(model)
-    most, longest = plan.tokens_at_once if shared else 0, max(map(tokens_in, data.train))
+    longest = max(map(tokens_in, data.train))
+    packs = may_pack(cfg) and may_share_rows(model)
+    most = plan.tokens_at_once if packs else 0  # 0: each pair has a row of its own
     ways = [plan._replace(tokens_at_once=count) for count in halvings(most, longest)]
     if not plan.checkpointing:
         ways.append(ways[-1]._replace(checkpointing=True))
@@ -3416,15 +3500,19 @@ def train_adapter(
     untrained = [p.detach().to("cpu", copy=True) for p in weights]
 
     def attempt(way: Plan) -> None:
+        at_once = way.tokens_at_once or longest
         if way is not ways[0]:
-            less = f"at most {way.tokens_at_once:,} tokens at once"
-            less += ", recomputing values instead of keeping them" * way.checkpointing
+            less = f"at most {at_once:,} tokens at once"
+            if way.checkpointing and not plan.checkpointing:
+                less += " and gradient checkpointing"
+                if cfg.GRADIENT_CHECKPOINTING is False:
+                    less += ", in spite of --no-gradient-checkpointing"
             say("Memory", f"it ran out, so training continues with {less}; the result is the same")
         for weight, value in zip(weights, untrained, strict=True):
             weight.data.copy_(value)
         start = checkpoints.last
-        stats = replace(start.stats if start else first, tokens_at_once=way.tokens_at_once)
-        trainer(cfg, model, data, device, way, checkpoints, stats, stop).run(start)
+        stats = replace(start.stats if start else first, tokens_at_once=at_once)
+        trainer_class(cfg, model, data, device, way, checkpoints, stats, stop).run(start)
 
     with stop_signals() as stop:
         as_many_as_fit(attempt, ways)
@@ -3448,17 +3536,23 @@ def training_result(cfg: Config, last: Checkpoint) -> TrainingResult:
     state = json.loads((last.folder / "trainer_state.json").read_text(encoding="utf-8"))
     losses = {e["step"]: e["eval_loss"] for e in state["log_history"] if "eval_loss" in e}
     best = last.best_step if cfg.KEEP_BEST else None
-    adapter = last.best_adapter if best else last.folder / ADAPTER
-    tokens = int(state["num_input_tokens_seen"])
-    figures = (last.stats.base_loss, losses.get(best or last.step), best, last.step, state["epoch"])
-    return TrainingResult(state["log_history"], *figures, tokens, last.stats, adapter)
+    return TrainingResult(
+        history=state["log_history"],
+        base_loss=last.stats.base_loss,
+        final_loss=losses.get(best or last.step),
+        best_step=best,
+        steps=last.step,
+        epochs=state["epoch"],
+        tokens=int(state["num_input_tokens_seen"]),
+        stats=last.stats,
+        adapter=last.best_adapter if best else last.folder / ADAPTER,
+    )
 
 
 # ==================================================================================================
 # 8  Answering
 # ==================================================================================================
 
-EXAMPLES_SHOWN = 3
 MESSAGES_READ = 40  # the latest of a chat; encoding hundreds would take seconds
 
 
@@ -3473,16 +3567,16 @@ def user_message(text: str) -> dict[str, str]:
     return {"role": "user", "content": text.encode("utf-8", "replace").decode()}
 
 
-def prompt_of(tuned: Run, messages: Messages, cfg: Config) -> list[int]:
+def prompt_of(run: Run, messages: Messages, cfg: Config) -> list[int]:
     """A conversation as tokens, without its earliest turns where they do not fit."""
-    context = context_of(tuned.model, tuned.tokenizer)
+    context = context_of(run.model, run.tokenizer)
     most = max(context - cfg.MAX_TOKENS, context // 2)
     recent = messages[-MESSAGES_READ:]
     for start, message in enumerate(recent):
         if message["role"] == "assistant":
             continue
         text = f"{cfg.SYSTEM}\n\n{message['content']}" if cfg.SYSTEM else message["content"]
-        ids = encode(tuned.tokenizer, [user_message(text), *recent[start + 1 :]])["input_ids"]
+        ids = encode(run.tokenizer, [user_message(text), *recent[start + 1 :]])["input_ids"]
         if len(ids) <= most:
             return ids
     raise UserError(
@@ -3501,8 +3595,8 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
             ids = {"input_ids": prompts[first : first + size]}
             batch = tokenizer.pad(ids, padding_side="left", return_tensors="pt").to(model.device)
             start = batch["input_ids"].shape[1]
-            room = context_of(model, tokenizer) - start
-            rows = model.generate(**batch, **generation_settings(cfg, tokenizer, start, room))
+            config, processors = generation_settings(cfg, model, tokenizer, start)
+            rows = model.generate(**batch, generation_config=config, logits_processor=processors)
             found += [decoded_answer(tokenizer, row) for row in rows[:, start:].tolist()]
         return found
 
@@ -3512,10 +3606,11 @@ def answers(model: Any, tokenizer: Any, prompts: list[list[int]], cfg: Config) -
         return as_many_as_fit(in_batches_of, halvings(ANSWERS_AT_ONCE[model.device.type], 1))
 
 
-def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> dict[str, Any]:
-    """For answers that begin at token `start` and have room for so many tokens."""
+def generation_settings(cfg: Config, model: Any, tokenizer: Any, start: int) -> tuple[Any, Any]:
+    """How answers that begin at token `start` are generated, and what changes the scores there."""
     import transformers as hf
 
+    room = context_of(model, tokenizer) - start
     sampling = {"do_sample": True, "temperature": cfg.TEMPERATURE, "top_p": cfg.TOP_P, "top_k": 0}
     config = hf.GenerationConfig(
         max_new_tokens=max(1, min(cfg.MAX_TOKENS, room)),
@@ -3526,7 +3621,7 @@ def generation_settings(cfg: Config, tokenizer: Any, start: int, room: int) -> d
     )
     # of the answer alone: padding and the ends of earlier turns are no repetition
     penalty = hf.RepetitionPenaltyLogitsProcessor(cfg.REPETITION_PENALTY, start)
-    return {"generation_config": config, "logits_processor": hf.LogitsProcessorList([penalty])}
+    return config, hf.LogitsProcessorList([penalty])
 
 
 def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
@@ -3536,22 +3631,20 @@ def decoded_answer(tokenizer: Any, ids: list[int]) -> Answer:
     return Answer(text.strip(), len(ids), stopped)
 
 
-def stream_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
+def stream_answer(run: Run, messages: Messages, cfg: Config) -> Generator[Answer]:
     """The answer so far after each token, then the whole. Closing the generator ends it."""
     import torch
     import transformers as hf
 
-    prompt, tokenizer = prompt_of(tuned, messages, cfg), tuned.tokenizer
-    room = context_of(tuned.model, tokenizer) - len(prompt)
-    settings = generation_settings(cfg, tokenizer, len(prompt), room)
-    processors, limit = settings["logits_processor"], settings["generation_config"].max_new_tokens
+    prompt, tokenizer = prompt_of(run, messages, cfg), run.tokenizer
+    config, processors = generation_settings(cfg, run.model, tokenizer, len(prompt))
     if cfg.TEMPERATURE:
         processors += [hf.TemperatureLogitsWarper(cfg.TEMPERATURE), hf.TopPLogitsWarper(cfg.TOP_P)]
     answer, cache = Answer("", 0, stopped=False), None
-    with tuned.untuned() if cfg.BASE else nullcontext(tuned.model) as model:
+    with run.untuned() if cfg.BASE else nullcontext(run.model) as model:
         sampler = torch.Generator(model.device).manual_seed(cfg.SEED)
         ids = torch.tensor([prompt], device=model.device)
-        while answer.tokens < limit and not answer.stopped:
+        while answer.tokens < config.max_new_tokens and not answer.stopped:
             new = ids if cache is None else ids[:, -1:]  # some models have no cache
             with evaluating(model):  # only here: the page may take each token in another thread
                 output = model(input_ids=new, past_key_values=cache, use_cache=True)
@@ -3570,10 +3663,11 @@ def stream_answer(tuned: Run, messages: Messages, cfg: Config) -> Generator[Answ
 
 COMPARED = ["row", "question", "expected", "before", "after", "overlap before", "overlap after"]
 COMPARED += ["loss before", "loss after", "cut off", "tokens", "seconds"]
+Asked = tuple[Pair, list[int], dict[str, Any]]  # with its prompt, and its row of the columns above
 
 
 def ask_both(
-    tuned: Run, pairs: Sequence[Pair], cfg: Config, with_base: bool = True
+    run: Run, pairs: Sequence[Pair], cfg: Config, with_base: bool = True
 ) -> Iterator[dict[str, Any]]:
     """What the base and the tuned model answer, and how good that is: a row for each question.
 
@@ -3581,40 +3675,36 @@ def ask_both(
     """
     from tqdm import tqdm
 
-    fitting = list[tuple[Pair, list[int]]]()
+    asked = list[Asked]()
     for pair in pairs:
+        number = pair.row_label.removeprefix("row ") if pair.row else ""
+        row: dict[str, Any] = {"row": number, "question": pair.question, "expected": pair.answer}
         try:
-            fitting.append((pair, prompt_of(tuned, pair.messages[:-1], cfg)))
+            asked.append((pair, prompt_of(run, pair.messages[:-1], cfg), row))
         except UserError as error:
-            say("Left out", f"{pair.place}: {error}" if pair.row else str(error))
-    size = ANSWERS_AT_ONCE[tuned.model.device.type]
-    groups = [fitting[i : i + size] for i in range(0, len(fitting), size)]
+            say("Left out", f"{pair.row_label}: {error}" if pair.row else str(error))
+    size = ANSWERS_AT_ONCE[run.model.device.type]
+    groups = [asked[i : i + size] for i in range(0, len(asked), size)]
     for group in tqdm(groups, desc="Asking", leave=False, disable=len(groups) < 2):
-        yield from ask_group(tuned, group, cfg, with_base)
+        if with_base:
+            with run.untuned() as base:
+                add_answers("before", base, run.tokenizer, group, cfg)
+        add_answers("after", run.model, run.tokenizer, group, cfg)
+        yield from (row for _, _, row in group)
 
 
-def ask_group(
-    tuned: Run, group: Sequence[tuple[Pair, list[int]]], cfg: Config, with_base: bool
-) -> list[dict[str, Any]]:
-    tokenizer, rows = tuned.tokenizer, list[dict[str, Any]]()
-    for pair, _ in group:
-        number = pair.place.removeprefix("row ") if pair.row else ""
-        texts = {"row": number, "question": pair.question, "expected": pair.answer}
-        rows.append({**texts, "cut off": 0, "tokens": 0, "seconds": 0.0})
-    sides = {"before": tuned.untuned()} if with_base else {}
-    for when, side in (sides | {"after": nullcontext(tuned.model)}).items():
-        with side as model:
-            began = time.perf_counter()
-            found = answers(model, tokenizer, [prompt for _, prompt in group], cfg)
-            seconds = (time.perf_counter() - began) / len(group)
-            for row, (pair, prompt), answer in zip(rows, group, found, strict=True):
-                row[when] = re.sub(r"\n\s*\n", "\n\n", answer.text)  # some are full of empty lines
-                row[f"overlap {when}"] = overlap(tokenizer, answer.text, pair.answer)
-                row[f"loss {when}"] = loss_of_answer(model, tokenizer, pair, prompt)
-                row["cut off"] += not answer.stopped
-                row["tokens"] += answer.tokens
-                row["seconds"] += seconds
-    return rows
+def add_answers(when: str, model: Any, tokenizer: Any, group: Sequence[Asked], cfg: Config) -> None:
+    """Ask one model a group of questions, and add to the rows what came of it."""
+    began = time.perf_counter()
+    found = answers(model, tokenizer, [prompt for _, prompt, _ in group], cfg)
+    seconds = (time.perf_counter() - began) / len(group)
+    for (pair, prompt, row), answer in zip(group, found, strict=True):
+        row[when] = re.sub(r"\n\s*\n", "\n\n", answer.text)  # some are full of empty lines
+        row[f"overlap {when}"] = overlap(tokenizer, answer.text, pair.answer)
+        row[f"loss {when}"] = loss_of_answer(model, tokenizer, pair, prompt)
+        row["cut off"] = row.get("cut off", 0) + (not answer.stopped)
+        row["tokens"] = row.get("tokens", 0) + answer.tokens
+        row["seconds"] = row.get("seconds", 0) + seconds
 
 
 def loss_of_answer(model: Any, tokenizer: Any, pair: Pair, prompt: list[int]) -> float | None:
@@ -3628,8 +3718,8 @@ def loss_of_answer(model: Any, tokenizer: Any, pair: Pair, prompt: list[int]) ->
 
 
 def overlap(tokenizer: Any, answer: str, expected: str) -> float | None:
-    """The F1 score of the tokens: 1 where both texts have the same ones, 0 where they share none."""
-    return f1(*token_counts(tokenizer, [answer, expected])) if expected else None
+    """The F1 score of the tokens: 1 where both texts have the same, 0 where they share none."""
+    return f1_score(*token_counts(tokenizer, [answer, expected])) if expected else None
 
 
 def token_counts(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]:
@@ -3637,7 +3727,7 @@ def token_counts(tokenizer: Any, texts: Iterable[str]) -> Iterator[Counter[int]]
         yield from map(Counter, tokenizer(padded, add_special_tokens=False)["input_ids"])
 
 
-def f1(one: Counter[int], other: Counter[int]) -> float:
+def f1_score(one: Counter[int], other: Counter[int]) -> float:
     return 2 * (one & other).total() / (one.total() + other.total())
 
 
@@ -3712,7 +3802,7 @@ def reworded(question: str, seed: int) -> tuple[str, str]:
 def base_answers(run: Run, questions: Sequence[str], cfg: Config, tokens: int) -> list[str]:
     """What the base model answers: nothing if it is the toy, or if a question is too long for it."""
     prompts = dict[str, list[int]]()
-    if base_name(run.cfg) == f"./{DEMO_MODEL}":
+    if base_name(run.cfg) == f"./{DEMO_MODEL}" and is_demo(run.model):
         return [""] * len(questions)
     for question in questions:
         with suppress(UserError):
@@ -3820,9 +3910,9 @@ def rows_of_answers(tokenizer: Any, table: pandas.DataFrame, pairs: Sequence[Pai
     texts = [pair.answer for pair in others.values()]
     for (text, pair), target in zip(others.items(), token_counts(tokenizer, texts), strict=True):
         for i, counts in given:
-            share = f1(counts, target)
+            share = f1_score(counts, target)
             if share > closest[i] and text != own[i]:
-                rows[i], closest[i] = pair.place, share
+                rows[i], closest[i] = pair.row_label, share
     return rows
 
 
@@ -3950,6 +4040,7 @@ EXAM, EXAM_PICTURE = "exam.json", "training_visuals/exam.png"
 SAMPLE, ROWS_IN_SAMPLE = "sample_rows.json", 16  # by which an export is measured
 SMALL_FILES = 50_000_000  # bytes of tokenizer, pictures and records beside an adapter, at most
 REPORT_MARK = "made by finetune_colab.py"
+EXAMPLES_SHOWN = 3  # answers on the screen, and questions on the page
 # Settings that name places on this computer; public_place shortens them for others
 PLACES = "DATASET_PATH OUTPUT_DIR CHECKPOINT_DIR LOG_DIR CHECKPOINT_MIRROR RESUME_FROM_CHECKPOINT QUESTIONS EXPORT_DIR".split()
 
@@ -4013,7 +4104,8 @@ def metrics_of(data: PreparedData, trained: TrainingResult) -> dict[str, Any]:
 def quality_record(quality: Quality) -> dict[str, Any]:
     parts = {}
     for kind, notes in by_kind(quality.notes).items():
-        share, places = round(len(notes) / quality.counted, 4), [note[:2] for note in notes]
+        share = round(len(notes) / quality.counted, 4)
+        places = [(one.sheet, one.row) for one in notes]
         parts[kind] = {"rows": len(notes), "share": share, "places": places}
     score = round(quality.score, 4) if quality.counted else None
     counts = {"rows_counted": quality.counted, "rows_good": quality.good}
@@ -4047,19 +4139,35 @@ def run_record(
 
 CARD = """\
 ---
-{base_model}library_name: peft
-pipeline_tag: text-generation
-tags: [lora, question-answering]
----
+{front}---
 
-# A LoRA adapter for {name}
+# {name}, fine-tuned
 
-Trained by `finetune_colab.py` on pairs of questions and answers. Ask it in exactly this form:
+Trained by `finetune_colab.py` on pairs of questions and answers, in exactly this form:
 
 ```text
 {prompt}
 ```
 
+{how}
+
+{exam}## The run
+
+| | |
+| --- | --- |
+{rows}
+
+The loss is the mean per answer token, in nats. It does not say whether an answer is true, so read some before you rely on
+them: beside the adapter, `answers.xlsx` has answers from before and after training, and `training_visuals/` the curves.
+Every setting, version and result is in `run.json`.
+"""
+ADAPTER_FRONT = """\
+{base}library_name: peft
+pipeline_tag: text-generation
+tags: [lora, question-answering]
+"""
+ADAPTER_HOW = """\
+This is a LoRA adapter for {name}.
 To chat, put the script beside this folder: `python finetune_colab.py chat --output-dir FOLDER`. Without the script,
 run this in the folder, with torch, transformers 5 and peft (on Colab, first `pip uninstall -y torchao`, which is too old there).
 {copy}
@@ -4076,34 +4184,33 @@ prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_
 output = model.generate(**prompt.to(model.device), max_new_tokens=200, do_sample=False)
 answer = output[0, prompt["input_ids"].shape[1] :]
 print(tokenizer.decode(answer, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip())
-```
-
-{exam}## The run
-
-| | |
-| --- | --- |
-{rows}
-
-The loss is the mean per answer token, in nats. It does not say whether an answer is true, so read some before you rely on
-them: `answers.xlsx` has answers from before and after training, `training_visuals/` the curves, and `run.json` every
-setting, version and result.
-"""
+```"""
 
 
-def model_card(record: dict[str, Any]) -> str:
-    """run.json for people, with a question from the training data."""
-    base, exam = record["base_model"], record.get("exam", {}).get("text")
+def model_card(
+    record: dict[str, Any], front: str = ADAPTER_FRONT, how: str = ADAPTER_HOW, file: str = ""
+) -> str:
+    """run.json for people: first what the Hub reads, then how these weights are asked."""
+    base, exam = record["settings"]["MODEL_NAME"], record.get("exam", {}).get("text")
     name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
     is_folder, rows = base.startswith("./"), []
-    for figure, value in record["results"].items():
+    for figure, value in (record.get("results") or {}).items():
         shown = f"{value:.3f}" if isinstance(value, float) else value
         rows.append(f"| `{figure}` | {'none' if value is None else shown} |")
+    texts = {
+        "base": "" if is_folder else f"base_model: {base}\n",
+        "copy": f"The base model must be in this folder, as `{name}`.\n" if is_folder else "",
+        "file": file,
+        "licence": "license: mit\n" if base == "microsoft/phi-2" else "",
+        "name": name,
+        "question": repr((record["examples"] or ["Why?"])[0][:300]),
+        "title": json.dumps(f"Ask {name}, fine-tuned", ensure_ascii=False),
+    }
     return CARD.format(
-        base_model="" if is_folder else f"base_model: {base}\n",
+        front=front.format(**texts),
         name=name,
-        prompt=record["prompt_format"],
-        copy=f"The base model must be in this folder, as `{name}`.\n" if is_folder else "",
-        question=repr(record["examples"][0][:300]),
+        prompt=record.get("prompt_format", ""),
+        how=how.format(**texts),
         exam=f"## Does it know the data?\n\n{exam}\n\n" if exam else "",
         rows="\n".join(rows),
     )
@@ -4360,7 +4467,7 @@ def by_kind(notes: Iterable[Note]) -> dict[str, list[Note]]:
     """Notes of one kind together, whatever row they point to; the most frequent kind first."""
     kinds = defaultdict[str, list[Note]](list)
     for note in notes:
-        kinds[note.reason.partition(" (row ")[0]].append(note)
+        kinds[note.kind].append(note)
     return dict(sorted(kinds.items(), key=lambda kind: -len(kind[1])))
 
 
@@ -4457,16 +4564,17 @@ def report_tables(cfg: Config, data: PreparedData) -> dict[str, list[Sequence[An
         found.append((kind, len(notes), ", ".join(str(note.row) for note in notes[:50])))
     held_out = set(map(id, data.validation_pairs))
     lengths: list[Any] = data.tokens or [None] * len(pairs.kept)
-    for pair, tokens, flaws in zip(pairs.kept, lengths, quality.findings, strict=True):
+    for pair, tokens, notes in zip(pairs.kept, lengths, quality.findings, strict=True):
         *turns, _ = (f"{one['role']}: {one['content']}" for one in pair.messages)
         question = "\n\n".join(turns) if turns[1:] else pair.question
         side = "yes" if id(pair) in held_out else "no"
-        what = question, pair.answer, tokens, side, "; ".join(flaws)
-        kept.append((pair.sheet, pair.row, *what))
-    cells = {(part.place, number): row for part in pairs.parts for number, row in part.table.rows}
+        flaws = "; ".join(note.reason for note in notes)
+        kept.append((pair.sheet, pair.row, question, pair.answer, tokens, side, flaws))
+    cells = {(part.sheet, number): row for part in pairs.parts for number, row in part.table.rows}
     for note in pairs.dropped:
         content = cells.get((note.sheet, note.row), [])
-        dropped.append((*note, " | ".join(str(cell) for cell in content if cell)))
+        text = " | ".join(str(cell) for cell in content if cell)
+        dropped.append((note.sheet, note.row, note.reason, text))
     settings = [(name, as_text(value)) for name, value in public_settings(cfg).items()]
     titles = "sheet,row,question,answer,tokens,held out,findings".split(",")
     return {
@@ -4613,7 +4721,7 @@ def add_exam(folder: Path, exam: Exam) -> None:
 # 11  Chatting
 # ==================================================================================================
 
-PAGE_FLOOR = "6.7"  # of gradio, also for security
+GRADIO_FLOOR = "6.7"  # also for security
 PAGE_OPTIONS: dict[str, Any] = {
     **{"prevent_thread_lock": True, "quiet": True, "ssr_mode": False, "footer_links": []},
     "max_file_size": 1,  # nobody needs to send any
@@ -4627,11 +4735,14 @@ CHAT_HELP = (
     "/reset starts over, /history on or off sets whether answers use earlier turns, /system TEXT "
     "sets instructions, /save FILE saves the conversation, /quit exits. Ctrl+C stops an answer."
 )
-ALONE = "Each question is asked alone, as in training; /history on adds the conversation so far."
+HISTORY_OFF = (
+    "Each question is asked alone, as in training; /history on adds the conversation so far."
+)
 
 
 def model_to_ask(cfg: Config) -> Run:
     if cfg.BASE and not os.path.exists(local_path(cfg.OUTPUT_DIR)):  # nothing is trained yet
+        pin_revision(cfg)
         run = Run(cfg, load_tokenizer(cfg))
         run.model = run.base
         return run
@@ -4644,18 +4755,20 @@ def model_to_ask(cfg: Config) -> Run:
 
 
 def uses_history(run: Run, cfg: Config) -> bool:
-    """Whether answers see the conversation so far: not where the model was trained on single questions."""
+    """Whether answers see the conversation so far: not of a model trained on single questions."""
     dataset = run.record.get("dataset") or {}
     return cfg.BASE or dataset.get("shape") != "question and answer"
 
 
-def can_be_asked() -> bool:
+def is_interactive() -> bool:
     """Whether somebody sits at a terminal, or at the notebook that this runs in."""
     return sys.stdin is not None and (sys.stdin.isatty() or "ipykernel" in sys.modules)
 
 
 def questions_given(cfg: Config) -> list[str]:
     """The one of the command line, or else the lines that are piped in."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # of another encoding
     lines = [cfg.QUESTION] if cfg.QUESTION else sys.stdin or []
     if questions := [line.strip() for line in lines if line.strip()]:
         return questions
@@ -4679,25 +4792,25 @@ def typed(prompt: str) -> Iterator[str]:
         yield line
 
 
-def print_answer(tuned: Run, messages: Messages, cfg: Config, notes: TextIO | None = None) -> str:
+def print_answer(run: Run, messages: Messages, cfg: Config, notes: TextIO | None = None) -> str:
     """Print an answer as it grows. Ctrl+C ends the answer; with nobody to go on, the program."""
     start, shown, answer = time.perf_counter(), 0, Answer("", 0, stopped=False)
     try:
-        for answer in stream_answer(tuned, messages, cfg):
+        for answer in stream_answer(run, messages, cfg):
             show(printable(answer.text[shown:]), end="")
             shown = len(answer.text)
     except KeyboardInterrupt:
-        if not can_be_asked():
+        if not is_interactive():
             raise
     show("")
     show(answer_speed(answer, time.perf_counter() - start, cfg), notes)
     return answer.text
 
 
-def converse(tuned: Run, cfg: Config) -> int:
+def converse(run: Run, cfg: Config) -> int:
     """A chat at the terminal."""
-    messages, history = list[dict[str, str]](), uses_history(tuned, cfg)
-    say("Chat", CHAT_HELP if history else f"{CHAT_HELP}\n{ALONE}")
+    messages, history = list[dict[str, str]](), uses_history(run, cfg)
+    say("Chat", CHAT_HELP if history else f"{CHAT_HELP}\n{HISTORY_OFF}")
     for line in typed("You"):
         command, _, rest = line.partition(" ")
         try:
@@ -4706,7 +4819,7 @@ def converse(tuned: Run, cfg: Config) -> int:
                 show("A new conversation begins.")
             elif command == "/history":
                 history = rest.strip() != "off"
-                show("Answers now build on the conversation so far." if history else ALONE)
+                show("Answers now build on the conversation so far." if history else HISTORY_OFF)
             elif command == "/system":
                 cfg, messages = changed(cfg, SYSTEM=user_message(rest.strip())["content"]), []
                 show(f"A new conversation {'with these' if rest else 'without'} instructions.")
@@ -4717,7 +4830,7 @@ def converse(tuned: Run, cfg: Config) -> int:
             elif line:
                 question = user_message(line)
                 show("\nModel: ", end="")
-                answer = print_answer(tuned, [*messages, question] if history else [question], cfg)
+                answer = print_answer(run, [*messages, question] if history else [question], cfg)
                 messages += [question, {"role": "assistant", "content": answer}] if answer else []
         except (UserError, OSError, RuntimeError, MemoryError) as error:
             show(str(error))  # and the chat goes on
@@ -4743,8 +4856,7 @@ def side_by_side(row: dict[str, Any]) -> str:
     from rich import box, console, table, text
 
     columns = table.Table(box=box.ASCII, show_edge=False, expand=True)
-    colours = {"Before: the base model": "yellow", "After: the tuned model": "green"}
-    for title, colour in colours.items():
+    for title, colour in ("Before: the base model", "yellow"), ("After: the tuned model", "green"):
         header = f"not bold {colour}"
         columns.add_column(title, header_style=header, style=colour, ratio=1, overflow="fold")
     columns.add_row(*(text.Text(printable(row[when])) for when in ("before", "after")))
@@ -4759,7 +4871,7 @@ def unanswered(text: str, sheet: str = "", row: int = 0) -> Pair:
     return Pair([user_message(text), {"role": "assistant", "content": ""}], sheet, row)
 
 
-def listed_questions(cfg: Config) -> list[Pair]:
+def questions_in_file(cfg: Config) -> list[Pair]:
     """The questions of a file; where it has an answer to one, that is the expected answer."""
     path = local_path(cfg.QUESTIONS)
     if not os.path.exists(path):
@@ -4768,7 +4880,7 @@ def listed_questions(cfg: Config) -> list[Pair]:
         lines = enumerate(decoded(path, path.read_bytes()).splitlines(), start=1)
         found = [unanswered(line.strip(), "", number) for number, line in lines if line.strip()]
     else:
-        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path)))
+        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path), JSON=True))
     if not found:
         raise UserError(f"{path} has no questions. Write one per row.")
     return found
@@ -4786,20 +4898,20 @@ def questions_in_tables(path: Path, cfg: Config) -> list[Pair]:
             if cfg.QUESTION_COLUMN:
                 columns = [column_named(table, "question", cfg.QUESTION_COLUMN)]
             if len(columns) == 1:
-                found += column_questions(table, columns[0], table.sheet).values()
+                found += questions_in_column(table, columns[0], table.sheet).values()
         if not found:
             raise
         return found
     for part in parts:
         if part.columns:
-            every = column_questions(part.table, next(iter(part.columns)), part.place)
+            every = questions_in_column(part.table, next(iter(part.columns)), part.sheet)
             found += (every | {pair.row: pair for pair in part.kept}).values()
         else:
             found += part.kept
     return found
 
 
-def column_questions(table: Table, column: int, place: str) -> dict[int, Pair]:
+def questions_in_column(table: Table, column: int, place: str) -> dict[int, Pair]:
     found = {}
     for number, row in table.rows:
         if not table.sheet and any(row[len(table.header) :]):
@@ -4814,8 +4926,8 @@ def column_questions(table: Table, column: int, place: str) -> dict[int, Pair]:
 
 def serve(cfg: Config) -> int:
     """The page in the browser, until Ctrl+C."""
-    if is_below(installed_version("gradio"), PAGE_FLOOR):
-        raise UserError(f'The page needs gradio.\npip install "gradio>={PAGE_FLOOR}"')
+    if is_below(installed_version("gradio"), GRADIO_FLOOR):
+        raise UserError(f'The page needs gradio.\npip install "gradio>={GRADIO_FLOOR}"')
     if "COLAB_RELEASE_TAG" in os.environ and not cfg.SHARE:
         raise UserError("On Colab, no browser can reach the page: add --share for a public link.")
     page = page_of(model_to_ask(cfg), cfg)
@@ -4829,13 +4941,13 @@ def serve(cfg: Config) -> int:
     return 0
 
 
-def page_of(tuned: Run, cfg: Config) -> Any:
+def page_of(run: Run, cfg: Config) -> Any:
     """Two tabs: a chat with the tuned model, and one question to both models."""
     import gradio as gr
 
-    reply, both = page_answers(tuned, cfg)
-    box = {"placeholder": "Your question", "max_length": 8000}
-    examples = [[question] for question in tuned.record.get("examples") or []]
+    reply, both = page_answers(run, cfg)
+    box = {"placeholder": "Your question", "max_length": 8000, "value": cfg.QUESTION}
+    examples = [[question] for question in run.record.get("examples") or []]
     with gr.Blocks(title="Ask the tuned model", analytics_enabled=False, fill_height=True) as page:
         with gr.Accordion("Answer settings", open=False), gr.Row():
             sliders = []
@@ -4873,7 +4985,7 @@ def page_of(tuned: Run, cfg: Config) -> Any:
     return page.queue(default_concurrency_limit=1, max_size=20)
 
 
-def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def page_answers(run: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """What the two tabs do with a question; all text is escaped, since a page would hide tags."""
     import html
 
@@ -4885,7 +4997,7 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
         try:
             chosen = dict(zip(PAGE_SLIDERS, values, strict=True))
             settings = checked(vars(cfg) | chosen | {"BASE": base})
-            with one_at_a_time, closing(stream_answer(tuned, messages, settings)) as parts:
+            with one_at_a_time, closing(stream_answer(run, messages, settings)) as parts:
                 start = time.perf_counter()
                 for part in parts:
                     yield part.text, answer_speed(part, time.perf_counter() - start, settings)
@@ -4894,7 +5006,7 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
 
     def reply(question: str, history: list[Any], *values: float) -> Iterator[tuple[str, str]]:
         messages: Messages = []
-        for turns in itertools.pairwise(history if uses_history(tuned, cfg) else []):
+        for turns in itertools.pairwise(history if uses_history(run, cfg) else []):
             if turns[1]["role"] == "assistant":  # a question without an answer does not count
                 asked, text = (turn["content"][0]["text"] for turn in turns)
                 answer = {"role": "assistant", "content": html.unescape(text)}
@@ -4917,8 +5029,8 @@ def page_answers(tuned: Run, cfg: Config) -> tuple[Callable[..., Any], Callable[
 # ==================================================================================================
 
 EXPORT_ENDINGS = re.compile(r"-(merged|gguf|space)$|\.zip$")  # that OUTPUT_DIR may have
-LLAMA_FLOOR = "0.2.18"  # of cyllama
-TOKENS_PER_DECODE = 512
+CYLLAMA_FLOOR = "0.2.18"  # with llama.cpp, ready-made
+TOKENS_PER_PASS = 512
 SHARD = "2GB"  # of merged weights: an upload that breaks off loses no more
 # Disk that a GGUF takes at the worst moment, as a share of the merged weights
 SHARE_OF_MERGED = {"f16": 1.0, "q8_0": 0.55, "q4_k_m": 1.35}
@@ -4936,8 +5048,8 @@ def gguf_name(cfg: Config) -> str:
 
 def export_place(cfg: Config, kind: str) -> Path:
     """./model gives ./model-gguf, unless EXPORT_DIR says otherwise."""
-    beside = local_path(cfg.OUTPUT_DIR).with_name(f"{exported_name(cfg)}-{kind}")
-    return (local_path(cfg.EXPORT_DIR) if cfg.EXPORT_DIR else beside).absolute()
+    beside = local_path(cfg.OUTPUT_DIR).absolute().with_name(f"{exported_name(cfg)}-{kind}")
+    return local_path(cfg.EXPORT_DIR).absolute() if cfg.EXPORT_DIR else beside
 
 
 def export_to(kind: str, cfg: Config, final: Path) -> None:
@@ -4955,14 +5067,12 @@ def export_to(kind: str, cfg: Config, final: Path) -> None:
 
 
 def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> Run:
-    """The export to make another from: OUTPUT_DIR itself, the one that lies beside, or a new one."""
+    """The export to make another from: OUTPUT_DIR itself, the one beside it, or a new one."""
     if run.record.get("export") == kind and (run.folder / file).is_file():
         return run
     folder = final.with_name(f"{exported_name(cfg)}-{kind}")
-    if (
-        record_of(folder).get("adapter") != run.record.get("adapter")
-        or not (folder / file).is_file()
-    ):
+    is_there = (folder / file).is_file()
+    if not is_there or record_of(folder).get("adapter") != run.record.get("adapter"):
         say("First", f"{short_path(folder)}, which later exports reuse; you may delete it")
         export_to(kind, cfg, folder)
     return open_run(folder)
@@ -4970,10 +5080,10 @@ def source_export(kind: str, cfg: Config, run: Run, final: Path, file: str) -> R
 
 @contextmanager
 def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "") -> Iterator[Path]:
-    """A folder to fill, which gets its name when it is complete, with a card and its own run.json."""
-    same = record_of(final).get("adapter") == run.record.get("adapter")
-    is_kept = not same or kind == "space"  # whose page people edit
-    earlier = place_for_earlier(final, "" if is_kept else run.record.get("run", ""))
+    """A folder to fill, which gets its name, a card and its own run.json when it is complete."""
+    is_same = record_of(final).get("adapter") == run.record.get("adapter")
+    may_go = is_same and kind != "space"  # whose page people edit
+    earlier = place_for_earlier(final, run.record.get("run", "") if may_go else "")
     need = size + SMALL_FILES
     advice = "Nothing was left behind. Make room or choose another --export-dir, and try again."
     with explained_disk_errors(final, need, "", advice):
@@ -4981,7 +5091,8 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with atomic_folder(final, earlier) as staged:
             yield staged
-            write_card(staged, run, kind, file)
+            card = model_card(run.record, EXPORTS[kind].front, EXPORTS[kind].how, file)
+            (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
             own = {"export": kind, "files": own_files(staged)}
             write_json(staged / "run.json", run.record | own)
 
@@ -5000,8 +5111,8 @@ def sample_examples(run: Run) -> list[Example]:
         return [encode(run.tokenizer, messages) for messages in sample]
 
 
-def refuse_loss(kind: str, loss: float, expected: float) -> None:
-    """An export that answers worse than what it is made of is not written."""
+def refuse_higher_loss(kind: str, loss: float, expected: float) -> None:
+    """An export that answers worse than the adapter is not written."""
     allowed = expected * (1 + LOSS_ALLOWED[kind]) + (0 if kind == "merged" else 0.02)
     say("Loss", f"{loss:.4f} {kind}, {expected:.4f} before, on the rows of {SAMPLE}")
     if not loss <= allowed:
@@ -5030,11 +5141,12 @@ def export_merged(_: Config, run: Run, final: Path) -> None:
         say("Merging", f"{run.cfg.MODEL_NAME} with the adapter of {run.place}")
         base = load_base(run.base_settings, device._replace(four_bit=four_bit))
         model: Any = run.with_adapter(base)
-        expected = mean_loss(model, examples, TOKENS_PER_DECODE)
+        expected = mean_loss(model, examples, TOKENS_PER_PASS)
         if four_bit:
             model = run.with_adapter(model.unload().dequantize())
         model = model.merge_and_unload(safe_merge=True)
-        refuse_loss("merged", loss := mean_loss(model, examples, TOKENS_PER_DECODE), expected)
+        loss = mean_loss(model, examples, TOKENS_PER_PASS)
+        refuse_higher_loss("merged", loss, expected)
         model.save_pretrained(folder, max_shard_size=SHARD)
         run.shape.dtype = run.stored_dtype
         run.shape.save_pretrained(folder)  # the base's own config, with its dropout
@@ -5044,13 +5156,13 @@ def export_merged(_: Config, run: Run, final: Path) -> None:
         settings = json.loads((place := folder / "tokenizer_config.json").read_text("utf-8"))
         # or else llama.cpp would begin each prompt with a token of its own
         write_json(place, settings | {"add_bos_token": False, "add_eos_token": False})
-        how = generation_settings(run.cfg, run.tokenizer, 0, run.cfg.MAX_TOKENS)
-        config, penalty = how["generation_config"], run.cfg.REPETITION_PENALTY
+        config, _ = generation_settings(run.cfg, model, run.tokenizer, 0)
+        penalty = run.cfg.REPETITION_PENALTY
         config.update(bos_token_id=run.tokenizer.bos_token_id, repetition_penalty=penalty)
         config.save_pretrained(folder)
         shutil.copyfile(run.folder / SAMPLE, folder / SAMPLE)
-        way = "4bit" if four_bit else "16bit"
-        run.record["merged"] = {"way": way, "adapter": expected, way: loss, "rows": len(examples)}
+        losses = {"adapter": expected, "merged": loss, "rows": len(examples)}
+        run.record["merged"] = losses | {"four_bit": four_bit}
 
 
 # -- GGUF, for llama.cpp and all that is built on it
@@ -5083,8 +5195,8 @@ I'll, we've, DON'T; it's 3.14, 1,000,000 and 50% -- (e.g.) "quoted" ... !!! ### 
 
 def export_gguf(cfg: Config, run: Run, final: Path) -> None:
     """One file for llama.cpp, Ollama and LM Studio, tested in llama.cpp; others stay beside it."""
-    if is_below(installed_version("cyllama"), LLAMA_FLOOR):  # llama.cpp, ready-made
-        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={LLAMA_FLOOR}"')
+    if is_below(installed_version("cyllama"), CYLLAMA_FLOOR):
+        raise UserError(f'GGUF files need llama.cpp.\npip install "cyllama>={CYLLAMA_FLOOR}"')
     tokenizer = getattr(run.tokenizer, "backend_tokenizer", None)
     if getattr(getattr(tokenizer, "model", None), "byte_fallback", True):  # or no such model at all
         raise UserError(
@@ -5106,19 +5218,21 @@ def export_gguf(cfg: Config, run: Run, final: Path) -> None:
         refuse_bad_gguf(folder / name, run, cfg.QUANTIZE)
 
 
-def convert(folder: Path, file: Path, kind: str) -> None:
+def convert(folder: Path, file: Path, precision: str) -> None:
     """By llama.cpp's converter, in a process of its own, and for q4_k_m by its quantizer."""
     from cyllama.llama import llama_cpp
 
-    whole, dtype = (file.with_suffix(".partial"), "f16") if kind == "q4_k_m" else (file, kind)
-    how = (converters(), folder, "--outfile", whole, "--outtype", dtype)
-    command = [sys.executable, "-c", CONVERT, *map(str, how)]
+    whole, dtype = file, precision
+    if precision == "q4_k_m":
+        whole, dtype = file.with_suffix(".partial"), "f16"
+    words = (converters(), folder, "--outfile", whole, "--outtype", dtype)
+    command = [sys.executable, "-c", CONVERT, *map(str, words)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     LOG.info("%s", done.stdout + done.stderr)
     if done.returncode:
         last = (done.stderr.strip() or "it was killed, perhaps for lack of memory").splitlines()[-1]
         raise UserError(f"The conversion failed: {preview(last, 200)}\nUse --to merged.")
-    if kind == "q4_k_m":
+    if precision == "q4_k_m":
         options = llama_cpp.LlamaModelQuantizeParams()
         options.ftype, options.nthread = Q4_K_M, os.cpu_count() or 1
         llama_cpp.disable_logging()
@@ -5145,7 +5259,7 @@ def converters() -> Path:
     return folder
 
 
-def refuse_bad_gguf(file: Path, run: Run, kind: str) -> None:
+def refuse_bad_gguf(file: Path, run: Run, precision: str) -> None:
     """In llama.cpp it has to tokenize and to end as the training did, with hardly a higher loss."""
     from cyllama.llama import llama_cpp
 
@@ -5169,8 +5283,8 @@ def refuse_bad_gguf(file: Path, run: Run, kind: str) -> None:
             )
     if vocabulary.token_eos() != run.tokenizer.eos_token_id:
         raise UserError("llama.cpp would not stop at the end of an answer.\nUse --to merged.")
-    merged = run.record["merged"]
-    refuse_loss(kind, loss_in_llama_cpp(model, sample_examples(run)), merged[merged["way"]])
+    loss = loss_in_llama_cpp(model, sample_examples(run))
+    refuse_higher_loss(precision, loss, run.record["merged"]["adapter"])
 
 
 def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
@@ -5179,14 +5293,14 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
     from cyllama.llama import llama_cpp
 
     losses, settings = [], llama_cpp.LlamaContextParams()
-    settings.n_batch = TOKENS_PER_DECODE
+    settings.n_batch = TOKENS_PER_PASS
     settings.n_threads = settings.n_threads_batch = os.cpu_count() or 1
     for example in examples:
         ids, labels = example["input_ids"][:-1], example["labels"][1:]
         settings.n_ctx = len(ids)
         context = llama_cpp.LlamaContext(model, settings, verbose=False)
-        for start in range(0, len(ids), TOKENS_PER_DECODE):
-            part = ids[start : start + TOKENS_PER_DECODE]
+        for start in range(0, len(ids), TOKENS_PER_PASS):
+            part = ids[start : start + TOKENS_PER_PASS]
             batch = llama_cpp.LlamaBatch(n_tokens=len(part), embd=0, n_seq_max=1, verbose=False)
             batch.set_batch(part, start, True)
             context.decode(batch)
@@ -5198,7 +5312,7 @@ def loss_in_llama_cpp(model: Any, examples: Sequence[Example]) -> float:
 
 
 def modelfile(run: Run, file: str) -> str:
-    """For Ollama: the prompt of the training; where questions were taught alone, the last one only."""
+    """For Ollama: the prompt of the training; of questions taught alone only the last."""
     chat = "".join(text for text, _ in pieces(run.tokenizer, ("user", "assistant", "user")))
     before, _, between, after = re.split(PLACEHOLDER.format("."), chat)
     turns = '{{ range .Messages }}{{ if eq .Role "user" }}{{ .Content }}' + after
@@ -5220,13 +5334,13 @@ def modelfile(run: Run, file: str) -> str:
 
 
 def export_space(cfg: Config, run: Run, final: Path) -> None:
-    """A folder for Hugging Face Spaces: a page to ask the GGUF, which llama.cpp runs on a processor."""
+    """A folder for Hugging Face Spaces: a page that asks a GGUF, run by llama.cpp."""
     name = gguf_name(cfg)
     run = source_export("gguf", cfg, run, final, name)
     with export_folder("space", run, final, (run.folder / name).stat().st_size) as folder:
         link_or_copy(run.folder / name, folder / name)
         (folder / "app.py").write_text(SPACE_APP, "utf-8")
-        (folder / "requirements.txt").write_text(f"gradio>={PAGE_FLOOR}\nxllamacpp\n", "utf-8")
+        (folder / "requirements.txt").write_text(f"gradio>={GRADIO_FLOOR}\nxllamacpp\n", "utf-8")
 
 
 def upload(cfg: Config) -> str:
@@ -5270,62 +5384,29 @@ def upload(cfg: Config) -> str:
 
 
 def files_to_upload(cfg: Config, folder: Path) -> dict[str, Path]:
-    """What may leave this computer: no rows of the data, nothing hidden or half-written; once agreed."""
+    """What may leave this computer, once agreed: nothing of the data, hidden or half-written."""
+    rows = {Path(one).name for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE)}
     files = {}
     for path in files_for_others(folder):
         name = path.relative_to(folder).as_posix()
-        names = (Path(one).name for one in (ANSWERS, ANSWERS_PICTURE, EXAM, EXAM_PICTURE, SAMPLE))
-        private = path.name in names or path.suffix == ".partial"
-        if not private and "/." not in f"/{name}":
+        if path.name not in rows and path.suffix != ".partial" and "/." not in f"/{name}":
             files[name] = path
     say("Files", f"to upload to {cfg.HUB_REPO}; the rows of your data stay here:")
     for name, path in files.items():
         say("", f"{path.stat().st_size / 1e6:10.2f} MB  {name}")
     agreed = cfg.YES
     with suppress(EOFError):
-        if not agreed and can_be_asked():
+        if not agreed and is_interactive():
             agreed = input("Upload them? [y/N] ").strip().casefold() in ("y", "yes")
     if not agreed:
         raise UserError("Nothing was uploaded.\nTo upload without being asked, add --yes")
     return files
 
 
-# -- What is written beside the weights
+# -- What each kind of export is
 
 
-def write_card(folder: Path, run: Run, kind: str, file: str) -> None:
-    """What others read first: what it is, how to ask it, and the results of the run."""
-    base, export = run.cfg.MODEL_NAME, EXPORTS[kind]
-    licence = "license: mit\n" if base == "microsoft/phi-2" else ""
-    name = preview(base.removeprefix("./"), 100).replace("<", "&lt;")
-    quoted = functools.partial(json.dumps, ensure_ascii=False)  # for YAML and for Python
-    question = quoted((run.record["examples"] or ["Why?"])[0])
-    of_base = "" if base.startswith("./") else f"base_model: {base}\n{licence}"
-    results = run.record.get("results") or {}
-    losses = [results.get(name) for name in ("eval_loss", "base_eval_loss")]
-    shown = [f"{loss:.3f}" if isinstance(loss, float) else "not measured" for loss in losses]
-    text = EXPORT_CARD.format(
-        front=export.front.format(title=quoted(f"Ask {name}, fine-tuned"), base=of_base),
-        name=name,
-        how=export.how.format(file=file, question=question),
-        loss=shown[0],
-        base_loss=shown[1],
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-EXPORT_CARD = """\
----
-{front}---
-
-# {name}, fine-tuned
-
-Fine-tuned with `finetune_colab.py` on pairs of questions and answers.
-{how}
-
-Validation loss: {loss} (base model: {base_loss}). Every setting and result is in `run.json`.
-"""
-FOR_TEXT = "{base}pipeline_tag: text-generation\ntags: [question-answering]\n"
+MODEL_FRONT = "{base}{licence}pipeline_tag: text-generation\ntags: [question-answering]\n"
 
 
 class Export(NamedTuple):
@@ -5338,7 +5419,7 @@ class Export(NamedTuple):
 EXPORTS = {
     "merged": Export(
         export_merged,
-        f"library_name: transformers\n{FOR_TEXT}",
+        f"library_name: transformers\n{MODEL_FRONT}",
         """\
 The adapter is merged into the weights; the tokenizer's chat template is the prompt used in training.
 
@@ -5353,7 +5434,7 @@ print(ask(messages, return_full_text=False)[0]["generated_text"].strip())
     ),
     "gguf": Export(
         export_gguf,
-        f"library_name: gguf\n{FOR_TEXT}",
+        f"library_name: gguf\n{MODEL_FRONT}",
         "- Ollama: `ollama create mine -f Modelfile`, then `ollama run mine`\n"
         "- llama.cpp: `llama-cli -m {file} --jinja`, or `llama-server -m {file} --jinja`\n"
         "- LM Studio: `lms import {file}`, or copy the file into its models folder",
@@ -5514,7 +5595,8 @@ def examine(
         try:
             return act(*given)
         except UserError as error:
-            problems.append(str(error))
+            if not (offline and isinstance(error, UnreachableError)):
+                problems.append(str(error))
         return None
 
     if cfg.MODEL_NAME == DEMO_MODEL:
@@ -5524,17 +5606,16 @@ def examine(
     pairs = attempt(find_pairs, cfg)  # before anything that waits for torch
     if not pairs:
         return problems, None, None
-    outline = known_outline(cfg)
+    tokenizer, outline = attempt(find_base, cfg) or (None, None)
     if outline and (device := attempt(device_here, cfg)):
         attempt(adapted_outline, cfg, outline)
         attempt(optimizer_name, cfg, device)
         attempt(refuse_small_memory, cfg, device, outline.parameters)
-    data = attempt(prepare_data, cfg, pairs, offline)
-    if data:
-        say_pairs(data.pairs)
-        say_quality(data.quality, cfg.MIN_QUALITY)
-        say_wordings(data.pairs)
-        attempt(refuse_unfit, cfg, data)
+    data = prepare_data(cfg, pairs, tokenizer)
+    say_pairs(data.pairs)
+    say_quality(data.quality, cfg.MIN_QUALITY)
+    say_wordings(data.pairs)
+    attempt(refuse_unfit, cfg, data)
     return problems, data, outline
 
 
@@ -5741,6 +5822,8 @@ def check(cfg: Config) -> int:
     report = None
     with ExitStack() as after:
         after.callback(gc.set_threshold, *gc.get_threshold())
+        after.callback(gc.unfreeze)  # with the next line: what was imported is not looked through
+        after.callback(gc.freeze)
         gc.set_threshold(0)  # to look for cycles in all that is imported takes a tenth of the time
         if cfg.JSON:
             after.enter_context(redirect_stdout(sys.stderr))
@@ -5803,7 +5886,9 @@ def check_record(
         **dict.fromkeys(("pairs_kept", "pairs_unique"), len(pairs.kept)),
         "pairs_held_out": len(data.validation_pairs),
         "other_tables": pairs.other_tables,
-        "dropped": [note._asdict() for note in pairs.dropped],
+        "dropped": [
+            {"sheet": note.sheet, "row": note.row, "reason": note.reason} for note in pairs.dropped
+        ],
         "quality": quality["score"],
         "quality_parts": quality["parts"],
         "problems": problems + grouped(data.quality.flagged),
@@ -5831,14 +5916,14 @@ def chat(cfg: Config) -> int:
     """Ask the tuned model, in the terminal or with --web in the browser."""
     if cfg.WEB:
         return serve(cfg)
-    if not cfg.QUESTION and can_be_asked():
+    if not cfg.QUESTION and is_interactive():
         return converse(model_to_ask(cfg), cfg)
     questions, code = questions_given(cfg), 0
     with redirect_stdout(sys.stderr):  # a program may read the answers
-        tuned = model_to_ask(cfg)
+        run = model_to_ask(cfg)
     for question in questions:
         try:
-            print_answer(tuned, [user_message(question)], cfg, notes=sys.stderr)
+            print_answer(run, [user_message(question)], cfg, notes=sys.stderr)
         except UserError as error:
             code = 2
             show(str(error), sys.stderr)
@@ -5849,12 +5934,12 @@ def compare(cfg: Config) -> int:
     """Put the same questions to the base and the tuned model."""
     if cfg.QUESTIONS:
         return compare_all(cfg)
-    typing = not cfg.QUESTION and can_be_asked()
+    typing = not cfg.QUESTION and is_interactive()
     questions = typed("Question") if typing else questions_given(cfg)
     with nullcontext() if typing else redirect_stdout(sys.stderr):
-        tuned = model_to_ask(cfg)
+        run = model_to_ask(cfg)
     for question in itertools.takewhile(bool, questions):
-        for row in ask_both(tuned, [unanswered(question)], cfg):
+        for row in ask_both(run, [unanswered(question)], cfg):
             show(side_by_side(row))
             show(f"({speed(row['tokens'], row['seconds'], row['cut off'], 2)})", sys.stderr)
     return 0
@@ -5864,11 +5949,11 @@ def compare_all(cfg: Config) -> int:
     """A file of questions, with the answers in a workbook."""
     import pandas
 
-    pairs, tuned = listed_questions(cfg), model_to_ask(cfg)
+    pairs, run = questions_in_file(cfg), model_to_ask(cfg)
     say("Asking", f"{plural(len(pairs), 'question')}, each twice; Ctrl+C keeps the answers so far")
     rows = list[dict[str, Any]]()
     try:
-        for row in ask_both(tuned, pairs, cfg):
+        for row in ask_both(run, pairs, cfg):
             rows.append(row)
     except KeyboardInterrupt:
         if not rows:
@@ -5889,8 +5974,7 @@ def exam(cfg: Config) -> int:
     settings = changed(opened.cfg, **own)
     if settings.DATASET_PATH.endswith("/…"):
         raise UserError("run.json does not keep the link to its data.\nGive it with --dataset-path")
-    # with the tokenizer of the run, whose base may be elsewhere
-    data = prepare_data(changed(settings, MODEL_NAME=str(opened.folder)), find_pairs(settings))
+    data = prepare_data(settings, find_pairs(settings), opened.tokenizer)
     pairs = fingerprint([pair.messages for pair in data.pairs.kept])
     if pairs != (opened.record.get("dataset") or {}).get("sha256_of_pairs"):
         other = "is not what the model was trained on, or has changed since"

@@ -45,7 +45,7 @@ MUTATIONS = [Mutation(*one) for one in (
     ("a small lead is clear enough", "CLEAR_LEAD = 0.25", "CLEAR_LEAD = -1.0", "pairs"),
     ("one of two contradicting rows goes unnoticed", "zip(same, [*same[1:], same[0]], strict=True)", "zip(same[1:], same, strict=False)", "quality"),
     # prompts and tokens
-    ("the model never learns to stop", "found.append((turn if end else turn + tokenizer.eos_token, True))", "found.append((turn[: -len(end[0])] if end else turn, True))", "prompts"),
+    ("the model never learns to stop", "yield (turn if end else turn + tokenizer.eos_token), True", "yield (turn[: -len(end[0])] if end else turn), True", "prompts"),
     ("one question too many is held out", "count = max(1, round(cfg.VALIDATION", "count = 1 + max(1, round(cfg.VALIDATION", "exam training"),
     # device and plan
     ("bfloat16 on a T4", "native = capability >= (8, 0)", "native = capability >= (7, 5)", "plan"),

@@ -14,6 +14,7 @@ import one_run
 from workload import TARGETS, Job
 
 GROUPS = {
+    "dropout": ("random", "bernoulli", "aten::lt", "masked_fill"),
     "products of matrices": ("aten::mm", "aten::addmm", "aten::bmm"),
     "attention": ("flash_attention", "scaled_dot"),
     "activation (GELU)": ("gelu",),
@@ -22,7 +23,6 @@ GROUPS = {
     "adding and scaling": ("aten::add", "aten::mul", "aten::div", "aten::neg", "aten::sub"),
     "copies, gathering, zeros": ("copy", "cat", "index", "fill", "zero", "embedding", "scatter"),
     "optimizer and norm of the gradient": ("_foreach", "linalg", "sqrt", "lerp", "addc"),
-    "chance of the dropout": ("rand", "log", "cumsum", "clamp", "uniform"),
 }
 
 

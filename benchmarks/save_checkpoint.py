@@ -30,7 +30,7 @@ def build(folder: Path, millions: float) -> tuple[Trainer, ft.Checkpoints]:
     cfg = ft.Config(MODEL_NAME=ft.DEMO_MODEL, DATASET_PATH=ft.EXAMPLE_DATASET, MAX_STEPS=1)
     cfg.CHECKPOINT_DIR, cfg.LORA_R = str(folder), round(millions * 1e6 / 11_520)
     device = ft.Device("cpu", "float32", False, "")
-    data = ft.prepare_data(cfg, ft.find_pairs(cfg))
+    data = ft.prepare_data(cfg, ft.find_pairs(cfg), ft.load_tokenizer(cfg))
     model = ft.add_lora(cfg, ft.load_base(cfg, device))
     checkpoints = ft.Checkpoints(cfg, ft.identity_of(cfg, data, device))
     checkpoints.starting_point()

@@ -165,9 +165,9 @@ def test_questions_without_a_terminal(finished: Path, capsys: Printed, patched: 
     *_, answer = stream_answer(load_tuned(Path("model")), talk(X), MAX_TOKENS=5)
     assert out.strip() == answer.text.strip()  # and nothing else
     assert re.search(r"\(5 tokens, [\d.]+ per second", err)
-    for piped, code in ((f"Why?\n\n  {X}  \n", 0), (f"{'Why? ' * 3000}\nAnd?\nWhy?", 2)):
-        patched.setattr(sys, "stdin", io.StringIO(piped))  # one too long costs no other
-        assert main(["chat", "--max-tokens", "4"]) == code
+    for piped, code in ((f"Pourquoi pas \xe9?\n\n  {X}  \n", 0), (f"{'Why? ' * 3000}\nAnd?\nWhy?", 2)):
+        patched.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(piped.encode("cp1252")), "utf-8"))
+        assert main(["chat", "--max-tokens", "4"]) == code  # one too long costs no other
         assert capsys.readouterr().err.count("(4 tokens") == 2
 
 
@@ -259,13 +259,14 @@ def test_a_comparison_of_many_loads_the_base_once(finished: Path, run: Run, patc
     assert sheet["B2"].alignment.wrap_text
 
 
-def test_files_of_questions(finished: Path, run: Run) -> None:
+def test_files_of_questions(finished: Path, run: Run, patched: Patch) -> None:
     for title, file in cases_of_files("questions").items():
         Path(file.name).write_bytes(file.content)
+        patched.setattr(sys, "stdin", Keyboard())
         code, printed = run("compare", "--questions", file.name, "--max-tokens", 1)
-        assert (code, "Traceback" in printed) == (2 if file.refused else 0, False), (title, printed)
-        told = [file.refused] if file.refused else [note for _, note in file.dropped]
-        assert all(re.search(one, in_words(printed)) for one in told), title
+        odd = "Traceback" in printed or "The column with" in printed  # for which nobody is asked
+        assert (code, odd) == (2 if file.refused else 0, False), (title, printed)
+        assert re.search(file.refused or "", in_words(printed)), title
         if not file.refused:
             rows = openpyxl.load_workbook("compare.xlsx")["Answers"].iter_rows(min_row=2, values_only=True)
             found = [(int(row), (question, expected or "")) for row, question, expected, *_ in rows]

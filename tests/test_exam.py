@@ -125,7 +125,7 @@ def test_the_workbook_has_a_sheet_for_each_part_and_the_verdict(tuned_run: Path)
 
 
 def test_after_a_kill_only_what_is_missing_is_asked(phi_folder: Path, workbook: Path, run: Run, patched: Patch) -> None:
-    command = ("--model-name", phi_folder, *TUNED, "--exam-questions", 2)
+    command = ("--model-name", shutil.copytree(phi_folder, "./demo"), *TUNED, "--exam-questions", 2)  # not the toy
     calls: list[int] = []
     at_attention(patched, lambda number, _: calls.append(number))
     assert run(*command, "--log-dir", "other")[0] == 0

@@ -48,7 +48,7 @@ def visit(model: Path) -> Iterator[Visit]:
     def served(model: Path) -> str:
         with Patch.context() as patch:
             patch.setattr(gradio.Blocks, "block_thread", lambda page: pages.insert(0, page))
-            assert call(model.parent, "chat", "--web", "--max-tokens", 60) == 0
+            assert call(model.parent, "chat", "--web", "Ready?", "--max-tokens", 60) == 0
         return str(pages[0].local_url)
 
     with sync_playwright() as driver:
@@ -196,7 +196,7 @@ def test_a_hostile_answer_comes_back_as_mere_text(visit: Visit, model: Path, tmp
 
 def test_what_the_page_cannot_do_is_told_and_locks_nothing(visit: Visit) -> None:
     page = visit()
-    assert box(page).get_attribute("maxlength") == "8000"
+    assert (box(page).get_attribute("maxlength"), box(page).input_value()) == ("8000", "Ready?")
     ask(page, "Why? " * 1500)
     expect(page.get_by_text(re.compile(r"\d,\d{3} tokens")).first).to_be_visible()
     expect(box(page)).to_be_enabled()
