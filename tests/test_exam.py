@@ -200,7 +200,7 @@ def test_a_training_that_diverges_ends_and_its_last_checkpoint_stays(
     def thrown_off_course(self: Any, *args: Any, **kwargs: Any) -> Any:
         if next(steps) > 25:
             for weight in self.param_groups[0]["params"]:
-                weight.data.normal_()
+                weight.data.normal_(std=10)
         return real(self, *args, **kwargs)
 
     patched.setattr(torch.optim.AdamW, "step", thrown_off_course)
