@@ -4143,7 +4143,7 @@ CARD = """\
 
 # {name}, fine-tuned
 
-Trained by `finetune_colab.py` on pairs of questions and answers, in exactly this form:
+Trained by `finetune_colab.py` on pairs of questions and answers. The prompt has exactly this form:
 
 ```text
 {prompt}

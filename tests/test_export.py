@@ -344,7 +344,7 @@ def test_cards_and_a_space_have_what_hugging_face_asks_for_and_a_changed_space_i
     (space / "README.md").write_text("my own words")
     assert call(phi.home, "export", "--to", "space") == 0
     kept = (phi.home / "model-space.previous/README.md", space / "README.md")
-    assert [path.read_text() for path in kept] == ["my own words", written]
+    assert [path.read_text() for path in kept] == ["my own words", written] and "| `eval_loss` |" in written
 
 
 def test_a_merge_that_loses_what_was_learnt_is_refused(finished: Path, run: Run, patched: Patch) -> None:
