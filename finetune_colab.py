@@ -147,7 +147,7 @@ class Config:
     EARLY_STOPPING_PATIENCE: int = 0  # stop after this many validations without progress; 0 = never
     REPORT_TO: str = "none"  # where else to send the curves
     # -- Answering
-    EVAL_ANSWERS: int = 20  # held-out questions in the exam; 0 = no exam at all
+    EVAL_ANSWERS: int = 20  # held-out questions in the exam; 0 = no exam after training
     EXAM_QUESTIONS: int = 20  # trained questions that the exam asks as they are and in other words
     MAX_TOKENS: int = 256  # most tokens in an answer
     TEMPERATURE: float = 0.0  # randomness of answers: 0 = always the likeliest token; 0.7 is lively
@@ -1483,7 +1483,6 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
 # ==================================================================================================
 
 IGNORE = -100  # the label that torch's cross entropy leaves out
-FEWEST_TO_HOLD_OUT = 5  # with fewer questions, each is worth more in the training set
 PLACEHOLDER = "\ue000{}\ue001"  # in place of a message's text while a template is rendered
 PHI_2_PROMPT = "Instruct: {question}\nOutput:"  # of phi-2's model card; it has no chat template
 PROMPT_AS_TEMPLATE = (  # in Jinja; `before` and `after` are what stands around a question
@@ -1589,27 +1588,6 @@ def marked(tokenizer: Any, example: Example) -> str:
         part = tokenizer.decode([one for one, _ in group], clean_up_tokenization_spaces=False)
         text += f"[[{part}]]" if is_target else part
     return text
-
-
-def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
-    """Which pairs are for validation; all answers to one question are on the same side."""
-    questions = [fold(pair.messages[0]["content"]) for pair in pairs]
-    order = sorted(set(questions))
-    random.Random(cfg.SEED).shuffle(order)
-    enough = cfg.VALIDATION_FRACTION and len(order) >= FEWEST_TO_HOLD_OUT
-    count = max(1, round(cfg.VALIDATION_FRACTION * len(order))) if enough else 0
-    if cfg.VALIDATION_SPLIT == "wordings":  # first, questions whose answers others still teach
-        answers, spare = defaultdict[str, set[str]](set), list[str]()
-        for question, pair in zip(questions, pairs, strict=True):
-            answers[question].add(fold(pair.answer))
-        left = Counter(itertools.chain(*answers.values()))
-        for question in order:
-            if all(left[answer] > 1 for answer in answers[question]):
-                left.subtract(answers[question])
-                spare.append(question)
-        order = list(dict.fromkeys(spare + order))
-    held_out = set(order[:count])
-    return [question in held_out for question in questions]
 
 
 # ==================================================================================================
@@ -2634,6 +2612,7 @@ def evaluating(model: transformers.PreTrainedModel | PeftModel) -> Iterator[None
 # ==================================================================================================
 
 FEWEST_PAIRS = 2
+FEWEST_TO_HOLD_OUT = 5  # with fewer questions, each is worth more in the training set
 ENOUGH_PAIRS = 50
 POOR = 0.5  # below this quality nothing is trained without --yes
 
@@ -2651,6 +2630,27 @@ class PreparedData:
     validation_pairs: list[Pair]
     train: list[Example]
     validation: list[Example]
+
+
+def split_validation(pairs: Sequence[Pair], cfg: Config) -> list[bool]:
+    """Which pairs are for validation; all answers to one question are on the same side."""
+    questions = [fold(pair.messages[0]["content"]) for pair in pairs]
+    order = sorted(set(questions))
+    random.Random(cfg.SEED).shuffle(order)
+    enough = cfg.VALIDATION_FRACTION and len(order) >= FEWEST_TO_HOLD_OUT
+    count = max(1, round(cfg.VALIDATION_FRACTION * len(order))) if enough else 0
+    if cfg.VALIDATION_SPLIT == "wordings":  # first, questions whose answers others still teach
+        answers, spare = defaultdict[str, set[str]](set), list[str]()
+        for question, pair in zip(questions, pairs, strict=True):
+            answers[question].add(fold(pair.answer))
+        left = Counter(itertools.chain(*answers.values()))
+        for question in order:
+            if all(left[answer] > 1 for answer in answers[question]):
+                left.subtract(answers[question])
+                spare.append(question)
+        order = list(dict.fromkeys(spare + order))
+    held_out = set(order[:count])
+    return [question in held_out for question in questions]
 
 
 def prepare_data(cfg: Config, pairs: Pairs, tokenizer: Any) -> PreparedData:
