@@ -4507,17 +4507,15 @@ def say_pairs(pairs: Pairs) -> None:
         say("Left out", "\n".join(grouped(pairs.dropped)[:8]))
 
 
-def say_quality(quality: Quality, minimum: float) -> None:
+def say_quality(data: PreparedData, minimum: float) -> None:
+    """What looks wrong, and how many answers people may ask for in several ways."""
+    quality, pairs = data.quality, data.pairs
     if quality.counted:
         share = f"{quality.good} of {quality.counted} rows with content are kept and look right"
         say("Quality", "\n".join([f"{quality}: {share}", *grouped(quality.flagged)[:8]]))
     if quality.score < minimum:
         kinds = ", ".join([*by_kind(quality.notes)][:3])
         say("Warning", f"the quality is below {minimum} (MIN_QUALITY). Fix first: {kinds}.")
-
-
-def say_wordings(pairs: Pairs) -> None:
-    """How many answers people may ask for in several ways."""
     counts = Counter(fold(pair.answer) for pair in pairs.kept)
     several = sum(count > 1 for count in counts.values())
     if several:
@@ -5044,12 +5042,6 @@ def exported_name(cfg: Config) -> str:
 
 def gguf_name(cfg: Config) -> str:
     return f"{exported_name(cfg)}-{cfg.QUANTIZE}.gguf"
-
-
-def export_place(cfg: Config, kind: str) -> Path:
-    """./model gives ./model-gguf, unless EXPORT_DIR says otherwise."""
-    beside = local_path(cfg.OUTPUT_DIR).absolute().with_name(f"{exported_name(cfg)}-{kind}")
-    return local_path(cfg.EXPORT_DIR).absolute() if cfg.EXPORT_DIR else beside
 
 
 def export_to(kind: str, cfg: Config, final: Path) -> None:
@@ -5613,8 +5605,7 @@ def examine(
         attempt(refuse_small_memory, cfg, device, outline.parameters)
     data = prepare_data(cfg, pairs, tokenizer)
     say_pairs(data.pairs)
-    say_quality(data.quality, cfg.MIN_QUALITY)
-    say_wordings(data.pairs)
+    say_quality(data, cfg.MIN_QUALITY)
     attempt(refuse_unfit, cfg, data)
     return problems, data, outline
 
@@ -5995,10 +5986,13 @@ def export(cfg: Config) -> int:
     """Take the model elsewhere: merged weights, GGUF, a Space, the Hub."""
     if not cfg.TO:
         raise UserError("Export to what? Add --to merged, gguf, space or hub; see finetune.md.")
-    LOG_FILE.path, final = log_path(cfg), export_place(cfg, cfg.TO)
+    LOG_FILE.path = log_path(cfg)
     if cfg.TO == "hub":
         say("Saved", f"{upload(cfg)}; open it in your browser")
         return 0
+    final = local_path(cfg.OUTPUT_DIR).absolute().with_name(f"{exported_name(cfg)}-{cfg.TO}")
+    if cfg.EXPORT_DIR:
+        final = local_path(cfg.EXPORT_DIR).absolute()
     with ExitStack() as held:
         lock_folder(held, final, "EXPORT_DIR")
         export_to(cfg.TO, cfg, final)
