@@ -1463,7 +1463,7 @@ def quality_of(kept: Sequence[Pair], dropped: Sequence[Note]) -> Quality:
         found = {kind: re.search(pattern, whole) for kind, pattern in PATTERNS.items()} | {
             "a very short question": len(texts[0].strip(" ?!.:")[:9].encode()) < 3,
             "an answer that repeats its question": any(map(str.__eq__, bares[::2], bares[1::2])),
-            "very unequal lengths": max(sides) > max(1000, 50 * max(40, min(sides))),
+            "very unequal lengths": max(sides) > 50 * max(40, min(sides)),
             "an answer of one digit": only_digits,
         }
         findings.append([pair.note(kind) for kind, is_there in found.items() if is_there])
