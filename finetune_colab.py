@@ -3777,7 +3777,7 @@ VERDICTS = {  # what they mean, and what to do
 }
 ENGLISH = re.compile(r"(?i)\b(what|how|why|who|when|where|which|is|are|do|does|can)\b")
 SHORT_FORMS = {"what is": "what's", "how is": "how's", "and": "&", "you": "u", "are": "r"}
-SHORT_FORMS |= {"with": "w/", "for": "4", "please": "pls", "between": "btw", "to": "2"}
+SHORT_FORMS |= {"with": "w/", "for": "4", "please": "pls", "between": "btwn", "to": "2"}
 
 
 def reworded(question: str, seed: int) -> tuple[str, str]:
