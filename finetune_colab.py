@@ -1784,11 +1784,11 @@ def plan_run(
         at_once = min(USEFUL_TOKENS[device.kind], sum(lengths[:pairs]))
         reason = "more would not be faster"
     if model:
-        room = functools.partial(tokens_that_fit, cfg, model, device)
         if recomputing is None:
-            recomputing = room(recomputing=False) < longest
-        if not cfg.TOKENS_AT_ONCE and room(recomputing) < at_once:
-            at_once = max(room(recomputing), longest)
+            recomputing = tokens_that_fit(cfg, model, device, recomputing=False) < longest
+        room = tokens_that_fit(cfg, model, device, recomputing)
+        if not cfg.TOKENS_AT_ONCE and room < at_once:
+            at_once = max(room, longest)
             reason = f"as many as fit into {device.usable_memory / 1e9:.0f} GB"
         if recomputing:
             why = "as set" if cfg.GRADIENT_CHECKPOINTING else "to save memory"
@@ -4216,10 +4216,11 @@ def model_card(
     )
 
 
-def write_record(folder: Path, record: dict[str, Any]) -> None:
+def write_record(folder: Path, record: dict[str, Any], *of_card: str) -> None:
     """What a run was and what came of it: for people, and as run.json for later commands."""
+    card = model_card(record, *of_card)
     with atomic_write(folder / "README.md") as staged:
-        staged.write_text(model_card(record), encoding="utf-8", errors="backslashreplace")
+        staged.write_text(card, encoding="utf-8", errors="backslashreplace")
     write_json(folder / "run.json", record)
 
 
@@ -4878,7 +4879,8 @@ def questions_in_file(cfg: Config) -> list[Pair]:
         lines = enumerate(decoded(path, path.read_bytes()).splitlines(), start=1)
         found = [unanswered(line.strip(), "", number) for number, line in lines if line.strip()]
     else:
-        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path), JSON=True))
+        unasked = changed(cfg, DATASET_PATH=str(path), JSON=True)  # nobody types columns here
+        found = questions_in_tables(path, unasked)
     if not found:
         raise UserError(f"{path} has no questions. Write one per row.")
     return found
@@ -4909,13 +4911,13 @@ def questions_in_tables(path: Path, cfg: Config) -> list[Pair]:
     return found
 
 
-def questions_in_column(table: Table, column: int, place: str) -> dict[int, Pair]:
+def questions_in_column(table: Table, column: int, sheet: str) -> dict[int, Pair]:
     found = {}
     for number, row in table.rows:
         if not table.sheet and any(row[len(table.header) :]):
             raise UserError(f"Row {number} has {MORE_CELLS}.")
         if text := one_text(row[column]):
-            found[number] = unanswered(text, place, number)
+            found[number] = unanswered(text, sheet, number)
     return found
 
 
@@ -5083,10 +5085,8 @@ def export_folder(kind: str, run: Run, final: Path, size: float, file: str = "")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         with atomic_folder(final, earlier) as staged:
             yield staged
-            card = model_card(run.record, EXPORTS[kind].front, EXPORTS[kind].how, file)
-            (staged / "README.md").write_text(card, encoding="utf-8", errors="backslashreplace")
-            own = {"export": kind, "files": own_files(staged)}
-            write_json(staged / "run.json", run.record | own)
+            record = run.record | {"export": kind, "files": own_files(staged)}
+            write_record(staged, record, EXPORTS[kind].front, EXPORTS[kind].how, file)
 
 
 def link_or_copy(source: Path, target: Path) -> None:
