@@ -434,8 +434,6 @@ def write_json(path: Path, content: Any) -> None:
 
 EXAMPLE_DATASET = "dataset_example.xlsx"
 REPORT_NAME = "dataset_report"  # what check writes; never taken for data that nobody named
-# Names of sheets, files and lists that are read only where there is nothing else
-HELD_BACK = r"(?i)(^|, )((test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\))(, |$)"
 TABLE_ENDINGS = tuple(".xlsx .xlsm .xls .xlsb .ods .csv .tsv .json .jsonl .parquet".split())
 LARGEST_FILE_MB = 500
 MOST_ROWS = 300_000  # openpyxl reads some 30,000 in a second
@@ -634,6 +632,8 @@ def fetch(address: str) -> list[Path]:
 
 COPY = "a copy of an earlier row"  # lowers the quality, but is no ground to refuse the data
 BLANK, OTHER_LANGUAGE = "blank", "the language is"  # reasons that say nothing of the quality
+# Names of sheets, files and lists that are read only where there is nothing else
+HELD_BACK = r"(?i)(^|, )((test|val(id(ation)?)?|dev|eval)(-\d+-of-\d+)?(\.\w+)?|negative.*|.* \(hidden\))(, |$)"
 
 
 class Table(NamedTuple):
@@ -702,7 +702,8 @@ def find_pairs(cfg: Config) -> Pairs:
     name, paths = find_dataset(cfg)
     parts, unusable = read_parts(paths, cfg)
     if not parts:
-        return find_pairs(columns_typed(list(unusable.values()), cfg))
+        first, *others = map(str, unusable.values())
+        raise UserError("\n".join([first, *(preview(one, 150) for one in others[:7])]))
     groups, weights = defaultdict[Any, list[Pairs]](list), Counter[Any]()
     for part in [one for one in parts if not re.search(HELD_BACK, one.sheet)] or parts:
         group = part.shape, *map(fold, part.used[:2])  # tables with the same two columns add up
@@ -760,19 +761,6 @@ def pairs_of(table: Table, name: str, sheet: str, cfg: Config) -> Pairs:
     kept = [Pair(chat, sheet, number) for number, chat in found if isinstance(chat, list)]
     dropped = [Note(sheet, number, reason) for number, reason in found if isinstance(reason, str)]
     return Pairs(name, sheet, table, shape, columns, why, kept, dropped, len(table.rows))
-
-
-def columns_typed(refusals: list[UserError], cfg: Config) -> Config:
-    """With the two columns as a person in a terminal names them; otherwise the refusal."""
-    message = "\n".join([str(refusals[0]), *(preview(str(one), 150) for one in refusals[1:8])])
-    unclear = "--question-column" in str(refusals[0]) and not cfg.JSON
-    if unclear and sys.stdin and sys.stdin.isatty():
-        say("Columns", message)
-        with suppress(EOFError):
-            question = input("The column with the questions: ").strip()
-            if answer := question and input("The column with the answers: ").strip():
-                return changed(cfg, QUESTION_COLUMN=question, ANSWER_COLUMN=answer)
-    raise UserError(message)
 
 
 # -- Files to tables
@@ -871,21 +859,27 @@ def workbook_sheets(content: bytes) -> Iterator[tuple[str, Any]]:
 
 def decoded(path: Path, content: bytes) -> str:
     """The text of a file: UTF-8, UTF-16, or what the other lines look like, which is said."""
-    import charset_normalizer
-
     if content.startswith((b"\xff\xfe", b"\xfe\xff")):
         return content.decode("utf-16", "replace")
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     odd = dict.fromkeys(line for line in lines if line.decode(errors="ignore").encode() != line)
     pattern = re.compile("|".join(map(WESTERN.format, LETTERS.split())), re.IGNORECASE)
     western = [line for line in odd if pattern.fullmatch(line.decode("cp1252", "replace"))]
-    best = charset_normalizer.from_bytes(b"\n".join([*odd][:2000]), cp_isolation=ENCODINGS).best()
-    encoding = "cp1252" if len(western) >= 0.9 * len(odd) else best.encoding if best else ""
+    encoding = "cp1252" if len(western) >= 0.9 * len(odd) else ""
+    if not encoding and b"\0" not in content:
+        if importlib.util.find_spec("charset_normalizer") is None:
+            advice = "Save it as UTF-8 or .xlsx, or run: pip install charset-normalizer"
+            raise UserError(f"{path} is not UTF-8; to guess what it is takes a package.\n{advice}")
+        import charset_normalizer
+
+        likely = charset_normalizer.from_bytes(b"\n".join([*odd][:2000]), cp_isolation=ENCODINGS)
+        encoding = best.encoding if (best := likely.best()) else ""
     if b"\0" in content or not encoding:
         raise UserError(f"{path} is neither a workbook nor a text. Open it and save it as .xlsx")
     if odd:
         guess = encoding.replace("cp", "Windows-").replace("_", "-")
-        say("Note", f"{path.name}: {len(odd):,} lines are {guess}, not UTF-8. Check the accents.")
+        count = plural(len(odd), "line")
+        say("Note", f"{path.name}: {count} in {guess}, not UTF-8. Check the accents.")
     return "\n".join(line.decode(encoding if line in odd else "utf-8", "replace") for line in lines)
 
 
@@ -4879,8 +4873,7 @@ def questions_in_file(cfg: Config) -> list[Pair]:
         lines = enumerate(decoded(path, path.read_bytes()).splitlines(), start=1)
         found = [unanswered(line.strip(), "", number) for number, line in lines if line.strip()]
     else:
-        unasked = changed(cfg, DATASET_PATH=str(path), JSON=True)  # nobody types columns here
-        found = questions_in_tables(path, unasked)
+        found = questions_in_tables(path, changed(cfg, DATASET_PATH=str(path)))
     if not found:
         raise UserError(f"{path} has no questions. Write one per row.")
     return found
@@ -5577,6 +5570,24 @@ def output_problems(cfg: Config, final: Path) -> Iterator[str]:
         yield f"OUTPUT_DIR {final} holds {theirs}, so it is left alone.\n{other}"
 
 
+def pairs_or_columns(cfg: Config) -> Pairs:
+    """The pairs; if it is unclear which columns to use, a person at a terminal is asked."""
+    try:
+        return find_pairs(cfg)
+    except UserError as error:
+        of_first_table = str(error).partition("\nIn ")[0]
+        unclear = "--question-column" in of_first_table and not cfg.JSON
+        if not (unclear and sys.stdin and sys.stdin.isatty()):
+            raise
+        say("Columns", str(error))
+        with suppress(EOFError):
+            question = input("The column with the questions: ").strip()
+            if answer := question and input("The column with the answers: ").strip():
+                typed = changed(cfg, QUESTION_COLUMN=question, ANSWER_COLUMN=answer)
+                return pairs_or_columns(typed)
+        raise
+
+
 def examine(
     cfg: Config, offline: bool = False
 ) -> tuple[list[str], PreparedData | None, Outline | None]:
@@ -5595,7 +5606,7 @@ def examine(
         say("Demo", "The model is a toy that can barely spell; everything else is the real thing.")
     if preset := PRESETS.get(cfg.PRESET):
         say("Preset", ", ".join(f"{name} {as_text(getattr(cfg, name))}" for name in preset))
-    pairs = attempt(find_pairs, cfg)  # before anything that waits for torch
+    pairs = attempt(pairs_or_columns, cfg)  # before anything that waits for torch
     if not pairs:
         return problems, None, None
     tokenizer, outline = attempt(find_base, cfg) or (None, None)
@@ -5965,7 +5976,7 @@ def exam(cfg: Config) -> int:
     settings = changed(opened.cfg, **own)
     if settings.DATASET_PATH.endswith("/…"):
         raise UserError("run.json does not keep the link to its data.\nGive it with --dataset-path")
-    data = prepare_data(settings, find_pairs(settings), opened.tokenizer)
+    data = prepare_data(settings, pairs_or_columns(settings), opened.tokenizer)
     pairs = fingerprint([pair.messages for pair in data.pairs.kept])
     if pairs != (opened.record.get("dataset") or {}).get("sha256_of_pairs"):
         other = "is not what the model was trained on, or has changed since"

@@ -158,6 +158,7 @@ def test_what_is_said_and_left_behind(case: Any, folder: Path, run: Run, small_p
     for name, text in {"a_file": "mine", "photos/cat.png": "", "x.yaml": "SEED: 1"}.items():
         Path(name).write_text(text)
     Path("data.csv").write_bytes(csv_file([HEADER, *PAIRS]))
+    Path("old.csv").write_bytes("вопрос;ответ\nПочему?;Потому что.\nКто здесь?;Это мы.\n".encode("cp1251"))
     Path("empty.csv").write_bytes(csv_file([HEADER, *((question, "") for question, _ in PAIRS)]))
     model = f"--model-name {small_phi} --dataset-path book.xlsx --max-steps 3 --eval-answers 0"
     suffer(patched, faults)

@@ -4,8 +4,9 @@ import ast
 import json
 import re
 import shlex
+import sys
 import tomllib
-from importlib import util
+from importlib import metadata, util
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,17 @@ def test_the_requirements_are_those_in_the_script_and_the_constraints_meet_them(
     pins = dict(line.split("==") for line in TEXTS["constraints.txt"].lower().splitlines() if "==" in line)
     for name, floor in (line.split(">=") for line in script):
         assert [*map(int, pins[name].split("."))] >= [*map(int, floor.split("."))]
+
+
+def test_what_is_imported_comes_with_the_ten_packages_or_is_optional() -> None:
+    known, wanted = set[str](), re.findall(r"(?m)^[a-z].*", TEXTS["requirements-finetune.txt"])
+    while wanted:
+        name = re.split(r"[^\w.-]", wanted.pop())[0].lower().replace("_", "-")
+        for found in metadata.Distribution.discover(name=name) if name not in known else ():
+            wanted, known = wanted + [r for r in found.requires or [] if "extra ==" not in r], known | {name}
+    imported = {*re.findall(r"(?m)^ +(?:import|from(?= [\w.]+ import)) (\w+)", SOURCE)} - sys.stdlib_module_names
+    of = {name: {one.lower().replace("_", "-") for one in metadata.packages_distributions()[name]} for name in imported}
+    assert {name for name in imported if not of[name] & known} == {"charset_normalizer", "cyllama", "gradio"}
 
 
 def test_ci_runs_the_test_command_of_the_readme() -> None:

@@ -321,10 +321,6 @@ def beside(phi: Family, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def front_matter(folder: Path) -> dict[str, Any]:
-    return dict(yaml.safe_load((folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]))
-
-
 def test_cards_and_a_space_have_what_hugging_face_asks_for_and_a_changed_space_is_kept(phi: Family) -> None:
     assert call(phi.home, "export", "--to", "space") == 0
     space = phi.home / "model-space"
@@ -332,7 +328,9 @@ def test_cards_and_a_space_have_what_hugging_face_asks_for_and_a_changed_space_i
     assert files >= {"README.md", "app.py", "requirements.txt", "run.json"}
     assert not files & {"sample_rows.json", "answers.xlsx", "base_model_folder.txt"}
     assert [p.name for p in space.glob("*.gguf")] == ["model-q8_0.gguf"]
-    front = {kind: front_matter(phi.home / f"model-{kind}") for kind in ("merged", "gguf", "space")}
+    kinds = "merged", "gguf", "space"
+    cards = [(phi.home / f"model-{kind}" / "README.md").read_text(encoding="utf-8") for kind in kinds]
+    front = {kind: yaml.safe_load(card.split("---\n")[1]) for kind, card in zip(kinds, cards, strict=True)}
     assert not [name for one in front.values() for name in one if name.startswith("base_model")]  # it is in a folder
     assert [one.get("library_name") for one in front.values()] == ["transformers", "gguf", None]
     own = front["space"]

@@ -31,12 +31,8 @@ def test_the_tests_know_few_names_of_the_script_and_list_them() -> None:
 
 def test_every_fault_is_shown_by_a_test() -> None:
     """A number such as C6 stands in a comment beside the case; the guide's table holds some of them."""
-    comments = "\n".join(
-        comment
-        for name, source in SOURCES.items()
-        if name != "test_suite.py"
-        for comment in re.findall(r'#.*|""".*', source)
-    )
+    texts = (source for name, source in SOURCES.items() if name != "test_suite.py")
+    comments = "\n".join(comment for source in texts for comment in re.findall(r'#.*|""".*', source))
     assert FAULTS - {*re.findall(r"\b[CSDMXVO]\d{1,2}\b", comments)} == set()
     guide = (ROOT / "finetune.md").read_text(encoding="utf-8")
     table = guide.partition("## What happens when")[2].partition("\n## ")[0]
